@@ -1,0 +1,66 @@
+# make demo | test | test-slow | lint | format | docs | lock | clean
+# Each target sets up its own environment in $(VENV) the first time; later runs start at once.
+#   PYTHON=/path/to/python3.11   which Python to use (3.10-3.12; found by itself otherwise)
+#   ARGS="..."                   passed on: make demo ARGS="--seed 1", make test ARGS="-k kl"
+
+VENV ?= .venv
+PYTHON ?=
+ARGS ?=
+
+RUN := $(VENV)/bin/python
+INSTALL := PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --quiet --no-deps
+LOCKED := $(VENV)/.locked
+READY := $(VENV)/.ready
+
+# An environment whose Python is gone (another machine, a removed version) is made again.
+ifeq ($(shell $(RUN) -c "print(1)" 2>/dev/null),)
+$(LOCKED): FORCE
+endif
+
+.PHONY: help setup demo test test-slow lint format docs lock clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,4p' Makefile
+
+setup: $(READY)
+
+$(LOCKED): requirements/build.txt requirements/lock.txt
+	@python=$$(sh requirements/find_python.sh $(PYTHON)) && \
+	echo "Making $(VENV) with $$python: downloads about 0.5 GB, once." && \
+	$$python -m venv --clear $(VENV)
+	@$(INSTALL) --require-hashes -r requirements/build.txt
+	@$(INSTALL) --require-hashes --no-build-isolation -r requirements/lock.txt
+	@touch $@
+
+$(READY): $(LOCKED) pyproject.toml
+	@PYTHONWARNINGS=ignore $(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY)
+	$(RUN) -m alignment demo $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY)
+	$(RUN) -m pytest -m slow $(ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+docs: $(READY)
+	$(RUN) -m alignment.arguments
+
+# For maintainers: resolve the newest versions that work together (needs uv).
+lock:
+	requirements/lock.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find alignment tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

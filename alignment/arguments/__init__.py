@@ -1,0 +1,33 @@
+"""Typed arguments for all runners: JSON files and command lines, strict and cross-checked.
+
+``parse_sft``, ``parse_reward`` and ``parse_ppo`` read ``[FILE.json] [key=value ...]`` and return resolved arguments,
+or raise one :class:`~alignment.errors.ArgumentsError` that names every mistake. Nothing here imports Paddle.
+"""
+
+from alignment.arguments.base import Arguments
+from alignment.arguments.parser import from_dict, parse, parse_ppo, parse_reward, parse_sft
+from alignment.arguments.ppo import PPOArguments
+from alignment.arguments.reward import RewardArguments
+from alignment.arguments.sft import SFTArguments
+from alignment.arguments.sizes import Sizes
+
+__all__ = [
+    "Arguments",
+    "PPOArguments",
+    "RewardArguments",
+    "SFTArguments",
+    "Sizes",
+    "from_dict",
+    "markdown_table",
+    "parse",
+    "parse_ppo",
+    "parse_reward",
+    "parse_sft",
+]
+
+
+def markdown_table() -> str:
+    """Return the text of ``docs/arguments.md``, made from the declarations."""
+    from alignment.arguments import docs
+
+    return docs.markdown()

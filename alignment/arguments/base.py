@@ -1,0 +1,228 @@
+"""What the three stages' argument classes have in common besides their fields: writing, showing, derived values."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from alignment.arguments import device, limits
+from alignment.arguments.sizes import Sizes, supervised_sizes
+from alignment.arguments.spec import Spec, specs
+from alignment.arguments.training import TrainingFields
+from alignment.log import say_once
+
+#: Accepted keys whose values are neither written nor shown.
+SECRETS = frozenset({"wandb_api_key", "aistudio_token"})
+
+
+@dataclass
+class Arguments(TrainingFields):
+    """Arguments of one run; made by ``parse_sft``, ``parse_reward`` and ``parse_ppo``.
+
+    Every key is an attribute. After parsing, values that follow from other keys are filled in: an attribute is None
+    only where None means something (it says so in ``docs/arguments.md``).
+
+    Attributes:
+        raw: keys and values as the user wrote them, command line over file.
+        given: the keys that were given, under their canonical names.
+        unused: key -> why it changes nothing in this run.
+        notes: what is worth saying about combinations of keys.
+        passthrough: values of accepted keys that have no attribute.
+        file: the argument file, or None.
+    """
+
+    STAGE: ClassVar[str] = ""
+    TITLE: ClassVar[str] = ""
+
+    raw: dict[str, Any] = dataclasses.field(default_factory=dict)
+    given: frozenset[str] = frozenset()
+    unused: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    passthrough: dict[str, Any] = dataclasses.field(default_factory=dict)
+    file: str | None = None
+
+    @classmethod
+    def specs(cls) -> dict[str, Spec]:
+        """Return the description of every key that has an attribute."""
+        return specs(cls)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether this run computes on the CPU (found out without loading Paddle)."""
+        return self.device == "cpu" or not device.gpu_available()
+
+    @property
+    def dtype(self) -> str:
+        """Data type of the weights: ``"float32"``, or half precision on a GPU with ``fp16_opt_level`` O2."""
+        if self.on_cpu or self.fp16_opt_level != "O2":
+            return "float32"
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    @property
+    def context_needed(self) -> int:
+        """Tokens of the longest row that the limits allow."""
+        return self.max_length  # type: ignore[attr-defined]
+
+    @property
+    def parsed_train_datasets(self) -> list[tuple[str, dict[str, Any]]]:
+        """``train_datasets`` as ``[(name, {"proportion": p, ...})]``."""
+        return parsed_datasets(self.train_datasets)  # type: ignore[attr-defined]
+
+    @property
+    def parsed_eval_datasets(self) -> list[tuple[str, dict[str, Any]]]:
+        """``eval_datasets`` as ``[(name, {"proportion": p, ...})]``; empty for none."""
+        return parsed_datasets(self.eval_datasets)  # type: ignore[attr-defined]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all keys with their resolved values, then the accepted keys without attribute; all JSON values.
+
+        Keys that hold a secret are left out, since the result is saved and logged.
+        """
+        values = {name: getattr(self, name) for name in self.specs()}
+        return json.loads(json.dumps({**values, **self._shown_passthrough()}))
+
+    def _shown_passthrough(self) -> dict[str, Any]:
+        return {key: value for key, value in self.passthrough.items() if key not in SECRETS}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write :meth:`to_dict` as JSON; the file can be given to the same stage again. Returns its path."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return target
+
+    def report(self) -> None:
+        """Log, once, every key that changes nothing here and every note about combinations."""
+        for line in self.unused_lines():
+            say_once(line)
+        for note in self.notes:
+            say_once(note, logging.WARNING)
+
+    def unused_lines(self) -> list[str]:
+        """Return one line per reason, with all the keys that it concerns."""
+        by_reason: dict[str, list[str]] = {}
+        for key, reason in self.unused.items():
+            by_reason.setdefault(reason, []).append(key)
+        return [f"{', '.join(keys)}: {reason}" for reason, keys in by_reason.items()]
+
+    def check_context(self, context_length: int | None, where: str = "the model") -> None:
+        """Compare the length limits with a model's context; call it before the model is loaded.
+
+        Limits that were not given are lowered to fit, and that is said.
+
+        Args:
+            context_length: positions that the model has (``max_position_embeddings``); None: unknown, nothing is
+                checked.
+            where: the model's name in messages, such as ``"actor ./sft"``.
+
+        Raises:
+            ArgumentsError: the limits that were given do not fit; with the numbers and what would fit.
+        """
+        if context_length is not None:
+            for note in limits.fit(self, context_length, where):
+                say_once(note)
+
+    def derive_sizes(self, num_rows: int, world_size: int = 1) -> Sizes:
+        """Derive the numbers of steps from the number of training rows.
+
+        Args:
+            num_rows: rows of the training set after filtering (packed rows with ``zero_padding``); prompts in PPO.
+            world_size: processes.
+
+        Raises:
+            ArgumentsError: there is nothing to train on.
+        """
+        return supervised_sizes(self, num_rows, world_size)
+
+    def optimizer(self, total_steps: int) -> dict[str, Any]:
+        """Return the fields of the engine's ``OptimizerSettings`` as a dict.
+
+        ``warmup_steps`` is resolved (steps win over the ratio) and so is ``decay_steps`` (0 becomes ``total_steps``).
+
+        Args:
+            total_steps: optimizer steps of the whole run.
+        """
+        return {
+            "learning_rate": self.learning_rate,
+            "min_learning_rate": self.min_learning_rate,
+            "weight_decay": self.weight_decay,
+            "adam_beta1": self.adam_beta1,
+            "adam_beta2": self.adam_beta2,
+            "adam_epsilon": self.adam_epsilon,
+            "max_grad_norm": self.max_grad_norm,
+            "lr_scheduler_type": self.lr_scheduler_type,
+            "warmup_steps": self.warmup_steps or math.ceil(total_steps * self.warmup_ratio),
+            "warmup_ratio": self.warmup_ratio,
+            "decay_steps": self.decay_steps or total_steps,
+            "total_steps": total_steps,
+        }
+
+    def policy_optimizer(self, total_steps: int) -> dict[str, Any]:
+        """Return :meth:`optimizer`: the settings of the model that is being aligned."""
+        return self.optimizer(total_steps)
+
+    def dry_run_text(self, sizes: Sizes | None = None) -> str:
+        """Return what ``--dry_run`` prints: resolved arguments (``*``: not the default), remarks, derived sizes."""
+        known = self.specs()
+        width = max(map(len, known))
+        lines = [f"{self.TITLE}: resolved arguments (* differs from the default)"]
+        group = ""
+        for name, spec in known.items():
+            if spec.group != group:
+                group = spec.group
+                lines += ["", group]
+            value = getattr(self, name)
+            mark = "*" if name in self.given and not spec.is_neutral(value) else " "
+            lines.append(f"{mark} {name:<{width}}  {json.dumps(value, ensure_ascii=False)}")
+        shown = self._shown_passthrough()
+        if shown:
+            lines += ["", "Accepted without a field of their own"]
+            lines += [f"  {name:<{width}}  {json.dumps(value)}" for name, value in shown.items()]
+        remarks = self.unused_lines() + self.notes
+        if remarks:
+            lines += ["", "Remarks", *(f"- {remark}" for remark in remarks)]
+        if sizes is not None:
+            lines += ["", sizes.render()]
+        return "\n".join(lines)
+
+
+def help_text(cls: type[Arguments]) -> str:
+    """Return what ``--help`` prints for a stage: how arguments are given, then every key by group."""
+    lines = [
+        f"{cls.TITLE}: FILE.json [key=value | --key value | --key=value | --flag] ...",
+        "",
+        "The command line wins over the file. --dry_run prints the resolved arguments and sizes, and stops.",
+        "docs/arguments.md has ranges and effects as a table.",
+    ]
+    group = ""
+    for name, spec in cls.specs().items():
+        if spec.group != group:
+            group = spec.group
+            lines += ["", group]
+        default = "required" if spec.required else spec.derived or json.dumps(spec.default, ensure_ascii=False)
+        allowed = f" [{spec.range_text()}]" if spec.range_text() and spec.kind != "bool" else ""
+        lines += [f"  {name}  (default: {default}){allowed}", f"      {spec.help}"]
+    return "\n".join(lines)
+
+
+def parsed_datasets(value: str | dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
+    """Return a mixture as ``[(name, {"proportion": p, ...})]``; an empty list for none."""
+    if not value:
+        return []
+    if isinstance(value, str):
+        from alignment.ppo.data import parse_dataset
+
+        return parse_dataset(value)
+    pairs = []
+    for name, share in value.items():
+        if isinstance(share, str):
+            pairs += parsed_datasets(f"{name}:{share}")
+        else:
+            pairs.append((name, {"proportion": 1.0, **share} if isinstance(share, dict) else {"proportion": share}))
+    return pairs

@@ -1,0 +1,356 @@
+"""Combinations of arguments that cannot be run.
+
+Each is refused with the numbers and a way out, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from alignment.arguments import device
+from alignment.arguments.base import Arguments
+from alignment.arguments.ppo import PPOArguments
+from alignment.arguments.reward import RewardArguments
+from alignment.arguments.sft import LoRAFields, SFTArguments
+from alignment.arguments.values import LATEST
+from alignment.errors import ArgumentsError, DataError
+
+#: What an output_dir may hold without counting as an earlier run.
+_HARMLESS = {"log", "logs", "runs", "vdl_log", "arguments.json", "data_mixture.json"}
+
+
+class Problems:
+    """Collects mistakes, so that all are told at once.
+
+    A combination is not judged when one of its keys is already known to be wrong.
+
+    Args:
+        file: name of the argument file, for the headline; empty without one.
+    """
+
+    def __init__(self, file: str = "") -> None:
+        self._file = file
+        self._messages: list[str] = []
+        self._broken: set[str] = set()
+
+    def add(self, message: str, *keys: str) -> None:
+        """Note a mistake in ``keys`` unless one of them is already known to be wrong."""
+        if not self._broken.intersection(keys):
+            self._messages.append(message)
+        self._broken.update(keys[:1])
+
+    def raise_all(self) -> None:
+        """Raise :class:`ArgumentsError` with everything that was noted; return if that is nothing."""
+        if len(self._messages) == 1:
+            raise ArgumentsError(self._messages[0])
+        if self._messages:
+            source = f" in {self._file}" if self._file else ""
+            raise ArgumentsError(
+                f"{len(self._messages)} problems with the arguments{source}:\n  - " + "\n  - ".join(self._messages)
+            )
+
+
+def check(args: Arguments, problems: Problems) -> None:
+    """Note every contradiction among resolved arguments in ``problems``, and what is merely odd in ``args.notes``."""
+    for name, spec in args.specs().items():
+        if spec.required and not getattr(args, name):
+            problems.add(f"{name} is missing: {spec.help[0].lower()}{spec.help[1:]}", name)
+    _check_length(args, problems)
+    _check_learning_rate(args, problems, "")
+    _check_evaluation(args, problems)
+    _check_precision(args, problems)
+    _check_processes(args, problems)
+    _check_folders(args, problems)
+    if isinstance(args, LoRAFields):
+        _check_lora(args, problems)
+    if isinstance(args, SFTArguments):
+        _check_sft(args, problems)
+    if isinstance(args, RewardArguments):
+        _check_reward(args, problems)
+    if isinstance(args, PPOArguments):
+        _check_ppo(args, problems)
+
+
+def _check_length(args: Arguments, problems: Problems) -> None:
+    if args.max_steps == 0:
+        problems.add(
+            "max_steps is 0, which trains nothing; use -1 for as many steps as num_train_epochs makes", "max_steps"
+        )
+    if not args.do_train and not args.do_eval:
+        problems.add("do_train and do_eval are both false: there is nothing to do", "do_train", "do_eval")
+
+
+def _check_learning_rate(args: Arguments, problems: Problems, prefix: str) -> None:
+    low, high = getattr(args, f"{prefix}min_learning_rate"), getattr(args, f"{prefix}learning_rate")
+    if low is not None and low > high:
+        problems.add(
+            f"{prefix}min_learning_rate {low:g} is above {prefix}learning_rate {high:g}",
+            f"{prefix}min_learning_rate",
+            f"{prefix}learning_rate",
+        )
+
+
+def _check_evaluation(args: Arguments, problems: Problems) -> None:
+    evaluation = getattr(args, "eval_datasets", None)
+    folder = getattr(args, "dataset_name_or_path", None)
+    # A folder may hold evaluation data too; _check_data_folder looks.
+    holds_both = isinstance(folder, str) and (Path(folder).expanduser().is_dir() or folder.startswith((".", "/", "~")))
+    data = evaluation or args.eval_split_ratio or holds_both
+    if args.do_eval and not data:
+        why = "do_eval is true" if "do_eval" in args.given else f"evaluation_strategy is {args.evaluation_strategy}"
+        problems.add(
+            f"{why}, but there are no evaluation data: give eval_datasets or eval_split_ratio, or set do_eval to false",
+            "eval_datasets",
+            "eval_split_ratio",
+            "do_eval",
+            "evaluation_strategy",
+        )
+    if evaluation and args.eval_split_ratio is not None:
+        args.notes.append("eval_split_ratio is not used, because eval_datasets is given")
+    if args.load_best_model_at_end:
+        keys = ("load_best_model_at_end", "evaluation_strategy", "save_strategy", "eval_steps", "save_steps")
+        if args.evaluation_strategy == "no":
+            problems.add("load_best_model_at_end needs evaluations: set evaluation_strategy to steps or epoch", *keys)
+        elif args.evaluation_strategy != args.save_strategy:
+            problems.add(
+                f"load_best_model_at_end needs equal strategies, but evaluation_strategy is {args.evaluation_strategy} "
+                f"and save_strategy is {args.save_strategy}",
+                *keys,
+            )
+        elif args.evaluation_strategy == "steps" and args.save_steps % args.eval_steps:  # type: ignore[operator]
+            problems.add(
+                f"load_best_model_at_end needs save_steps to be a multiple of eval_steps, but they are "
+                f"{args.save_steps} and {args.eval_steps}",
+                *keys,
+            )
+
+
+def _check_precision(args: Arguments, problems: Problems) -> None:
+    if args.bf16 and args.fp16:
+        problems.add("bf16 and fp16 are both true; choose one", "bf16", "fp16")
+    if not args.on_cpu and args.fp16_opt_level == "O2" and not (args.bf16 or args.fp16):
+        args.notes.append("fp16_opt_level O2 without bf16 or fp16 does nothing; the weights are float32")
+
+
+def _check_processes(args: Arguments, problems: Problems) -> None:
+    processes = device.world_size()
+    for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
+        degree = getattr(args, name)
+        if processes > 1 and degree > 1:
+            problems.add(
+                f"{name} {degree} with {processes} processes is not available yet in this version; data "
+                "parallelism is: set it to 1",
+                name,
+            )
+
+
+def _check_folders(args: Arguments, problems: Problems) -> None:
+    for plugin in args.plugins:
+        if plugin.endswith(".py") and not Path(plugin).expanduser().is_file():
+            problems.add(f"plugins: {plugin} does not exist (looked in {Path.cwd()})", "plugins")
+    resume = args.resume_from_checkpoint
+    if resume and resume != LATEST and not Path(resume).expanduser().is_dir():
+        problems.add(
+            f"resume_from_checkpoint: {resume} is not a folder (looked in {Path.cwd()}); true means the newest in "
+            "output_dir",
+            "resume_from_checkpoint",
+        )
+    if resume and args.overwrite_output_dir:
+        problems.add(
+            "resume_from_checkpoint continues a run and overwrite_output_dir starts afresh; choose one",
+            "resume_from_checkpoint",
+            "overwrite_output_dir",
+        )
+    if not args.output_dir:
+        return
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        problems.add(f"output_dir {output} is a file, not a folder", "output_dir")
+    # Only the first process looks: by the time the others do, it may have begun to write.
+    elif output.is_dir() and args.do_train and not resume and not args.overwrite_output_dir and device.rank() == 0:
+        logs = Path(args.logging_dir or "")
+        found = sorted(
+            entry.name
+            for entry in output.iterdir()
+            if entry.name not in _HARMLESS
+            and not entry.name.startswith(".")
+            and entry.suffix != ".log"
+            and entry != logs
+        )
+        if found:
+            message = (
+                f"output_dir {output} is not empty (it holds "
+                f"{', '.join(found[:3])}{', ...' if len(found) > 3 else ''}): "
+                "continue that run with resume_from_checkpoint=true, start afresh with overwrite_output_dir=true, "
+                "or choose another output_dir"
+            )
+            if args.dry_run:
+                args.notes.append(message)
+            else:
+                problems.add(message, "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+
+
+def _check_lora(args: Any, problems: Problems) -> None:
+    if args.lora_path and not Path(args.lora_path).expanduser().is_dir():
+        problems.add(f"lora_path: {args.lora_path} is not a folder (looked in {Path.cwd()})", "lora_path")
+    options = sorted(args.given & {"lora_rank", "lora_alpha", "lora_path", "lora_target_modules"})
+    if options and not args.lora:
+        args.notes.append(f"{', '.join(options)}: not used, because lora is false")
+
+
+def _check_sft(args: SFTArguments, problems: Problems) -> None:
+    if args.do_train and not (args.dataset_name_or_path or args.train_datasets):
+        problems.add(
+            "there are no training data: give dataset_name_or_path or train_datasets",
+            "dataset_name_or_path",
+            "train_datasets",
+        )
+    if args.dataset_name_or_path and args.train_datasets:
+        problems.add(
+            "dataset_name_or_path and train_datasets are both given; choose one",
+            "dataset_name_or_path",
+            "train_datasets",
+        )
+    elif isinstance(args.dataset_name_or_path, str):
+        _check_data_folder(args, args.dataset_name_or_path, problems)
+    if args.src_length >= args.max_length:
+        if "src_length" in args.given:
+            problems.add(
+                f"src_length {args.src_length} leaves no token for the answer in max_length {args.max_length}",
+                "src_length",
+                "max_length",
+            )
+        else:
+            args.src_length = args.max_length // 2
+            args.notes.append(f"src_length is {args.src_length}, half of max_length {args.max_length}")
+    if args.greedy_zero_padding and not args.zero_padding:
+        args.notes.append("greedy_zero_padding does nothing, because zero_padding is false")
+
+
+def _check_data_folder(args: SFTArguments, name: str, problems: Problems) -> None:
+    from alignment.ppo.data.files import find_files
+
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        if name.startswith((".", "/", "~")):
+            problems.add(
+                f"dataset_name_or_path: {name} does not exist (looked in {Path.cwd()})", "dataset_name_or_path"
+            )
+        return
+    if not folder.is_dir():
+        return
+    wants_dev = args.do_eval and not args.eval_datasets and args.eval_split_ratio is None
+    try:
+        files = find_files(folder, "train")
+        if wants_dev and find_files(folder, "dev") == files:
+            raise DataError(f"the folder {name} holds no file of split 'dev'")
+    except DataError as error:
+        way_out = "; evaluation needs one, or eval_split_ratio, or do_eval=false" if "'dev'" in str(error) else ""
+        problems.add(f"dataset_name_or_path: {error}{way_out}", "dataset_name_or_path", "eval_split_ratio")
+
+
+def _check_reward(args: RewardArguments, problems: Problems) -> None:
+    if args.do_train and not args.train_datasets:
+        problems.add("there are no training data: give train_datasets", "train_datasets")
+    if args.max_src_len is not None and args.max_src_len >= args.max_length:
+        problems.add(
+            f"max_src_len {args.max_src_len} leaves no token for the answer in max_length {args.max_length}",
+            "max_src_len",
+            "max_length",
+        )
+    if (
+        "normalizer_momentum" in args.given
+        and args.normalizer_type == "RunningMeanStd"
+        and args.normalize_score_during_training
+    ):
+        args.notes.append("normalizer_momentum is not used by RunningMeanStd")
+
+
+def _check_ppo(args: PPOArguments, problems: Problems) -> None:
+    if args.do_train and not args.train_datasets:
+        problems.add("there are no training prompts: give train_datasets", "train_datasets")
+    _check_rewards(args, problems)
+    _check_windows(args, problems)
+    _check_ppo_limits(args, problems)
+    if args.given & {"critic_learning_rate", "critic_min_learning_rate"}:
+        _check_learning_rate(args, problems, "critic_")
+    if args.ptx_coeff > 0 and not args.ptx_datasets:
+        problems.add(
+            f"ptx_coeff is {args.ptx_coeff:g}, but there are no ptx_datasets: give them, or set ptx_coeff to 0",
+            "ptx_coeff",
+            "ptx_datasets",
+        )
+    if args.ptx_datasets and args.ptx_coeff == 0:
+        args.notes.append("ptx_datasets is not used, because ptx_coeff is 0")
+    targets = sorted(args.given & {"kl_target", "kl_horizon"})
+    if targets and not args.adaptive_kl:
+        args.notes.append(f"{' and '.join(targets)}: not used, because adaptive_kl is false")
+    if args.adaptive_kl and args.kl_coeff == 0:
+        problems.add(
+            "adaptive_kl multiplies kl_coeff, which is 0 and would stay 0: give a kl_coeff above 0",
+            "kl_coeff",
+            "adaptive_kl",
+        )
+    for name in ("missing_eos_score", "missing_eos_penalty"):
+        rule = name.removeprefix("missing_eos_")
+        if name in args.given and args.missing_eos_rule != rule:
+            args.notes.append(f"{name} is not used, because missing_eos_rule is {args.missing_eos_rule}, not {rule}")
+    if args.update_iters == 1 and args.target_kl is not None and args.prompt_batches_per_rollout > 1:
+        args.notes.append("target_kl does nothing: each rollout is trained on in a single optimizer step")
+
+
+def _check_rewards(args: PPOArguments, problems: Problems) -> None:
+    names = [args.reward] if isinstance(args.reward, str) else list(args.reward or {"model": 1.0})
+    if "model" in names and not args.reward_model_name_or_path:
+        asked, other = "there is no reward", ', or reward as "file.py:function"'
+        if args.reward:
+            asked, other = "reward asks for the reward model", ""
+        problems.add(f"{asked}: give reward_model_name_or_path{other}", "reward", "reward_model_name_or_path")
+    if "model" not in names and args.reward_model_name_or_path:
+        only = "" if "reward_critic_model_name_or_path" in args.given else " except to start the critic"
+        args.notes.append(f"reward_model_name_or_path is not used{only}, because reward does not name the reward model")
+    for name in names:
+        file, colon, function = name.rpartition(":")
+        if not colon or not file.endswith(".py"):
+            if name.endswith(".py"):
+                problems.add(f"reward: {name} names a file but no function; write {name}:FUNCTION", "reward")
+            continue
+        if not function.isidentifier():
+            problems.add(f"reward: {name} names no function; write {file}:FUNCTION", "reward")
+        elif not Path(file).expanduser().is_file():
+            problems.add(f"reward: {file} does not exist (looked in {Path.cwd()})", "reward")
+
+
+def _check_windows(args: PPOArguments, problems: Problems) -> None:
+    """Refuse a rollout that the windows of the optimizer steps do not fill exactly."""
+    prompts, samples = args.per_device_prompt_batch_size, args.num_return_sequences
+    rows = prompts * samples
+    window = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if rows % window == 0 or window % rows == 0:
+        return
+    unit = math.lcm(window, samples) // samples
+    fix = math.ceil(prompts / unit) * unit
+    problems.add(
+        f"the batch sizes do not divide: per_device_prompt_batch_size {prompts} x num_return_sequences {samples} "
+        f"= {rows} samples "
+        f"per rollout, per_device_train_batch_size {args.per_device_train_batch_size} x gradient_accumulation_steps "
+        f"{args.gradient_accumulation_steps} = {window} per optimizer step; one must be a multiple of the other, "
+        "for instance "
+        f"per_device_prompt_batch_size {fix}",
+        "per_device_prompt_batch_size",
+        "num_return_sequences",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    )
+
+
+def _check_ppo_limits(args: PPOArguments, problems: Problems) -> None:
+    if args.min_dec_len > args.max_dec_len:  # type: ignore[operator]
+        problems.add(
+            f"min_dec_len {args.min_dec_len} is above max_dec_len {args.max_dec_len}",
+            "min_dec_len",
+            "max_dec_len",
+            "max_length",
+        )

@@ -1,0 +1,223 @@
+"""Arguments of PPO."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.arguments import values
+from alignment.arguments.base import Arguments, parsed_datasets
+from alignment.arguments.sizes import Sizes, ppo_sizes
+from alignment.arguments.spec import argument, read_int
+from alignment.arguments.training import SCHEDULERS, dataset_argument
+
+NO_OFFLOAD = "offload is not available yet in this version; all models stay where they are"
+
+
+@dataclass
+class PPODataFields:
+    """Models and data of PPO."""
+
+    GROUP = "PPO: models and data"
+
+    actor_model_name_or_path: str = argument(
+        "", "Folder (or name) of the SFT model: starts the actor, and is the reference.", required=True
+    )
+    reward_model_name_or_path: str | None = argument(None, "Folder (or name) of the reward model.")
+    reward_critic_model_name_or_path: str | None = argument(
+        None,
+        "Folder (or name) of the model that starts the critic.",
+        derived="the reward model, else the actor's with a new head",
+    )
+    reward_tokenizer_name_or_path: str | None = argument(
+        None, "Folder of the reward model's tokenizer.", derived="the reward model's"
+    )
+    reward: str | dict[str, float] | None = argument(
+        None,
+        '"file.py:function", a registered NAME, a list, or an object NAME -> weight, where "model" is the reward '
+        "model.",
+        parse=values.read_reward,
+        derived="the reward model",
+    )
+    train_datasets: str | dict[str, Any] | None = dataset_argument("Mixture of prompts.")
+    eval_datasets: str | dict[str, Any] | None = dataset_argument("Mixture of evaluation prompts.")
+    ptx_datasets: str | dict[str, Any] | None = dataset_argument(
+        "Supervised mixture of the ptx loss; without it there is none."
+    )
+
+
+@dataclass
+class RolloutFields:
+    """Prompts and sampling."""
+
+    GROUP = "PPO: rollout"
+
+    per_device_prompt_batch_size: int = argument(16, "Prompts that a process reads at a time.", ge=1, unit="prompts")
+    num_return_sequences: int = argument(1, "Samples per prompt.", ge=1, aliases=("rollout_n",))
+    per_device_rollout_batch_size: int = argument(
+        -1, "Samples that a process generates at a time; -1: as per_device_train_batch_size.", ge=-1, unit="rows"
+    )
+    rollout_logprob_batch_size: int | None = argument(
+        None,
+        "Samples per forward pass without gradients.",
+        ge=1,
+        unit="rows",
+        derived="per_device_train_batch_size",
+        parse=lambda value, is_text: None if value == "auto" else read_int(value),
+    )
+    max_length: int = argument(2048, "Default of both limits below.", ge=1, unit="tokens")
+    max_src_len: int | None = argument(
+        None, "Longest prompt.", ge=1, unit="tokens", aliases=("max_prompt_len",), derived="max_length"
+    )
+    max_dec_len: int | None = argument(None, "Longest answer.", ge=1, unit="tokens", derived="max_length")
+    min_dec_len: int = argument(1, "Shortest answer: the end is not sampled before.", ge=0, unit="tokens")
+    temperature: float = argument(1.0, "Sampling temperature, also of all log-probabilities.", gt=0)
+    top_p: float = argument(
+        0.8, "Sample from the most probable tokens that together reach this probability; 1: off.", gt=0, le=1
+    )
+    top_k: int = argument(0, "Sample from this many most probable tokens; 0: off.", ge=0)
+    repetition_penalty: float = argument(
+        1.0, "Divides the logits of tokens that were already there (CTRL's rule); 1: off.", gt=0
+    )
+    use_fusemt: bool = argument(
+        True,
+        "Use paddlenlp_ops' fused generation.",
+        neutral=(False,),
+        no_effect="paddlenlp_ops is not used; the rollout engine is this toolkit's own",
+    )
+    eval_mode: str | None = argument(
+        None,
+        "Reference: an extra copy of the models for rollouts.",
+        choices=("", "single", "tensor_parallel"),
+        no_effect="the models that are trained also generate, so no copy is needed",
+    )
+    eval_temperature: float = argument(1.0, "Temperature of the sampled evaluation; 0: greedy only.", ge=0)
+    eval_num_samples: int | None = argument(None, "Evaluation prompts used.", ge=1, unit="prompts", derived="all")
+    sample_table_rows: int = argument(
+        5, "Rows of the table of sample answers at each evaluation; 0: none.", ge=0, unit="rows"
+    )
+    offload_level: str = argument(
+        "", "Any of freeze_model, optimizer, train_model.", parse=values.read_offload_level, no_effect=NO_OFFLOAD
+    )
+
+
+@dataclass
+class ObjectiveFields:
+    """Rewards, advantages and losses."""
+
+    GROUP = "PPO: objective"
+
+    update_iters: int = argument(1, "Passes over each rollout.", ge=1)
+    kl_coeff: float = argument(0.02, "Weight of the KL penalty in the reward (with adaptive_kl: the first one).", ge=0)
+    kl_estimator: str = argument("k1", "Estimator of the KL (Schulman 2020): k1, k2 or k3.", choices=("k1", "k2", "k3"))
+    adaptive_kl: bool = argument(False, "Steer kl_coeff towards kl_target (Ziegler et al. 2019, section 2.2).")
+    kl_target: float = argument(6.0, "KL per answer that adaptive_kl aims at.", gt=0)
+    kl_horizon: int = argument(10000, "Samples over which adaptive_kl corrects.", ge=1, unit="rows")
+    gamma: float = argument(1.0, "Discount.", ge=0, le=1)
+    gae_lambda: float = argument(0.95, "Lambda of GAE.", ge=0, le=1)
+    normalize_reward: bool | None = argument(
+        None, "Normalise the scores before the KL penalty is added.", derived="false"
+    )
+    normalize_advantage: bool | None = argument(
+        None, "Whiten the advantages over the rollout's tokens.", derived="false"
+    )
+    clip_range_ratio: float = argument(0.2, "PPO's epsilon.", gt=0)
+    clip_range_ratio_low: float | None = argument(None, "Epsilon below 1.", gt=0, le=1, derived="clip_range_ratio")
+    clip_range_ratio_high: float | None = argument(None, "Epsilon above 1.", gt=0, derived="clip_range_ratio")
+    clip_range_score: float = argument(50.0, "Scores are clipped to this absolute value.", gt=0)
+    clip_range_value: float = argument(5.0, "Values are clipped to this distance from the old ones.", gt=0)
+    dual_clip: float | None = argument(
+        None, "Dual clip: bound of the loss where the advantage is negative.", gt=1, derived="off"
+    )
+    policy_loss_mean: str = argument(
+        "token",
+        "Mean over the tokens of the optimizer step, or over its samples' means.",
+        choices=("token", "sequence"),
+    )
+    value_coeff: float = argument(1.0, "Weight of the critic's loss.", ge=0)
+    entropy_coeff: float = argument(0.0, "Weight of the entropy bonus.", ge=0)
+    ptx_coeff: float = argument(0.0, "Weight of the ptx loss.", ge=0)
+    target_kl: float | None = argument(
+        None, "End a rollout's updates when the approximate KL passes this.", gt=0, derived="off"
+    )
+    critic_warmup_steps: int = argument(
+        0, "First optimizer steps, in which only the critic learns.", ge=0, unit="optimizer steps"
+    )
+    missing_eos_rule: str = argument(
+        "none",
+        "Answers cut off at max_dec_len: nothing, a fixed score, or a penalty off the score.",
+        choices=("none", "score", "penalty"),
+    )
+    missing_eos_score: float = argument(-1.0, "The fixed score.")
+    missing_eos_penalty: float = argument(1.0, "The penalty.", ge=0)
+
+
+@dataclass
+class CriticFields:
+    """The critic's own optimizer."""
+
+    GROUP = "PPO: critic"
+
+    critic_learning_rate: float | None = argument(None, "The critic's learning_rate.", ge=0, derived="learning_rate")
+    critic_min_learning_rate: float | None = argument(
+        None, "The critic's min_learning_rate.", ge=0, derived="min_learning_rate"
+    )
+    critic_weight_decay: float | None = argument(None, "The critic's weight_decay.", ge=0, derived="weight_decay")
+    critic_lr_scheduler_type: str | None = argument(
+        None, "The critic's lr_scheduler_type.", choices=SCHEDULERS, derived="lr_scheduler_type"
+    )
+    critic_warmup_ratio: float | None = argument(
+        None,
+        "The critic's warmup_ratio; if given, warmup_steps does not count for it.",
+        ge=0,
+        le=1,
+        derived="warmup_ratio",
+    )
+    critic_decay_steps: int | None = argument(
+        None, "The critic's decay_steps.", ge=0, unit="optimizer steps", derived="decay_steps"
+    )
+    critic_recompute: bool | None = argument(None, "The critic's recompute.", derived="recompute")
+
+
+@dataclass
+class PPOArguments(CriticFields, ObjectiveFields, RolloutFields, PPODataFields, Arguments):
+    """Arguments of ``run_ppo.py``; see :class:`~alignment.arguments.base.Arguments`."""
+
+    STAGE = "ppo"
+    TITLE = "PPO"
+
+    @property
+    def context_needed(self) -> int:
+        """Tokens of the longest row: prompt and answer."""
+        return self.max_src_len + self.max_dec_len  # type: ignore[operator]
+
+    @property
+    def use_ptx(self) -> bool:
+        """Whether a ptx loss is added to the actor's updates."""
+        return bool(self.ptx_datasets) and self.ptx_coeff > 0
+
+    @property
+    def prompt_batches_per_rollout(self) -> int:
+        """Batches of prompts that make one rollout: 1, or as many as fill one optimizer step."""
+        window = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return max(1, window // (self.per_device_prompt_batch_size * self.num_return_sequences))
+
+    @property
+    def parsed_ptx_datasets(self) -> list[tuple[str, dict[str, Any]]]:
+        """``ptx_datasets`` as ``[(name, {"proportion": p, ...})]``; empty for none."""
+        return parsed_datasets(self.ptx_datasets)
+
+    def derive_sizes(self, num_rows: int, world_size: int = 1) -> Sizes:
+        """Derive the numbers of rollouts and steps from the number of prompts; see the base class."""
+        return ppo_sizes(self, num_rows, world_size)
+
+    def critic_optimizer(self, total_steps: int) -> dict[str, Any]:
+        """Return the critic's settings like :meth:`optimizer`: each ``critic_*`` value, else the actor's."""
+        settings = self.optimizer(total_steps)
+        for name in ("learning_rate", "min_learning_rate", "weight_decay", "lr_scheduler_type", "warmup_ratio"):
+            settings[name] = getattr(self, f"critic_{name}")
+        settings["decay_steps"] = self.critic_decay_steps or total_steps
+        if "critic_warmup_ratio" in self.given:
+            settings["warmup_steps"] = math.ceil(total_steps * self.critic_warmup_ratio)  # type: ignore[operator]
+        return settings

@@ -1,0 +1,102 @@
+"""Defaults that follow from other keys. Nothing here refuses anything; :mod:`alignment.arguments.checks` does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from alignment.arguments.base import Arguments
+from alignment.arguments.ppo import PPOArguments
+from alignment.arguments.sft import LoRAFields
+from alignment.arguments.values import LATEST
+
+_DEFAULT_METRIC = {"sft": "loss", "reward": "accuracy", "ppo": "reward"}
+_SMALLER_IS_BETTER = ("loss", "ppl", "perplexity", "kl", "kl_divergence")
+
+
+def resolve(args: Arguments) -> None:
+    """Fill in, in place, every value that was not given and follows from others."""
+    if args.passthrough.get("no_cuda"):
+        args.device = "cpu"
+    args.output_dir = os.path.expanduser(args.output_dir)
+    resume = args.resume_from_checkpoint
+    if resume and resume != LATEST and not Path(resume).is_dir() and (Path(args.output_dir) / resume).is_dir():
+        args.resume_from_checkpoint = str(Path(args.output_dir) / resume)
+    if args.logging_dir is None:
+        args.logging_dir = str(Path(args.output_dir) / "runs")
+    if args.data_cache_dir is None:
+        args.data_cache_dir = str(Path(args.output_dir) / ".cache")
+    if args.report_to is None:
+        args.report_to = ["visualdl"]
+    args.disable_tqdm = bool(args.disable_tqdm)
+    if args.max_steps > 0 and {"max_steps", "num_train_epochs"} <= args.given:
+        args.notes.append(f"max_steps {args.max_steps} wins over num_train_epochs {args.num_train_epochs:g}")
+    if args.warmup_steps > 0 and args.warmup_ratio > 0:
+        args.notes.append(f"warmup_steps {args.warmup_steps} wins over warmup_ratio {args.warmup_ratio:g}")
+    _resolve_evaluation(args)
+    args.plugins = [_beside_file(plugin, args.file) for plugin in args.plugins]
+    if isinstance(args, LoRAFields) and args.lora_alpha is None:
+        args.lora_alpha = 2 * args.lora_rank
+    if isinstance(args, PPOArguments):
+        _resolve_ppo(args)
+
+
+def _resolve_evaluation(args: Arguments) -> None:
+    if "do_eval" in args.given and not args.do_eval and args.evaluation_strategy != "no":
+        args.notes.append(f"do_eval is false, so evaluation_strategy {args.evaluation_strategy} does nothing")
+        args.evaluation_strategy = "no"
+    args.do_eval = args.do_eval or args.evaluation_strategy != "no"
+    if args.eval_steps is None:
+        args.eval_steps = args.logging_steps
+    if args.metric_for_best_model is None:
+        args.metric_for_best_model = _DEFAULT_METRIC[args.STAGE]
+    if args.greater_is_better is None:
+        metric = args.metric_for_best_model.removeprefix("eval_")
+        args.greater_is_better = not metric.endswith(_SMALLER_IS_BETTER)
+
+
+def _beside_file(name: str, argument_file: str | None) -> str:
+    """Return where a ``.py`` file (or ``file.py:function``) is: as given, else beside the argument file.
+
+    A name that is no such file, or is found in neither place, comes back unchanged.
+    """
+    place, colon, function = name.rpartition(":") if ".py:" in name else (name, "", "")
+    if not place.endswith(".py") or argument_file is None or Path(place).expanduser().is_file():
+        return name
+    beside = Path(argument_file).parent / place
+    return f"{beside}{colon}{function}" if beside.is_file() else name
+
+
+def _resolve_ppo(args: PPOArguments) -> None:
+    if isinstance(args.reward, str):
+        args.reward = _beside_file(args.reward, args.file)
+    elif args.reward:
+        args.reward = {_beside_file(name, args.file): weight for name, weight in args.reward.items()}
+    if args.max_src_len is None:
+        args.max_src_len = args.max_length
+    if args.max_dec_len is None:
+        args.max_dec_len = args.max_length
+    if args.reward_critic_model_name_or_path is None:
+        args.reward_critic_model_name_or_path = args.reward_model_name_or_path or args.actor_model_name_or_path
+    if args.per_device_rollout_batch_size < 1:
+        args.per_device_rollout_batch_size = args.per_device_train_batch_size
+    if args.rollout_logprob_batch_size is None:
+        args.rollout_logprob_batch_size = args.per_device_train_batch_size
+    if args.clip_range_ratio_low is None:
+        args.clip_range_ratio_low = args.clip_range_ratio
+    if args.clip_range_ratio_high is None:
+        args.clip_range_ratio_high = args.clip_range_ratio
+    args.normalize_reward = bool(args.normalize_reward)
+    args.normalize_advantage = bool(args.normalize_advantage)
+    args.eval_mode = args.eval_mode or ""
+    for name in (
+        "learning_rate",
+        "min_learning_rate",
+        "weight_decay",
+        "lr_scheduler_type",
+        "warmup_ratio",
+        "decay_steps",
+        "recompute",
+    ):
+        if getattr(args, f"critic_{name}") is None:
+            setattr(args, f"critic_{name}", getattr(args, name))

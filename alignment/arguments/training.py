@@ -1,0 +1,238 @@
+"""The arguments that all stages share.
+
+Names are those of paddlenlp's ``TrainingArguments``; at the end come this toolkit's own.
+Classes are groups: the documentation lists each under its ``GROUP``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.arguments import values
+from alignment.arguments.spec import argument
+
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
+INTERVALS = ("no", "steps", "epoch")
+
+NO_HALF_ON_CPU = "Paddle has no half-precision kernels on CPUs; everything is computed in float32"
+NO_KERNELS_ON_CPU = "the fused kernels need a GPU"
+ONE_PROCESS = "no effect with one process"
+DATA_PARALLEL_ONLY = "sharding is not available yet in this version; the processes run plain data parallelism"
+
+
+@dataclass
+class RunFields:
+    """Where the run lives and what it does."""
+
+    GROUP = "Run"
+
+    output_dir: str = argument("", "Folder of the run: models, checkpoints, metrics.", required=True)
+    overwrite_output_dir: bool = argument(False, "Start afresh in an output_dir that holds an earlier run.")
+    do_train: bool = argument(True, "Train; with false only the evaluation runs.")
+    do_eval: bool = argument(
+        False,
+        "Evaluate.",
+        derived="true when evaluation_strategy is not no; if true with strategy no: once, after training",
+    )
+    seed: int = argument(42, "Seed of data order, initialisation and sampling.", ge=0)
+    device: str = argument("gpu", "gpu is used if there is one; cpu stays on the CPU.", choices=("gpu", "cpu"))
+    resume_from_checkpoint: str | None = argument(
+        None, "Continue from this checkpoint folder; true: from the newest one in output_dir.", parse=values.read_resume
+    )
+    dry_run: bool = argument(False, "Print the resolved arguments and the derived sizes, then stop.")
+    plugins: list[str] = argument(
+        [], "Modules or .py files (here or beside the JSON file) to import first: own data sets, rewards."
+    )
+
+
+@dataclass
+class BatchFields:
+    """Sizes of batches and length of training."""
+
+    GROUP = "Batches and length of training"
+
+    per_device_train_batch_size: int = argument(8, "Rows of one micro batch per process.", ge=1, unit="rows")
+    per_device_eval_batch_size: int = argument(8, "Rows of one evaluation batch per process.", ge=1, unit="rows")
+    gradient_accumulation_steps: int = argument(1, "Micro batches of one optimizer step.", ge=1, unit="micro batches")
+    eval_accumulation_steps: int | None = argument(
+        None,
+        "Evaluation batches kept on the device.",
+        ge=1,
+        no_effect="evaluation keeps sums only, so there is nothing to move",
+    )
+    num_train_epochs: float = argument(
+        1.0, "Passes over the training data; a fraction is allowed.", gt=0, unit="epochs"
+    )
+    max_steps: int = argument(
+        -1, "Optimizer steps in all; -1: as num_train_epochs says. Wins over it.", ge=-1, unit="optimizer steps"
+    )
+    dataloader_drop_last: bool = argument(False, "Leave out the last batch of an epoch if it is not full.")
+
+
+@dataclass
+class OptimizerFields:
+    """AdamW and its learning rate."""
+
+    GROUP = "Optimizer"
+
+    learning_rate: float = argument(5e-5, "Highest learning rate.", ge=0)
+    min_learning_rate: float | None = argument(
+        None, "Floor of the learning rate.", ge=0, derived="0 (polynomial: 1e-7)"
+    )
+    weight_decay: float = argument(0.0, "AdamW's weight decay; biases and norms are left out.", ge=0)
+    adam_beta1: float = argument(0.9, "AdamW's beta1.", ge=0, lt=1)
+    adam_beta2: float = argument(0.999, "AdamW's beta2.", ge=0, lt=1)
+    adam_epsilon: float = argument(1e-8, "AdamW's epsilon.", gt=0)
+    max_grad_norm: float = argument(1.0, "Gradients are clipped to this global norm; 0: not at all.", ge=0)
+    lr_scheduler_type: str = argument("linear", "Course of the learning rate after the warm-up.", choices=SCHEDULERS)
+    warmup_ratio: float = argument(0.0, "Share of all optimizer steps in which the rate rises.", ge=0, le=1)
+    warmup_steps: int = argument(
+        0, "Optimizer steps in which the rate rises; wins over warmup_ratio.", ge=0, unit="optimizer steps"
+    )
+    decay_steps: int = argument(
+        0, "Optimizer step at which the floor is reached; 0: the last.", ge=0, unit="optimizer steps"
+    )
+
+
+@dataclass
+class EvaluationFields:
+    """When to evaluate and to save."""
+
+    GROUP = "Evaluation and checkpoints"
+
+    evaluation_strategy: str = argument("no", "When to evaluate.", choices=INTERVALS)
+    eval_steps: int | None = argument(
+        None, "Optimizer steps between two evaluations.", ge=1, unit="optimizer steps", derived="logging_steps"
+    )
+    save_strategy: str = argument("steps", "When to save a checkpoint.", choices=INTERVALS)
+    save_steps: int = argument(500, "Optimizer steps between two checkpoints.", ge=1, unit="optimizer steps")
+    save_total_limit: int | None = argument(
+        None, "Checkpoints kept; the best and the newest complete one always stay.", ge=1
+    )
+    load_best_model_at_end: bool = argument(False, "The final model is the checkpoint with the best evaluation.")
+    metric_for_best_model: str | None = argument(
+        None,
+        "Evaluation metric that decides which checkpoint is best.",
+        derived="SFT: loss, reward model: accuracy, PPO: reward",
+    )
+    greater_is_better: bool | None = argument(
+        None, "Whether a greater metric is better.", derived="false for a loss, perplexity or KL, else true"
+    )
+    unified_checkpoint: bool = argument(
+        False,
+        "paddlenlp's unified checkpoints.",
+        no_effect="checkpoints have one layout, which does not depend on the processes",
+    )
+
+
+@dataclass
+class ReportingFields:
+    """What is shown and recorded."""
+
+    GROUP = "Logging"
+
+    logging_steps: int = argument(500, "Optimizer steps between two rows of metrics.", ge=1, unit="optimizer steps")
+    logging_dir: str | None = argument(None, "Folder of VisualDL's or TensorBoard's files.", derived="output_dir/runs")
+    disable_tqdm: bool | None = argument(
+        None, "Print a line per logging step instead of a progress bar.", derived="false"
+    )
+    report_to: list[str] | None = argument(
+        None,
+        "Where metrics go besides metrics.jsonl: visualdl, tensorboard, wandb, all or none.",
+        parse=values.read_report_to,
+        derived="visualdl",
+    )
+
+
+@dataclass
+class PrecisionFields:
+    """Precision, memory and kernels."""
+
+    GROUP = "Precision and memory"
+
+    bf16: bool = argument(False, "Compute in bfloat16.", on_cpu=NO_HALF_ON_CPU)
+    fp16: bool = argument(False, "Compute in float16.", on_cpu=NO_HALF_ON_CPU)
+    fp16_opt_level: str = argument(
+        "O1", "O2: the weights are in half precision too.", choices=("O0", "O1", "O2"), on_cpu=NO_HALF_ON_CPU
+    )
+    recompute: bool = argument(False, "Recompute activations in the backward pass instead of keeping them.")
+    use_flash_attention: bool = argument(False, "Use FlashAttention.", on_cpu=NO_KERNELS_ON_CPU)
+
+
+@dataclass
+class ParallelFields:
+    """Several processes. In this version: data parallelism."""
+
+    GROUP = "Parallelism"
+
+    sharding: str = argument(
+        "",
+        "Optimizer sharding: stage1, stage2 or stage3, the latter two with offload.",
+        parse=values.read_sharding,
+        alone=ONE_PROCESS,
+        together=DATA_PARALLEL_ONLY,
+    )
+    sharding_parallel_degree: int = argument(
+        -1,
+        "Processes that share one optimizer.",
+        ge=-1,
+        neutral=(0, 1),
+        aliases=("sharding_degree",),
+        alone=ONE_PROCESS,
+        together=DATA_PARALLEL_ONLY,
+    )
+    tensor_parallel_degree: int = argument(
+        -1, "Processes that share each layer.", ge=-1, neutral=(0, 1), alone=ONE_PROCESS
+    )
+    pipeline_parallel_degree: int = argument(
+        -1, "Processes that share the layers.", ge=-1, neutral=(0, 1), alone=ONE_PROCESS
+    )
+    pipeline_parallel_config: str = argument(
+        "", "Options of the pipeline.", no_effect="there is no pipeline in this version"
+    )
+
+
+@dataclass
+class ToolkitFields:
+    """This toolkit's own arguments of all stages."""
+
+    GROUP = "Text and data"
+
+    tokenizer_name_or_path: str | None = argument(None, "Folder of the tokenizer.", derived="the model's")
+    prompt_template: str | None = argument(
+        None,
+        "beaver, chat (the tokenizer's own) or a Jinja string; one template serves all stages.",
+        derived="the one saved with the model, else beaver",
+    )
+    allow_template_mismatch: bool = argument(False, "Train although the model was made with another template.")
+    eval_split_ratio: float | None = argument(
+        None, "Without evaluation data: the share of the training data that is held out.", gt=0, lt=1
+    )
+    skip_bad_rows: bool = argument(False, "Skip and count malformed rows instead of stopping.")
+    overlong_prompts: str = argument(
+        "truncate",
+        "Prompts over their limit are cut on the left or dropped; both are counted.",
+        choices=("truncate", "drop"),
+    )
+    data_cache_dir: str | None = argument(None, "Folder of the tokenised data.", derived="output_dir/.cache")
+    dataset_num_proc: int = argument(1, "Processes that tokenise.", ge=1, unit="processes")
+
+
+@dataclass
+class TrainingFields(
+    ToolkitFields,
+    ParallelFields,
+    PrecisionFields,
+    ReportingFields,
+    EvaluationFields,
+    OptimizerFields,
+    BatchFields,
+    RunFields,
+):
+    """All arguments that the three stages share, in the order of the groups above (the reverse of the bases)."""
+
+
+def dataset_argument(help: str, **details: Any) -> Any:
+    """Declare an argument that holds a mixture of data sets."""
+    return argument(None, help, parse=values.read_datasets, **details)

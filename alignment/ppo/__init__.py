@@ -1,0 +1,1 @@
+"""PPO and what the three stages share: data, models, the engine."""

@@ -1,0 +1,103 @@
+"""Token rows on disk: flat arrays under a key that changes with everything they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignment.log import get_logger
+from alignment.ppo.data.chat import tokenizer_folder
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+_PROBES = ("Hello, world! 12345\n\n  two", "Привет, 世界 \U0001f600", "")
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a hash of what decides a tokenizer's output: its class, vocabulary, special tokens, files, and some
+    probes.
+    """
+    digest = hashlib.sha256()
+    facts = [
+        type(tokenizer).__name__,
+        _safe_len(tokenizer),
+        [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos")],
+    ]
+    if hasattr(tokenizer, "get_vocab"):
+        facts.append(sorted(tokenizer.get_vocab().items()))
+    facts.append([list(tokenizer(probe, add_special_tokens=True)["input_ids"]) for probe in _PROBES])
+    digest.update(json.dumps(facts, default=str).encode())
+    folder = tokenizer_folder(tokenizer)
+    for name in _TOKENIZER_FILES if folder else ():
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _safe_len(tokenizer: Any) -> int | None:
+    return len(tokenizer) if hasattr(tokenizer, "__len__") else None
+
+
+def cache_key(facts: Mapping[str, Any], samples: Iterable[Any]) -> str:
+    """Return the hash of ``facts`` and of every sample, in order."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for sample in samples:
+        digest.update(json.dumps(sample, sort_keys=True, default=str, ensure_ascii=True).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def cache_file(folder: Path, kind: str, key: str) -> Path:
+    """Where the rows of ``key`` lie."""
+    return folder / f"{kind}-{key[:20]}.npz"
+
+
+def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """Return the arrays stored under ``key``, or None: there are none, or (said in a warning) they are damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as stored:  # every array's checksum is verified by reading it
+            arrays = {name: stored[name] for name in stored.files}
+        if str(arrays.pop("key")) != key:
+            raise ValueError("it belongs to other data")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as err:
+        get_logger().warning("the token cache %s is damaged (%s): tokenising again", path, err)
+        return None
+    return arrays
+
+
+def write_cache(path: Path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to a temporary name, then rename. A cache that cannot be written is said, and done without."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            np.savez(stream, key=np.array(key), **arrays)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as err:
+        if temporary.exists():
+            temporary.unlink()
+        get_logger().warning(
+            "token rows could not be cached in %s (%s); they will be tokenised again next time", path, err
+        )

@@ -1,0 +1,117 @@
+"""Where Jinja templates come from, and the sandbox that they run in."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment.errors import DataError
+
+if TYPE_CHECKING:
+    import jinja2
+
+
+def tokenizer_folder(tokenizer: Any) -> Path | None:
+    """Return the local folder that the tokenizer was loaded from, or None."""
+    name = getattr(tokenizer, "name_or_path", None)
+    return Path(name) if isinstance(name, str) and name and Path(name).is_dir() else None
+
+
+def special_token(tokenizer: Any, name: str) -> str:
+    """Return the text of a special token ("eos", "bos"), "" if the tokenizer has none.
+
+    Reading ``tokenizer.bos_token`` where there is none makes paddlenlp log an error; its map of special tokens does
+    not.
+    """
+    known = getattr(tokenizer, "special_tokens_map", None)
+    value = known.get(f"{name}_token") if isinstance(known, dict) else getattr(tokenizer, f"{name}_token", None)
+    return str(value) if value is not None else ""
+
+
+@lru_cache(maxsize=16)
+def compile_template(source: str) -> jinja2.Template:
+    """Compile in a sandbox, with the settings and helpers that chat templates are written for."""
+    import datetime
+
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=_undefined(),
+        extensions=["jinja2.ext.loopcontrols"],
+    )
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as err:
+        raise DataError(f"the prompt template is not valid Jinja: line {err.lineno}: {err.message}") from err
+
+
+def _undefined() -> type[jinja2.Undefined]:
+    """Undefined names may be asked about (``is defined``, ``if tools``), as chat templates do, but not written out."""
+    import jinja2
+
+    class Undefined(jinja2.Undefined):
+        def __str__(self) -> str:
+            self._fail_with_undefined_error()
+
+    return Undefined
+
+
+def chat_source(tokenizer: Any) -> str:
+    """Return the Jinja source of the tokenizer's chat template.
+
+    paddlenlp keeps only the compiled form in memory, so the source is read from the tokenizer's folder.
+    """
+    source = getattr(tokenizer, "chat_template", None)
+    if isinstance(source, str) and ("{{" in source or "{%" in source):
+        return source
+    folder = tokenizer_folder(tokenizer)
+    if folder is not None:
+        if (folder / "chat_template.jinja").is_file():
+            return read_text(folder / "chat_template.jinja")
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            found = _source_in_json(folder / name)
+            if found:
+                return found
+        if (folder / "chat_template.json").is_file():
+            raise DataError(
+                f"{folder / 'chat_template.json'} is in paddlenlp's older form (system, conversation, query), which "
+                "does not say "
+                "where answers begin; write it as one Jinja string and give that as `prompt_template`"
+            )
+    raise DataError(
+        "prompt_template=chat, but the tokenizer "
+        f"({folder or getattr(tokenizer, 'name_or_path', None) or 'not from a folder'}) has no "
+        'chat template; add "chat_template" to its tokenizer_config.json, or use "beaver" or a Jinja string'
+    )
+
+
+def _source_in_json(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise DataError(f"{path} cannot be read: {err}") from err
+    found = found.get("chat_template") if isinstance(found, dict) else None
+    if isinstance(found, list):  # several named templates
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) and found.strip() else None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise DataError(f"the prompt template file {path} cannot be read: {err}") from err

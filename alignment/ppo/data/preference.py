@@ -1,0 +1,36 @@
+"""Two answers to one prompt, the better one known: for the reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from alignment.ppo.data.encode import Encoded, Encoder
+from alignment.ppo.data.tokenized import TokenizedDataset
+
+
+class PreferenceDataset(TokenizedDataset):
+    """Pairs of rows that begin with the same prompt.
+
+    ``ds[i]``: ``better_input_ids`` int64 [better_len], ``worse_input_ids`` int64 [worse_len], ``prompt_len``: the ids
+    that both begin with. Pairs that are identical, or became so when they were cut, are dropped and counted.
+    """
+
+    KIND = "preference"
+    SEQUENCES = 2
+
+    def encode(self, encoder: Encoder, sample: Mapping[str, Any]) -> Encoded | str:
+        return encoder.preference(sample)
+
+    def item(self, sample: int, position: int) -> dict[str, Any]:
+        return {
+            "better_input_ids": self._table.row(sample, 0),
+            "worse_input_ids": self._table.row(sample, 1),
+            "prompt_len": int(self._table.prompt_lens[sample]),
+        }
+
+    def trained_tokens(self, samples: np.ndarray) -> int | None:
+        both = self._table.lengths(0)[samples] + self._table.lengths(1)[samples]
+        return int((both - 2 * self._table.prompt_lens[samples]).sum())

@@ -1,0 +1,41 @@
+"""Prompts alone: what the actor answers in PPO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from alignment.ppo.data.encode import Encoded, Encoder, prompt_turns
+from alignment.ppo.data.tokenized import TokenizedDataset
+
+
+class PromptOnlyDataset(TokenizedDataset):
+    """Distinct prompts. A prompt that comes again is taken out before mixing; copies made by a proportion above 1 stay.
+
+    ``ds[i]``: ``input_ids`` int64 [prompt_len], the very ids that the prompt has in SFT and reward rows; ``prompt``:
+    the user's text as it was given (turns of a conversation joined by empty lines); ``row``: all fields of the sample
+    and all columns of its source, for Python rewards; ``source``: the NAME it came from; ``index``: its position in the
+    mixture, the same whatever else is dropped.
+    """
+
+    KIND = "prompt only"
+    DEDUPLICATE = True
+
+    def encode(self, encoder: Encoder, sample: Mapping[str, Any]) -> Encoded | str:
+        return encoder.prompt(sample)
+
+    def item(self, sample: int, position: int) -> dict[str, Any]:
+        raw = self._samples[sample]
+        fields = {name: value for name, value in raw.items() if name != "extra"}
+        return {
+            "input_ids": self._table.row(sample),
+            "prompt": "\n\n".join(prompt_turns(raw)),
+            "row": {**(raw.get("extra") or {}), **fields},
+            "source": self._sources[int(self._source_of[position])].name,
+            "index": position,
+        }
+
+    def trained_tokens(self, samples: np.ndarray) -> int | None:
+        return None

@@ -1,0 +1,334 @@
+"""What the three tokenised data sets share: mixture -> samples -> token rows -> an account of it all."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from alignment.errors import DataError
+from alignment.log import get_logger
+from alignment.ppo.data.base import find_class, split_indices
+from alignment.ppo.data.cache import cache_file, cache_key, read_cache, tokenizer_fingerprint, write_cache
+from alignment.ppo.data.encode import ENCODING_VERSION, MALFORMED, Encoded, Encoder, Limits
+from alignment.ppo.data.files import BadRow
+from alignment.ppo.data.loading import Loaded, Sample, deduplicate, load_source, mix, place, read_sample
+from alignment.ppo.data.mixture import Source, parse_mixture
+from alignment.ppo.data.summary import DatasetSummary, SourceSummary, counts_text, length_percentiles
+from alignment.ppo.data.table import CUTS, TokenTable, compact
+from alignment.ppo.data.template import PromptTemplate
+from alignment.ppo.data.workers import encode_all
+
+# What token rows depend on; other columns may change without tokenising again.
+_TEXT_FIELDS = ("input", "answer", "other_answer", "dialogue", "better", "system")
+
+
+class TokenizedDataset(ABC):
+    """A mixture of raw data sets as token rows. Use one of its three kinds.
+
+    Args:
+        names_and_attrs: the mixture: ``{"alpaca": 0.75, "my-data": {"proportion": 0.5, "path": ...}}``, pairs of the
+            same, or dataset strings; see :func:`parse_mixture`.
+        tokenizer: a paddlenlp tokenizer.
+        template: see :meth:`PromptTemplate.resolve`.
+        max_length, max_src_len, overlong_prompts: see :class:`Limits`.
+        skip_bad_rows: count malformed rows under "malformed" and go on, where otherwise the first one raises.
+        seed: of the rows that a broken proportion draws.
+        cache_dir: keep token rows there; None keeps none.
+        num_proc: processes to tokenise with.
+        show_progress: show a progress bar.
+        name: what to call the data set in tables and messages ("train", "eval", ...); by default the names of its
+            sources.
+
+    Raises:
+        DataError: a name is unknown, a file or row cannot be used (file and line are named), or nothing is left after
+            filtering.
+    """
+
+    KIND: ClassVar[str]
+    SEQUENCES: ClassVar[int] = 1
+    DEDUPLICATE: ClassVar[bool] = False
+    """Whether rows with a prompt that came before (in any source) are taken out before proportions are applied."""
+
+    def __init__(
+        self,
+        names_and_attrs: Any,
+        tokenizer: Any,
+        *,
+        template: PromptTemplate | str | None = None,
+        max_length: int = 2048,
+        max_src_len: int | None = None,
+        overlong_prompts: str = "truncate",
+        skip_bad_rows: bool = False,
+        seed: int = 42,
+        cache_dir: str | Path | None = None,
+        num_proc: int = 1,
+        show_progress: bool = True,
+        name: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = PromptTemplate.resolve(template, tokenizer)
+        self.limits = Limits(max_length, max_src_len, overlong_prompts)
+        self.seed = seed
+        encoder = Encoder(tokenizer, self.template, self.limits)
+        sources = parse_mixture(names_and_attrs)
+        for source in sources:
+            _check_fields(source, self.KIND)
+        self.name = name or ", ".join(dict.fromkeys(source.name for source in sources))
+
+        loaded = [load_source(source, skip_bad_rows) for source in sources]
+        if self.DEDUPLICATE:
+            deduplicate(loaded, skip_bad_rows)
+        self._sources, origin, rows = mix(loaded, seed)
+        # A sample that was taken twice is tokenised once: `unique` holds each (source, row) once, `_sample_of` leads
+        # there.
+        pairs = list(dict.fromkeys(zip(origin.tolist(), rows.tolist(), strict=True)))
+        numbers = {pair: number for number, pair in enumerate(pairs)}
+        self._source_of = origin
+        self._sample_of = np.array(
+            [numbers[p] for p in zip(origin.tolist(), rows.tolist(), strict=True)], dtype=np.int64
+        )
+        samples = [read_sample(loaded[source], row, skip_bad_rows) for source, row in pairs]
+
+        def encode(number: int) -> Encoded | str | BadRow:
+            return compact(self._encode_one(encoder, samples[number], loaded[pairs[number][0]], pairs[number][1]))
+
+        self._table, self._from_cache = self._tokenise(
+            encode, samples, cache_dir and Path(cache_dir).expanduser(), num_proc, show_progress, skip_bad_rows
+        )
+        self._samples = samples if self.DEDUPLICATE else None  # prompts hand their rows to rewards
+        self._kept = np.flatnonzero(self._table.reasons[self._sample_of] == "")
+        self._account(loaded)
+
+    # ---------------------------------------------------------------- what a kind defines
+
+    @abstractmethod
+    def encode(self, encoder: Encoder, sample: Mapping[str, Any]) -> Encoded | str:
+        """Tokenise a sample, or return the reason why it is dropped."""
+
+    @abstractmethod
+    def item(self, sample: int, position: int) -> dict[str, Any]:
+        """Return the item of the table's row ``sample``, at ``position`` of the mixture."""
+
+    @abstractmethod
+    def trained_tokens(self, samples: np.ndarray) -> int | None:
+        """Return how many tokens of the given rows a loss looks at; None if there is no such loss."""
+
+    # ---------------------------------------------------------------- the sequence
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        position = int(self._kept[operator.index(index)])
+        return self.item(int(self._sample_of[position]), position)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for index in range(len(self)):
+            yield self[index]
+
+    def select(self: _Self, indices: Sequence[int], name: str | None = None) -> _Self:
+        """Return a data set of the given items, in the given order."""
+        part = copy.copy(self)
+        part._kept = self._kept[np.asarray(indices, dtype=np.int64)]
+        part.name = name or self.name
+        return part
+
+    def lengths(self) -> np.ndarray:
+        """Return int64 [len(self)]: the number of tokens of each item (of a pair, the longer row)."""
+        longest = np.max([self._table.lengths(k) for k in range(self.SEQUENCES)], axis=0)
+        return longest[self._sample_of[self._kept]]
+
+    # ---------------------------------------------------------------- the account
+
+    @property
+    def summary(self) -> DatasetSummary:
+        """What was kept, dropped and cut, and how long it is."""
+        samples = self._sample_of[self._kept]
+        is_part = len(self._kept) != int((self._table.reasons[self._sample_of] == "").sum())
+        reasons = Counter() if is_part else Counter(self._table.reasons[self._sample_of].tolist())
+        reasons.pop("", None)
+        cuts = self._table.cuts[samples]
+        tokens = int(sum(self._table.lengths(k)[samples].sum() for k in range(self.SEQUENCES)))
+        trained = self.trained_tokens(samples)
+        truncated = {cut: int(((cuts >> bit) & 1).sum()) for bit, cut in enumerate(CUTS)}
+        return DatasetSummary(
+            name=self.name,
+            kind=self.KIND,
+            sources=self._source_summaries(is_part),
+            rows=len(self._kept) if is_part else len(self._sample_of),
+            kept=len(self._kept),
+            dropped=dict(sorted(reasons.items())),
+            truncated={cut: count for cut, count in truncated.items() if count},
+            lengths=length_percentiles(self.lengths()),
+            tokens=tokens,
+            trained_fraction=None if trained is None else trained / max(tokens, 1),
+            from_cache=self._from_cache,
+        )
+
+    def mixture_record(self) -> dict[str, Any]:
+        """Return how the data set was put together, as JSON values: for ``data_mixture.json`` in the run's folder."""
+        return {
+            **self.summary.to_dict(),
+            "seed": self.seed,
+            "limits": asdict(self.limits),
+            "template": self.template.to_dict(),
+        }
+
+    def _source_summaries(self, is_part: bool) -> list[SourceSummary]:
+        kept = np.bincount(self._source_of[self._kept], minlength=len(self._sources))
+        reasons = self._table.reasons[self._sample_of]
+        found = []
+        for number, source in enumerate(self._sources):
+            dropped = Counter(reasons[self._source_of == number].tolist())
+            dropped.pop("", None)
+            taken = int(kept[number]) if is_part else source.taken
+            found.append(
+                replace(
+                    source,
+                    taken=taken,
+                    kept=int(kept[number]),
+                    dropped={} if is_part else dict(sorted(dropped.items())),
+                )
+            )
+        return found
+
+    def _account(self, loaded: Sequence[Loaded]) -> None:
+        """Refuse a data set that has nothing left, or a source of which every row is unusable."""
+        reasons = self._table.reasons[self._sample_of]
+        first = f". The first malformed row: {self._table.messages[0]}" if self._table.messages else ""
+        for number, one in enumerate(loaded):
+            own = reasons[self._source_of == number]
+            if len(own) and (own == MALFORMED).all():
+                raise DataError(
+                    f"every row of data set {one.source.label!r} that was taken ({len(own)}) is malformed{first}"
+                )
+        if not len(self._kept):
+            dropped = counts_text(Counter(reasons.tolist()))
+            raise DataError(
+                f"no data is left of {self.name!r} ({self.KIND}) after filtering: {len(reasons)} rows taken, "
+                f"dropped: {dropped}"
+                f" (max_length={self.limits.max_length}, max_src_len={self.limits.max_src_len}){first}"
+            )
+
+    # ---------------------------------------------------------------- tokenising
+
+    def _encode_one(self, encoder: Encoder, sample: Sample, loaded: Loaded, row: int) -> Encoded | str | BadRow:
+        if isinstance(sample, BadRow):
+            return sample
+        try:
+            return self.encode(encoder, sample)
+        except DataError as err:
+            return BadRow(f"{place(loaded, row)}: {err}{_fitting(sample, self.KIND)}")
+
+    def _tokenise(
+        self,
+        encode: Callable[[int], Any],
+        samples: Sequence[Sample],
+        cache_dir: Path | None,
+        num_proc: int,
+        show_progress: bool,
+        skip_bad_rows: bool,
+    ) -> tuple[TokenTable, bool]:
+        """Return the token table and whether it came from the cache."""
+        path, key = None, ""
+        if cache_dir:
+            key = cache_key(self._cache_facts(), (_cached_fields(sample) for sample in samples))
+            path = cache_file(cache_dir, type(self).__name__, key)
+            arrays = read_cache(path, key)
+            if arrays is not None:
+                table = TokenTable.from_arrays(arrays, self.SEQUENCES)
+                if skip_bad_rows or not table.messages:
+                    return table, True
+        outcomes = encode_all(
+            encode, range(len(samples)), num_proc=num_proc, show_progress=show_progress, title=f"tokenising {self.name}"
+        )
+        table = TokenTable.build(outcomes, self.SEQUENCES)
+        if table.messages and not skip_bad_rows:
+            raise DataError(table.messages[0])
+        for message in table.messages:
+            get_logger().warning("skipped (skip_bad_rows): %s", message)
+        if path:
+            write_cache(path, key, table.to_arrays())
+        return table, False
+
+    def _cache_facts(self) -> dict[str, Any]:
+        return {
+            "version": ENCODING_VERSION,
+            "kind": type(self).__qualname__,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "template": self.template.to_dict(),
+            "specials": [self.template.eos_token, self.template.bos_token],
+            "limits": asdict(self.limits),
+        }
+
+
+_Self = TypeVar("_Self", bound=TokenizedDataset)
+
+
+def split_train_eval(dataset: _Self, ratio: float, seed: int = 42) -> tuple[_Self, _Self]:
+    """Split a tokenised data set into a train and an evaluation part (``eval_split_ratio``).
+
+    Copies of one sample (a proportion above 1) go to the same part, so nothing is evaluated that was trained on.
+
+    Args:
+        dataset: to split.
+        ratio: the evaluation part's share of the distinct samples, between 0 and 1, both excluded.
+        seed: of the choice.
+
+    Raises:
+        DataError: the ratio is out of range or there are fewer than two distinct samples.
+    """
+    samples = dataset._sample_of[dataset._kept]
+    distinct = np.unique(samples)
+    if len(distinct) < 2:
+        raise DataError(
+            f"eval_split_ratio: {dataset.name!r} has {len(distinct)} distinct rows; splitting needs at least 2"
+        )
+    _, chosen = split_indices(len(distinct), ratio, seed)
+    is_eval = np.isin(samples, distinct[chosen])
+    train = dataset.select(np.flatnonzero(~is_eval))
+    return train, dataset.select(np.flatnonzero(is_eval), f"{dataset.name} (split off)")
+
+
+def _cached_fields(sample: Sample) -> Any:
+    if isinstance(sample, BadRow):
+        return {"bad": sample.reason}
+    return {name: sample[name] for name in _TEXT_FIELDS if name in sample}
+
+
+_NEEDS = {
+    "preference": ("input", "answer", "other_answer", "better"),
+    "supervised": ("input", "answer"),
+    "prompt only": ("input",),
+}
+
+
+def _check_fields(source: Source, kind: str) -> None:
+    """Refuse a data set that is known to lack what the kind needs, before it is loaded."""
+    fields = find_class(source.name).FIELDS
+    missing = [name for name in _NEEDS[kind] if fields is not None and name not in fields]
+    if missing:
+        names = " and ".join(f"`{name}`" for name in missing)
+        raise DataError(f"data set {source.name!r} has no {names}{_fitting(dict.fromkeys(fields), kind)}")
+
+
+def _fitting(sample: Mapping[str, Any], kind: str) -> str:
+    """Say which kinds of data set a sample that does not fit ``kind`` would fit."""
+    has = set(sample)
+    if set(_NEEDS[kind]) <= has or (kind == "supervised" and "dialogue" in has):
+        return ""
+    fits = [f"{name} data" for name, fields in _NEEDS.items() if set(fields) <= has]
+    text = f". Its samples have ({', '.join(sorted(has - {'extra'}))})"
+    text += f", which fits {' and '.join(fits)}" if fits else ""
+    if kind == "preference":
+        text += "; preference data are for example PKU-SafeRLHF/train, or a jsonl file with the columns prompt, "
+        text += "chosen, rejected"
+    return text

@@ -1,0 +1,134 @@
+"""An iteration of RLHF as a small graph of model calls.
+
+The graph says what is computed from what; from it follow the order, which roles must be resident when (what offloading
+needs), and the phase timings. PPO's own graph is :data:`PPO_ITERATION`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of one or more roles.
+
+    Attributes:
+        name: of the phase, as it appears in the metrics.
+        kind: ``"generate"``, ``"infer"`` (no gradient), ``"train"``, or ``"host"`` for a step without a model.
+        roles: what must be resident while it runs.
+        needs: names of the values it takes, in the order of its arguments.
+        gives: name of the value it returns.
+    """
+
+    name: str
+    kind: Literal["generate", "infer", "train", "host"]
+    roles: tuple[str, ...]
+    needs: tuple[str, ...]
+    gives: str
+
+
+@dataclass
+class PhaseTimer:
+    """Seconds and tokens spent in each phase since the last :meth:`drain`."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, float] = field(default_factory=dict)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Count time for a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def count_tokens(self, phase: str, tokens: float) -> None:
+        """Count tokens that a phase worked on, for its rate."""
+        self.tokens[phase] = self.tokens.get(phase, 0.0) + tokens
+
+    def drain(self) -> dict[str, float]:
+        """The figures as metrics (``time/<phase>_seconds``, ``tokens_per_second/<phase>``), and start anew."""
+        result = {f"time/{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
+        for phase, tokens in self.tokens.items():
+            if self.seconds.get(phase, 0.0) > 0:
+                result[f"tokens_per_second/{phase}"] = tokens / self.seconds[phase]
+        self.seconds, self.tokens = {}, {}
+        return result
+
+
+class Dataflow:
+    """Model calls in an order in which each finds what it needs.
+
+    Args:
+        calls: in any order.
+        inputs: names of the values that are there from the start.
+
+    Raises:
+        ValueError: two calls give the same value, or one needs a value that nothing gives (a cycle shows as that, too).
+    """
+
+    def __init__(self, calls: Sequence[ModelCall], inputs: Iterable[str]) -> None:
+        self.inputs = tuple(inputs)
+        self.calls = self._sorted(calls)
+
+    def _sorted(self, calls: Sequence[ModelCall]) -> tuple[ModelCall, ...]:
+        known, waiting, order = set(self.inputs), list(calls), []
+        names = [call.gives for call in calls]
+        twice = {name for name in names if names.count(name) > 1 or name in known}
+        if twice:
+            raise ValueError(f"more than one call gives {', '.join(sorted(twice))}")
+        while waiting:
+            ready = next((call for call in waiting if known.issuperset(call.needs)), None)
+            if ready is None:
+                missing = {f"{call.name} needs {', '.join(sorted(set(call.needs) - known))}" for call in waiting}
+                raise ValueError(f"the dataflow cannot run: {'; '.join(sorted(missing))}")
+            waiting.remove(ready)
+            order.append(ready)
+            known.add(ready.gives)
+        return tuple(order)
+
+    def residency(self) -> list[tuple[str, frozenset[str]]]:
+        """For each phase in order, the roles that it needs in memory."""
+        return [(call.name, frozenset(call.roles)) for call in self.calls]
+
+    def run(
+        self,
+        functions: Mapping[str, Callable[..., Any]],
+        values: Mapping[str, Any],
+        timer: PhaseTimer,
+        on_phase: Callable[[ModelCall], None] | None = None,
+    ) -> dict[str, Any]:
+        """Run the calls in order.
+
+        Args:
+            functions: by the call's name.
+            values: the inputs by name.
+            timer: gets each phase's seconds.
+            on_phase: called before each phase (residency, heartbeats).
+
+        Returns:
+            All values by name.
+        """
+        known = dict(values)
+        for call in self.calls:
+            if on_phase is not None:
+                on_phase(call)
+            started = time.perf_counter()
+            known[call.gives] = functions[call.name](*(known[name] for name in call.needs))
+            timer.add(call.name, time.perf_counter() - started)
+        return known
+
+
+PPO_ITERATION = Dataflow(
+    [
+        ModelCall("generate", "generate", ("actor",), ("prompts",), "rollout"),
+        ModelCall("actor_logprobs", "infer", ("actor",), ("rollout",), "logprobs"),
+        ModelCall("reference_logprobs", "infer", ("reference",), ("rollout",), "ref_logprobs"),
+        ModelCall("reward_scores", "infer", ("reward",), ("rollout",), "scores"),
+        ModelCall("critic_values", "infer", ("critic",), ("rollout",), "values"),
+        ModelCall("advantages", "host", (), ("rollout", "logprobs", "ref_logprobs", "scores", "values"), "experience"),
+        ModelCall("update", "train", ("actor", "critic"), ("experience",), "stats"),
+    ],
+    inputs=("prompts",),
+)
+"""One iteration in two residency scopes: actor + reference (sampling, log-probs), then reward + critic."""

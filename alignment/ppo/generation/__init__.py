@@ -1,0 +1,1 @@
+"""Answers from prompts: the sampler and the engine that drives a model token by token."""

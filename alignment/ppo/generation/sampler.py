@@ -1,0 +1,132 @@
+"""From logits to the next token, on the host: penalties, filters and the inverse-CDF draw with counter-based
+numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from alignment.ppo.generation.random_numbers import token_uniforms
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: longest response, EOS included.
+        min_new_tokens: no EOS before the response has so many tokens besides it.
+        temperature: logits are divided by it.
+        top_k: only the k likeliest tokens; 0 for all.
+        top_p: only the smallest set of likeliest tokens whose probability reaches top_p; 1 for all.
+        repetition_penalty: logits of tokens that already stand in the row are divided (positive) or multiplied
+            (negative) by it (Keskar et al. 2019, CTRL); 1 for none.
+        greedy: take the likeliest token; everything above but the penalty and the minimum length is then ignored.
+        seed: of the random numbers.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    greedy: bool = False
+    seed: int = 42
+
+    def as_greedy(self) -> SamplingSettings:
+        """The same limits without chance."""
+        return replace(self, greedy=True)
+
+
+def truncated_probabilities(logits: np.ndarray, settings: SamplingSettings) -> np.ndarray:
+    """The distribution that is sampled from.
+
+    Args:
+        logits: ``[N, V]`` float32, penalties applied.
+        settings: temperature, top_k, top_p.
+
+    Returns:
+        ``[N, V]`` float64, each row summing to 1, zero where a filter struck.
+    """
+    scaled = logits.astype(np.float64) / settings.temperature
+    scaled -= scaled.max(axis=-1, keepdims=True)
+    probs = np.exp(scaled)
+    vocab = probs.shape[-1]
+    if 0 < settings.top_k < vocab:
+        threshold = np.partition(probs, vocab - settings.top_k, axis=-1)[:, vocab - settings.top_k, None]
+        probs[probs < threshold] = 0.0
+    probs /= probs.sum(axis=-1, keepdims=True)
+    if settings.top_p < 1.0:
+        for row in probs:
+            _keep_nucleus(row, settings.top_p)
+    return probs
+
+
+def _keep_nucleus(row: np.ndarray, top_p: float) -> None:
+    # Tokens below (1 - top_p) / V weigh less than 1 - top_p together, so none of them is in the nucleus: sort the
+    # others only.
+    candidates = np.nonzero(row >= (1.0 - top_p) / row.size)[0]
+    order = candidates[np.argsort(-row[candidates], kind="stable")]
+    reached = np.cumsum(row[order])
+    keep = order[: int(np.searchsorted(reached, top_p - 1e-12)) + 1]
+    kept = row[keep]
+    row[:] = 0.0
+    row[keep] = kept / kept.sum()
+
+
+def apply_repetition_penalty(logits: np.ndarray, seen: np.ndarray, penalty: float) -> None:
+    """Push down, in place, the logits of tokens that already stand in the row.
+
+    Args:
+        logits: ``[N, V]``.
+        seen: ``[N, V]`` bool.
+        penalty: above 1 to discourage repetition.
+    """
+    logits[...] = np.where(seen, np.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def choose_tokens(
+    logits: np.ndarray,
+    settings: SamplingSettings,
+    prompt_index: np.ndarray,
+    sample_index: np.ndarray,
+    position: int,
+    eos_ids: tuple[int, ...] = (),
+    seen: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose one token for each row.
+
+    Args:
+        logits: ``[N, V]`` float32.
+        settings: how.
+        prompt_index: ``[N]``, for the random numbers.
+        sample_index: ``[N]``, likewise.
+        position: which token of the response this is, from 0.
+        eos_ids: banned while ``position < settings.min_new_tokens``.
+        seen: ``[N, V]`` bool, tokens in the row so far; needed with a repetition penalty.
+
+    Returns:
+        ``(tokens [N] int64, logprobs [N] float32)``; the log-probs are of ``softmax(logits / temperature)`` before any
+        filter or penalty, as the training network will compute them.
+    """
+    plain = logits.astype(np.float64) / settings.temperature
+    peak = plain.max(axis=-1, keepdims=True)
+    normalizer = np.log(np.exp(plain - peak).sum(axis=-1)) + peak[:, 0]
+    adjusted = logits.astype(np.float32, copy=True)
+    if settings.repetition_penalty != 1.0 and seen is not None:
+        apply_repetition_penalty(adjusted, seen, settings.repetition_penalty)
+    if position < settings.min_new_tokens and eos_ids:
+        adjusted[:, list(eos_ids)] = -np.inf
+    if settings.greedy:
+        tokens = adjusted.argmax(axis=-1)
+    else:
+        cumulative = np.cumsum(truncated_probabilities(adjusted, settings), axis=-1)
+        total = cumulative[:, -1]
+        draws = token_uniforms(settings.seed, prompt_index, sample_index, position) * total
+        draws = np.minimum(draws, np.nextafter(total, 0.0))  # rounding must not step over the last token
+        tokens = (cumulative <= draws[:, None]).sum(axis=-1)
+    rows = np.arange(len(tokens))
+    return tokens.astype(np.int64), (plain[rows, tokens] - normalizer).astype(np.float32)

@@ -1,0 +1,89 @@
+"""What must hold in a correct first step, asserted while it runs. A run that breaks one of these cannot be trusted, so
+it stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from alignment.errors import InvariantError
+from alignment.ppo.engine import Engine
+
+# (largest |ratio - 1|, largest approximate KL): the same network on the same tokens, differently batched, differs by
+# rounding only.
+_BOUNDS = {"float32": (1e-3, 1e-6), "bfloat16": (0.3, 5e-3), "float16": (0.1, 1e-3)}
+
+
+def check_first_pass(max_ratio_error: float, approx_kl: float, dtype: str) -> None:
+    """On the first pass over a rollout nothing was learnt yet: every ratio is 1 and the approximate KL is 0.
+
+    Args:
+        max_ratio_error: the largest ``|ratio - 1|`` of the first micro batches.
+        approx_kl: their mean ``0.5 (log ratio)^2``.
+        dtype: of the actor's weights; it sets how much rounding may show.
+
+    Raises:
+        InvariantError: a bound is passed.
+    """
+    ratio_bound, kl_bound = _BOUNDS.get(dtype, _BOUNDS["float32"])
+    if max_ratio_error > ratio_bound or approx_kl > kl_bound:
+        raise InvariantError(
+            "on the first pass the importance ratio must be 1 and the approximate KL 0, but the largest |ratio - 1| "
+            f"is {max_ratio_error:.3g} (bound {ratio_bound:g}) and the approximate KL {approx_kl:.3g} (bound "
+            f"{kl_bound:g}): the network gives other log-probs while training than while scoring. Is there dropout in "
+            "the model, or a batch-dependent layer?"
+        )
+
+
+class MovementCheck:
+    """Every trainable tensor moves in its model's first optimizer step, and no frozen one ever does.
+
+    Args:
+        engines: by role.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self.engines = dict(engines)
+        self.before = {role: engine.parameter_fingerprints() for role, engine in self.engines.items()}
+        self.waiting = {role for role, engine in self.engines.items() if engine.trainable}
+
+    def after_step(self, role: str, learning_rate: float, grad_norm: float) -> None:
+        """Check a trained role after its optimizer step; a step with nothing to learn (rate or gradient 0) is left out.
+
+        Raises:
+            InvariantError: naming the tensors.
+        """
+        if role not in self.waiting or learning_rate == 0.0 or grad_norm == 0.0:
+            return
+        self.waiting.discard(role)
+        engine, before = self.engines[role], self.before[role]
+        now = engine.parameter_fingerprints()
+        trainable = set(engine.parameters)
+        stuck = sorted(name for name in trainable if now[name] == before[name])
+        moved = sorted(name for name in now if name not in trainable and now[name] != before[name])
+        if stuck:
+            raise InvariantError(
+                f"{role}: the first optimizer step left {len(stuck)} of {len(trainable)} trainable tensors where they "
+                f"were: {stuck[:5]}. Does the loss reach them?"
+            )
+        if moved:
+            raise InvariantError(f"{role}: the first optimizer step moved frozen tensors: {moved[:5]}")
+
+    def frozen_roles(self) -> None:
+        """Check the roles that are not trained.
+
+        Raises:
+            InvariantError: naming role and tensors.
+        """
+        for role, engine in self.engines.items():
+            if engine.trainable:
+                continue
+            now = engine.parameter_fingerprints()
+            moved = sorted(name for name, print_ in now.items() if print_ != self.before[role][name])
+            if moved:
+                raise InvariantError(f"{role} is frozen, but these tensors changed: {moved[:5]}")
+
+    @property
+    def done(self) -> bool:
+        """Whether every trained role was checked."""
+        return not self.waiting

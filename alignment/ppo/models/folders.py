@@ -1,0 +1,309 @@
+"""Cheap checks of a model folder, made before anything is loaded.
+
+Nothing here imports Paddle: a folder is judged from ``config.json``, the index file and the headers of the weight
+files, so that a run with a wrong path or a download that was cut short stops within milliseconds and says which file
+is at fault.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.errors import ModelError, nearest
+
+#: ``model_type`` in config.json -> what the architecture is called in messages. These are the backbones that can be
+#: trained.
+SUPPORTED_MODEL_TYPES: dict[str, str] = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral", "gemma": "Gemma"}
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+LORA_CONFIG_FILE = "lora_config.json"
+LORA_WEIGHT_FILES = ("lora_model_state.pdparams", "peft_model.safetensors.index.json")
+
+#: (index or single file, kind of its content), in the order in which paddlenlp itself looks for them.
+WEIGHT_FILES: tuple[tuple[str, str], ...] = (
+    ("model.safetensors.index.json", "safetensors"),
+    ("model.safetensors", "safetensors"),
+    ("model_state.pdparams.index.json", "paddle"),
+    ("model_state.pdparams", "paddle"),
+    ("pytorch_model.bin.index.json", "torch"),
+    ("pytorch_model.bin", "torch"),
+)
+
+_SAFETENSORS_ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder that passed the checks.
+
+    Attributes:
+        path: the folder.
+        config: the content of its ``config.json``.
+        model_type: one of :data:`SUPPORTED_MODEL_TYPES`.
+        kind: format of the weight files: ``"safetensors"``, ``"paddle"`` (``.pdparams``) or ``"torch"`` (``.bin``).
+        weight_files: all weight files, shards in the order of the index.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    model_type: str
+    kind: str
+    weight_files: tuple[Path, ...]
+
+
+def looks_like_hub_name(path: str | os.PathLike) -> bool:
+    """Return whether ``path`` could be the name of a model on a hub (``name`` or ``owner/name``) and is not a local
+    folder.
+    """
+    text = str(path)
+    if not text or Path(text).expanduser().exists():
+        return False
+    return not text.startswith((".", "/", "~")) and not text.endswith("/") and text.count("/") <= 1 and "\\" not in text
+
+
+def check_model_folder(path: str | os.PathLike, *, role: str = "model") -> ModelFolder | None:
+    """Check all that can be checked about a model folder without loading weights.
+
+    Args:
+        path: a local folder, or the name of a model on a hub.
+        role: what the model is for (``"actor"``, ``"reward model"``, ...), for messages.
+
+    Returns:
+        What was found, or ``None`` when ``path`` is no local folder but may be the name of a model on a hub (that is
+        only known once it is fetched).
+
+    Raises:
+        ModelError: no such folder; ``config.json`` missing, empty or not JSON; architecture not supported; no
+            weights; a shard that the index names is missing; a weight file that is cut short or damaged.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if looks_like_hub_name(path):
+            return None
+        raise ModelError(f"{role}: no such folder: {path}{_sibling_hint(folder)}")
+    if not folder.is_dir():
+        raise ModelError(f"{role}: {path} is a file; give the folder that holds config.json and the weights")
+    config = read_config(folder, role=role)
+    model_type = model_type_of(config, folder, role=role)
+    kind, weight_files = _find_weights(folder, role=role)
+    for file in weight_files:
+        _check_weight_file(file, kind, role=role)
+    return ModelFolder(folder, config, model_type, kind, weight_files)
+
+
+def read_config(folder: Path, *, role: str = "model") -> dict[str, Any]:
+    """Return the content of ``folder/config.json``.
+
+    Raises:
+        ModelError: the file is missing, empty, not JSON or not an object.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise ModelError(
+            f"{role}: {folder} has no {CONFIG_FILE}, so it is not a model folder (it holds: {_listing(folder)})"
+        )
+    config = read_json(file, role=role)
+    if not isinstance(config, dict) or not config:
+        raise ModelError(f"{role}: {file} is empty; it must be a JSON object that describes the model")
+    return config
+
+
+def read_json(file: Path, *, role: str = "model") -> Any:
+    """Return the content of a JSON file; a :class:`ModelError` names the file and line if it is not JSON."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{role}: cannot read {file}: {error}") from error
+    if not text.strip():
+        raise ModelError(f"{role}: {file} is empty; it must hold JSON")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"{role}: {file} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+
+
+def model_type_of(config: dict[str, Any], folder: str | os.PathLike, *, role: str = "model") -> str:
+    """Return the supported ``model_type`` that a config describes, by its ``model_type`` or else its ``architectures``.
+
+    Raises:
+        ModelError: the architecture is missing or not supported; the message lists the supported ones.
+    """
+    known = ", ".join(SUPPORTED_MODEL_TYPES)
+    model_type = config.get("model_type")
+    if model_type in SUPPORTED_MODEL_TYPES:
+        return model_type
+    if model_type:
+        raise ModelError(
+            f"{role}: {folder}: model_type {model_type!r} in {CONFIG_FILE} is not supported"
+            f"{nearest(str(model_type), SUPPORTED_MODEL_TYPES)}; supported are {known}"
+        )
+    for architecture in config.get("architectures") or []:
+        for name, title in SUPPORTED_MODEL_TYPES.items():
+            if str(architecture).startswith((f"{title}For", f"{title}Model")):
+                return name
+    raise ModelError(
+        f"{role}: {folder}: {CONFIG_FILE} names no supported architecture (model_type is missing, architectures is "
+        f"{config.get('architectures')!r}); supported are {known}"
+    )
+
+
+def model_context_length(path: str | os.PathLike) -> int | None:
+    """Return the longest sequence a model's positions reach, from ``config.json`` alone.
+
+    Returns:
+        ``max_position_embeddings``, or ``None`` if the folder is not local or the config does not say.
+
+    Raises:
+        ModelError: the folder is local but its config cannot be read.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return None
+    value = read_config(folder).get("max_position_embeddings")
+    return int(value) if isinstance(value, int) and value > 0 else None
+
+
+def read_safetensors_header(
+    file: Path, *, role: str = "model"
+) -> tuple[int, dict[str, dict[str, Any]], dict[str, str]]:
+    """Read and check the header of a safetensors file.
+
+    The format: 8 bytes little-endian length, a JSON object ``{name: {dtype, shape, data_offsets}}``, then the
+    tensors' bytes.
+
+    Returns:
+        The offset of the first tensor byte, the tensors, the metadata.
+
+    Raises:
+        ModelError: the file is cut short, longer than its header says, or its header is damaged.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if len(head) < 8 or length > _MAX_HEADER_BYTES:
+            raise ModelError(
+                f"{role}: {file} is not a safetensors file (its first 8 bytes are no header length); copy it again"
+            )
+        if 8 + length > size:
+            raise ModelError(
+                f"{role}: {file} is cut short: its header alone takes {8 + length:,} bytes, the file has {size:,}; "
+                f"copy it again"
+            )
+        raw = stream.read(length)
+    try:
+        tensors = json.loads(raw)
+        metadata = tensors.pop("__metadata__", None) or {}
+        end = 0
+        for info in tensors.values():
+            start, stop = info["data_offsets"]
+            items = 1
+            for dimension in info["shape"]:
+                items *= dimension
+            if stop - start != items * _SAFETENSORS_ITEM_BYTES[info["dtype"]]:
+                raise ValueError("a tensor's shape, dtype and offsets disagree")
+            end = max(end, stop)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{role}: {file} has a damaged safetensors header ({error}); copy it again") from error
+    expected = 8 + length + end
+    if size != expected:
+        state = "is cut short" if size < expected else "has bytes after its last tensor"
+        raise ModelError(
+            f"{role}: {file} {state}: its header promises {expected:,} bytes, the file has {size:,}; copy it again"
+        )
+    return 8 + length, tensors, metadata
+
+
+def _find_weights(folder: Path, *, role: str) -> tuple[str, tuple[Path, ...]]:
+    """Return the kind and the files of a folder's weights, following an index if there is one."""
+    for name, kind in WEIGHT_FILES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        if not name.endswith(".index.json"):
+            return kind, (file,)
+        return kind, _shards(file, role=role)
+    if (folder / LORA_CONFIG_FILE).is_file():
+        raise ModelError(
+            f"{role}: {folder} is a LoRA adapter, not a whole model; merge it into its base first: "
+            f"python -m alignment merge_lora --lora_path {folder} --output_path {folder}-merged"
+        )
+    names = ", ".join(name for name, _ in WEIGHT_FILES)
+    raise ModelError(f"{role}: {folder} has no weights (looked for {names}; it holds: {_listing(folder)})")
+
+
+def _shards(index_file: Path, *, role: str) -> tuple[Path, ...]:
+    """Return the shard files that an index names, all of them present."""
+    index = read_json(index_file, role=role)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{role}: {index_file} has no weight_map; it must name the shard of every tensor")
+    names = list(dict.fromkeys(str(name) for name in weight_map.values()))
+    missing = [name for name in names if not (index_file.parent / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{role}: {index_file.parent} lacks {len(missing)} of the {len(names)} weight files that "
+            f"{index_file.name} names: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+        )
+    return tuple(index_file.parent / name for name in names)
+
+
+def _check_weight_file(file: Path, kind: str, *, role: str) -> None:
+    if file.stat().st_size == 0:
+        raise ModelError(f"{role}: {file} is empty; copy it again")
+    if kind == "safetensors":
+        read_safetensors_header(file, role=role)
+    elif kind == "torch":
+        check_torch_zip(file, role=role)
+
+
+def check_torch_zip(file: Path, *, role: str = "model") -> str:
+    """Check that a ``.bin`` file is a whole zip archive as ``torch.save`` writes it (since torch 1.6).
+
+    Returns:
+        The name of the archive's folder (``archive``, ``pytorch_model``, ...), without a slash.
+
+    Raises:
+        ModelError: the file is cut short, older than the zip format, or something else.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    except (zipfile.BadZipFile, OSError) as error:
+        with file.open("rb") as stream:
+            is_zip = stream.read(4) == b"PK\x03\x04"
+        reason = (
+            "is cut short (a zip archive without its end)"
+            if is_zip
+            else "is not a zip archive as torch >= 1.6 writes it"
+        )
+        raise ModelError(f"{role}: {file} {reason}; copy it again, or save the model as safetensors") from error
+    if len(pickles) != 1:
+        raise ModelError(f"{role}: {file} is a zip archive but holds no data.pkl, so it is not a torch weight file")
+    return pickles[0][: -len("/data.pkl")]
+
+
+def _listing(folder: Path, limit: int = 8) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return (", ".join(names[:limit]) + (", ..." if len(names) > limit else "")) or "nothing"
+
+
+def _sibling_hint(folder: Path) -> str:
+    parent = folder.parent
+    return nearest(folder.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else f" (nor {parent})"

@@ -1,0 +1,389 @@
+"""Loading and saving causal and score models.
+
+Loading is strict: every weight of the model must be in the folder with the right shape, and every tensor in the
+folder must have a place in the model. Both are errors that name the tensor, because a model that is partly random
+looks like one that trains badly.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import paddle
+from paddle import nn
+from paddlenlp.generation import GenerationConfig
+from paddlenlp.transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PretrainedConfig,
+    PretrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
+
+from alignment.errors import ModelError
+from alignment.log import get_logger, say_once
+
+from .folders import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelFolder, check_model_folder, read_json
+from .forward import unwrap
+from .hf_layout import Weights
+from .lora import LoRASettings, add_lora
+from .score_model import SCORE_MODELS, ScoreModelMixin, fill_score_config
+from .upstream import fetch_from_hub, quiet_paddlenlp, translate_rope_scaling
+
+CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "mistral": MistralConfig,
+    "gemma": GemmaConfig,
+}
+CAUSAL_MODELS: dict[str, type[PretrainedModel]] = {
+    "llama": LlamaForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "mistral": MistralForCausalLM,
+    "gemma": GemmaForCausalLM,
+}
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def load_causal_lm(
+    path: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    config_overrides: dict[str, Any] | None = None,
+    lora: LoRASettings | None = None,
+    role: str = "model",
+) -> nn.Layer:
+    """Load a causal language model from a folder in paddlenlp's or Hugging Face's layout.
+
+    Dropout is switched off: log-probabilities must be the same in training and evaluation mode.
+
+    Args:
+        path: a folder, or the name of a model on a hub.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; a CPU always gets float32, since Paddle has no other
+            kernels there.
+        config_overrides: config attributes to change (``use_flash_attention``, ``recompute``, ...).
+        lora: wrap the model so that only low-rank adapters are trained.
+        role: what the model is for, for messages.
+
+    Returns:
+        A paddlenlp model, or a ``paddlenlp.peft.LoRAModel`` around it.
+
+    Raises:
+        ModelError: the folder or hub name cannot be used, a tensor is missing, has another shape or no place in the
+            model.
+    """
+    quiet_paddlenlp()
+    folder = open_folder(path, role=role)
+    config = load_config(folder, dtype=dtype, overrides=config_overrides, role=role)
+    model_class = CAUSAL_MODELS[folder.model_type]
+    weights = Weights(folder, model_class.base_model_prefix)
+    dropped = [name for name in weights if name.startswith(("score_head.", "normalizer."))]
+    if dropped:
+        say_once(f"{role}: {folder.path} is a score model; its head ({', '.join(dropped)}) is not used here")
+    model = _new_model(model_class, config)
+    _fill(model, weights, role=role, ignore=("score_head.", "normalizer."), may_lack=())
+    _fill_tied_head(model, weights)
+    model.generation_config = _generation_config(model, folder, role=role)
+    _say_what_differs(weights)
+    return add_lora(model, lora, base=folder.path) if lora else model
+
+
+def load_score_model(
+    path: str | os.PathLike,
+    *,
+    score_type: str | None = "reward",
+    do_normalize: bool | None = False,
+    normalizer_type: str | None = None,
+    momentum: float | None = None,
+    dtype: str = "float32",
+    config_overrides: dict[str, Any] | None = None,
+    lora: LoRASettings | None = None,
+    seed: int = 42,
+    role: str = "score model",
+) -> nn.Layer:
+    """Load a score model from a score model's folder, or make one from a causal model's folder with a new head.
+
+    Args:
+        path: a folder (ours, or in Hugging Face's layout such as PKU-Alignment's beaver models), or the name of a
+            model on a hub.
+        score_type: ``"reward"``, ``"cost"`` or ``"critic"``; None keeps what the folder says.
+        do_normalize: apply the normaliser to the scores; None keeps what the folder says.
+        normalizer_type: None (keep what the folder says), ``"RunningMeanStd"`` or ``"ExponentialMovingAverage"``.
+        momentum: of the moving average; None keeps what the folder says, else 0.9.
+        dtype, config_overrides, lora, role: as for :func:`load_causal_lm`. With LoRA the head is trained whole.
+        seed: of a new head.
+
+    Returns:
+        A score model, or a ``paddlenlp.peft.LoRAModel`` around it.
+
+    Raises:
+        ModelError: as for :func:`load_causal_lm`, or an unknown score or normaliser type.
+    """
+    quiet_paddlenlp()
+    folder = open_folder(path, role=role)
+    config = load_config(folder, dtype=dtype, overrides=config_overrides, role=role)
+    model_class = SCORE_MODELS[folder.model_type]
+    weights = Weights(folder, model_class.base_model_prefix)
+    wanted = {
+        "score_type": score_type,
+        "do_normalize": do_normalize,
+        "normalizer_type": normalizer_type,
+        "momentum": momentum,
+    }
+    for name, value in wanted.items():
+        if value is not None:
+            setattr(config, name, value)
+    has_head = "score_head.weight" in weights
+    if has_head:
+        config.bias = "score_head.bias" in weights
+        config.score_dim = weights.shape("score_head.weight")[-1]
+    fill_score_config(config)
+    model = _new_model(model_class, config)
+    if has_head:
+        _fill(model, weights, role=role, ignore=("lm_head.",), may_lack=("normalizer.",))
+    else:
+        _fill(model, weights, role=role, ignore=("lm_head.",), may_lack=("normalizer.", "score_head."))
+        model.reset_head(seed)
+        get_logger().info(
+            "%s: %s has no score head; a new one is drawn from normal(0, 1/sqrt(%d + 1)) with seed %d",
+            role,
+            folder.path,
+            config.hidden_size,
+            seed,
+        )
+    _say_what_differs(weights)
+    return add_lora(model, lora, base=folder.path) if lora else model
+
+
+def open_folder(path: str | os.PathLike, *, role: str = "model") -> ModelFolder:
+    """Return the checked folder of a path or, after fetching it, of a hub name.
+
+    Raises:
+        ModelError: see :func:`alignment.ppo.models.folders.check_model_folder`; or the hub cannot be reached.
+    """
+    folder = check_model_folder(path, role=role)
+    if folder is None:
+        folder = check_model_folder(fetch_from_hub(str(path), role=role), role=role)
+    if folder is None:
+        raise ModelError(f"{role}: no such folder: {path}")
+    return folder
+
+
+def load_config(
+    folder: ModelFolder, *, dtype: str = "float32", overrides: dict[str, Any] | None = None, role: str = "model"
+) -> PretrainedConfig:
+    """Return the paddlenlp config of a folder, with dropout off and Hugging Face's attributes translated.
+
+    Raises:
+        ModelError: a value in ``config.json`` makes no sense or asks for something that paddlenlp's modeling code
+            would silently ignore.
+    """
+    try:
+        config = CONFIGS[folder.model_type].from_pretrained(str(folder.path))
+    except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
+        raise ModelError(f"{role}: {folder.path / CONFIG_FILE} cannot be used: {error}") from error
+    for name, value in (overrides or {}).items():
+        setattr(config, name, value)
+    for name, value in list(vars(config).items()):
+        if "dropout" in name and isinstance(value, float) and value:
+            setattr(config, name, 0.0)
+    config.dtype = usable_dtype(dtype, role=role)
+    _check_config(config, folder, role=role)
+    translate_rope_scaling(config, where=f"{role}: {folder.path / CONFIG_FILE}")
+    return config
+
+
+def usable_dtype(dtype: str, *, role: str = "model") -> str:
+    """Return ``dtype``, or ``"float32"`` where the device has no kernels for it; says so once.
+
+    Raises:
+        ModelError: no such dtype.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"{role}: dtype {dtype!r} is unknown; it is one of {', '.join(DTYPES)}")
+    if dtype != "float32" and paddle.get_device() == "cpu":
+        say_once(f"models are loaded as float32 in place of {dtype}: Paddle has no {dtype} kernels on CPUs")
+        return "float32"
+    return dtype
+
+
+def save_model(
+    model: nn.Layer, folder: str | os.PathLike, *, state_dict: dict[str, paddle.Tensor] | None = None
+) -> None:
+    """Save a model as safetensors with its config, or the adapter alone if the model is wrapped by LoRA.
+
+    Folders of causal models open with paddlenlp's ``AutoModelForCausalLM.from_pretrained``, those of score models with
+    :class:`~alignment.ppo.models.score_model.AutoModelForScore`.
+
+    Args:
+        model: what :func:`load_causal_lm` or :func:`load_score_model` returned.
+        folder: made if it does not exist.
+        state_dict: the tensors to save in place of the model's own.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
+    from paddlenlp.peft import LoRAModel
+
+    quiet_paddlenlp()
+    inner = unwrap(model)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if isinstance(model, LoRAModel):
+            if isinstance(inner, ScoreModelMixin):
+                inner.write_normalizer_to_config()
+            model.save_pretrained(str(folder))
+        else:
+            with warnings.catch_warnings():
+                # paddlenlp warns and writes no generation_config.json if sampling values stand beside do_sample=False,
+                # as in many published models; the file is written here whatever it says.
+                warnings.filterwarnings("ignore", message="The generation config instance is invalid")
+                inner.save_pretrained(str(folder), safe_serialization=True, state_dict=state_dict)
+            if getattr(inner, "generation_config", None) is not None:
+                inner.generation_config.to_json_file(str(Path(folder) / GENERATION_CONFIG_FILE), use_diff=True)
+    except OSError as error:
+        raise ModelError(f"cannot save the model in {folder}: {error}") from error
+
+
+def _check_config(config: PretrainedConfig, folder: ModelFolder, *, role: str) -> None:
+    """Refuse what would only fail, or be ignored, deep inside the modeling code."""
+    where = f"{role}: {folder.path / CONFIG_FILE}"
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ):
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelError(f"{where}: {name} must be a whole number of at least 1, got {value!r}")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ModelError(f"{where}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
+    if folder.model_type == "gemma":
+        return
+    if config.hidden_size % heads:
+        raise ModelError(f"{where}: hidden_size {config.hidden_size} must be a multiple of num_attention_heads {heads}")
+    head_dim = folder.config.get("head_dim")
+    if head_dim not in (None, config.hidden_size // heads):
+        raise ModelError(
+            f"{where}: head_dim {head_dim} differs from hidden_size / num_attention_heads = "
+            f"{config.hidden_size // heads}; "
+            f"paddlenlp's {folder.model_type} cannot do that"
+        )
+    activation = folder.config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ModelError(
+            f"{where}: hidden_act {activation!r} is not supported for {folder.model_type}; it must be 'silu'"
+        )
+
+
+def _new_model(model_class: type[PretrainedModel], config: PretrainedConfig) -> PretrainedModel:
+    """Build a model without drawing its weights, which :func:`_fill` replaces all."""
+    with dtype_guard(config.dtype), no_init_weights():
+        return model_class(config)
+
+
+def _fill(
+    model: PretrainedModel, weights: Weights, *, role: str, ignore: tuple[str, ...], may_lack: tuple[str, ...]
+) -> None:
+    """Set all weights of a model.
+
+    Args:
+        ignore: prefixes of tensors that the folder may have and the model has not.
+        may_lack: prefixes of tensors that the model has and the folder may lack.
+    """
+    state = model.state_dict()
+    folder = weights.folder.path
+    tied = model.config.tie_word_embeddings
+    unexpected = [
+        n for n in weights if n not in state and not n.endswith("rotary_emb.inv_freq") and not n.startswith(ignore)
+    ]
+    missing = [
+        n for n in state if n not in weights and not n.startswith(may_lack) and not (tied and n == "lm_head.weight")
+    ]
+    if any("qkv_proj" in name or "gate_up_fused_proj" in name for name in missing):
+        raise ModelError(
+            f"{role}: {folder} stores attention and MLP weights apart; fuse_attention_qkv and fuse_attention_ffn "
+            f"must be false to load it"
+        )
+    if missing:
+        raise ModelError(
+            f"{role}: {folder} lacks {len(missing)} of the {len(state)} tensors that its config asks for: "
+            f"{_some(missing)}; "
+            "the config belongs to another model, or the weights are incomplete"
+        )
+    if unexpected:
+        raise ModelError(
+            f"{role}: {folder} has {len(unexpected)} tensors that its config has no place for: "
+            f"{_some(unexpected, weights.stored_name)}; the config belongs to another model, or paddlenlp's "
+            f"{weights.folder.model_type} lacks a "
+            "feature that this model uses"
+        )
+    for name, tensor in state.items():
+        if name not in weights or (tied and name == "lm_head.weight"):
+            continue
+        array = weights.read(name)
+        if name.startswith("normalizer.") and array.size == tensor.size:
+            array = array.reshape(tensor.shape)  # a count may be stored as [] or [1]
+        if list(array.shape) != list(tensor.shape):
+            raise ModelError(
+                f"{role}: {weights.file_of(name)}: tensor {weights.stored_name(name)} has shape {list(array.shape)} "
+                f"(as [in, out]); "
+                f"the config asks for {list(tensor.shape)}"
+            )
+        tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype))
+
+
+def _generation_config(model: PretrainedModel, folder: ModelFolder, *, role: str) -> GenerationConfig:
+    """Return the folder's generation_config.json, which may name more ids that end an answer than config.json does."""
+    if not (folder.path / GENERATION_CONFIG_FILE).is_file():
+        return model.generation_config
+    read_json(folder.path / GENERATION_CONFIG_FILE, role=role)
+    try:
+        return GenerationConfig.from_pretrained(str(folder.path))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise ModelError(
+            f"{role}: {folder.path / GENERATION_CONFIG_FILE} cannot be used: {error}; mend it or take it away"
+        ) from error
+
+
+def _fill_tied_head(model: PretrainedModel, weights: Weights) -> None:
+    """Give Mistral's head the embedding's values if the config ties them: paddlenlp's Mistral has no tied head of its
+    own.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.lm_head.weight
+    if not model.config.tie_word_embeddings or head is embedding:
+        return
+    say_once(
+        f"{weights.folder.path}: paddlenlp's {weights.folder.model_type} cannot tie the LM head to the embedding; "
+        f"the head becomes a copy"
+    )
+    head.set_value(embedding if list(head.shape) == list(embedding.shape) else embedding.t())
+    model.config.tie_word_embeddings = False
+
+
+def _say_what_differs(weights: Weights) -> None:
+    if weights.is_torch_layout and weights.folder.model_type == "gemma":
+        say_once(
+            f"{weights.folder.path}: paddlenlp's gemma computes GELU exactly where Hugging Face's takes its tanh "
+            f"approximation; logits differ by "
+            "about one part in a thousand"
+        )
+
+
+def _some(names: Iterable[str], shown: Callable[[str], str] = str, limit: int = 4) -> str:
+    listed = sorted(names)
+    return ", ".join(shown(name) for name in listed[:limit]) + (", ..." if len(listed) > limit else "")

@@ -1,0 +1,284 @@
+"""Loading tokenizers, and bringing texts from one tokenizer to another."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from paddlenlp.transformers import AutoTokenizer, LlamaTokenizer, PretrainedTokenizerFast
+
+from alignment.errors import DataError, ModelError
+from alignment.log import say_once
+
+from .folders import CONFIG_FILE, looks_like_hub_name, read_json
+from .upstream import quiet_paddlenlp
+
+if TYPE_CHECKING:
+    from alignment.ppo.data import PromptTemplate
+
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+#: Files that make up a tokenizer, and the prompt template that belongs to it.
+TOKENIZER_FILES = (
+    TOKENIZER_CONFIG_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "chat_template.json",
+    "prompt_template.json",
+)
+#: Tokens that model makers reserve and no text contains, best first.
+RESERVED_TOKENS = (
+    "<|finetune_right_pad_id|>",
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<PAD>",
+    "<|padding|>",
+    "<|reserved_special_token_0|>",
+    "<reserved_0>",
+    "<unused0>",
+)
+
+
+def load_tokenizer(path: str | os.PathLike, *, model_max_length: int | None = None, role: str = "model") -> Any:
+    """Load a tokenizer that has an eos and a pad token.
+
+    A missing pad token is chosen among the tokens that the vocabulary has already, so that the embedding keeps its
+    size: a reserved one, else eos. Eos is safe as a pad, because no mask is made from token ids: rows carry their
+    lengths.
+
+    Args:
+        path: a folder, or the name of a model on a hub.
+        model_max_length: longest sequence, if not the tokenizer's own.
+        role: what the tokenizer is for, for messages.
+
+    Returns:
+        A paddlenlp tokenizer that pads on the right.
+
+    Raises:
+        ModelError: no such folder, no tokenizer in it, files that cannot be read, or no eos token.
+    """
+    quiet_paddlenlp()
+    folder = Path(path).expanduser()
+    _check_tokenizer_folder(path, folder, role=role)
+    tokenizer = _open_tokenizer(
+        path, folder, {} if model_max_length is None else {"model_max_length": model_max_length}, role=role
+    )
+    tokenizer.verbose = False  # or asking whether a special token is set logs an error where it is not
+    rows = _embedding_rows(folder)
+    eos = tokenizer.eos_token_id if tokenizer.eos_token is not None else None
+    if eos is None:
+        raise ModelError(
+            f'{role}: the tokenizer in {path} has no end-of-sequence token; set "eos_token" in '
+            f"{folder / TOKENIZER_CONFIG_FILE} to the token "
+            "that ends an answer"
+        )
+    if rows is not None and eos >= rows:
+        raise ModelError(
+            f"{role}: the end-of-sequence token {tokenizer.eos_token!r} of the tokenizer in {path} has id {eos}, "
+            f"but the model's embedding has only "
+            f'{rows} rows; set "eos_token" in {folder / TOKENIZER_CONFIG_FILE} to a token that the model knows'
+        )
+    tokenizer.padding_side = "right"
+    _ensure_pad(tokenizer, rows, where=f"{role}: {path}")
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
+    """Save a tokenizer's files into a folder, beside a model's.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(str(folder))
+    except OSError as error:
+        raise ModelError(f"cannot save the tokenizer in {folder}: {error}") from error
+
+
+def copy_tokenizer_files(source: str | os.PathLike, target: str | os.PathLike) -> list[str]:
+    """Copy the tokenizer and prompt-template files of one folder into another; returns their names."""
+    copied = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    for name in copied:
+        shutil.copyfile(Path(source) / name, Path(target) / name)
+    return copied
+
+
+def check_tokenizer_fits(tokenizer: Any, config: Any, *, where: str) -> None:
+    """Check that every id the tokenizer can give has a row in the model's embedding.
+
+    Raises:
+        ModelError: the vocabulary is larger than the embedding.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
+        raise ModelError(
+            f"{where}: the tokenizer's largest id is {largest}, but the model's embedding has only "
+            f"{config.vocab_size} rows (vocab_size); "
+            "the tokenizer belongs to another model"
+        )
+
+
+def tokenizer_differs(a: Any, b: Any) -> bool:
+    """Return whether two tokenizers may give different ids for the same text.
+
+    They are compared by vocabulary (added tokens included), special ids and, since one vocabulary can be split in
+    different ways, by the ids of a few lines of text.
+    """
+    if a is b:
+        return False
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id"):
+        if getattr(a, name, None) != getattr(b, name, None):
+            return True
+    if a.get_vocab() != b.get_vocab():
+        return True
+    return any(a(text)["input_ids"] != b(text)["input_ids"] for text in _PROBES)
+
+
+_PROBES = (
+    "Hello, world! 3.14",
+    " leading space\n\nnew lines\tand tabs",
+    "éàü 漢字 🙂",
+    "don't CamelCase snake_case 12345",
+)
+
+
+def build_reward_inputs(
+    prompts: Sequence[str | list[str]],
+    responses: Sequence[str],
+    finished: Sequence[bool],
+    reward_tokenizer: Any,
+    template: PromptTemplate,
+    max_length: int,
+    systems: Sequence[str | None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenise prompts and answers anew for a reward model that has another tokenizer than the actor.
+
+    Args:
+        prompts: raw prompts, as the data set gave them.
+        responses: the answers' texts, without special tokens.
+        finished: whether each answer ended with eos; only then does its row end with the reward model's eos.
+        reward_tokenizer: as from :func:`load_tokenizer`.
+        template: turns a prompt into the text that the reward model was trained on.
+        max_length: longest row; longer ones lose the start of their prompt, since the score is read at the end.
+        systems: the rows' system prompts, if they have any.
+
+    Returns:
+        ``ids [rows, longest]`` int64, right-padded, and ``lengths [rows]`` int64, each at least 1.
+
+    Raises:
+        DataError: the three lists differ in length, or an answer alone is longer than ``max_length``.
+    """
+    if not len(prompts) == len(responses) == len(finished):
+        raise DataError(
+            f"{len(prompts)} prompts, {len(responses)} responses and {len(finished)} flags do not make rows"
+        )
+    from alignment.ppo.data import Encoder, Limits
+
+    # The encoder that made the reward model's training rows, so that prompt and answer meet at the same token boundary.
+    encoder = Encoder(reward_tokenizer, template, Limits(max_length=max_length))
+    rows: list[list[int]] = []
+    for index, (prompt, response, ended) in enumerate(zip(prompts, responses, finished, strict=True)):
+        turns = [prompt] if isinstance(prompt, str) else list(prompt)
+        head = encoder.prompt_ids(turns, systems[index] if systems is not None else None)
+        answer = encoder.text_ids(response) + [encoder.eos_id] * bool(ended)
+        if len(answer) >= max_length:
+            raise DataError(
+                f"row {index}: the answer has {len(answer)} tokens for the reward model's tokenizer, which leaves no "
+                f"room for the prompt within max_length {max_length}; raise max_length or lower the answers' limit"
+            )
+        rows.append(encoder.cut_left(head, max_length - len(answer)) + answer)
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    ids = np.full([len(rows), int(lengths.max(initial=0))], reward_tokenizer.pad_token_id, dtype=np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+    return ids, lengths
+
+
+def _open_tokenizer(path: str | os.PathLike, folder: Path, kwargs: dict[str, Any], *, role: str) -> Any:
+    """Return the tokenizer of a folder or hub name.
+
+    paddlenlp's own choice comes first; then, for folders in Hugging Face's layout, a SentencePiece ``tokenizer.model``
+    (paddlenlp's Llama class looks for it under another name), and a ``tokenizer.json``, which says all by itself.
+    """
+    ways = [lambda: AutoTokenizer.from_pretrained(str(path), **kwargs)]
+    if (folder / "tokenizer.model").is_file():
+        model = str(folder / "tokenizer.model")
+        ways.append(lambda: LlamaTokenizer.from_pretrained(str(path), vocab_file=model, **kwargs))
+    if (folder / "tokenizer.json").is_file():
+        ways.append(lambda: PretrainedTokenizerFast.from_pretrained(str(path), **kwargs))
+    failures: list[Exception] = []
+    for way in ways:
+        try:
+            tokenizer = way()
+            if tokenizer is None:
+                raise ValueError("paddlenlp knows no tokenizer for it")
+            return tokenizer
+        except Exception as error:  # whatever paddlenlp's many classes meet; to the user every cause is a file at fault
+            failures.append(error)
+    if not folder.is_dir():
+        raise ModelError(
+            f"{role}: there is no folder {str(path)!r}, and fetching a tokenizer of that name failed "
+            f"({type(failures[0]).__name__}); give the path of a local folder"
+        ) from failures[0]
+    causes = "; ".join(f"{type(error).__name__}: {error}" for error in failures)
+    raise ModelError(f"{role}: the tokenizer in {path} cannot be loaded ({causes})") from failures[0]
+
+
+def _check_tokenizer_folder(path: str | os.PathLike, folder: Path, *, role: str) -> None:
+    if not folder.exists():
+        if looks_like_hub_name(path):
+            return
+        raise ModelError(f"{role}: no such folder: {path}")
+    if not folder.is_dir():
+        raise ModelError(f"{role}: {path} is a file; give the folder that holds the tokenizer")
+    file = folder / TOKENIZER_CONFIG_FILE
+    if not file.is_file():
+        raise ModelError(
+            f"{role}: {folder} has no {TOKENIZER_CONFIG_FILE}, so it holds no tokenizer; name its folder with "
+            f"tokenizer_name_or_path"
+        )
+    if not isinstance(read_json(file, role=role), dict):
+        raise ModelError(f"{role}: {file} must be a JSON object")
+
+
+def _embedding_rows(folder: Path) -> int | None:
+    """Return ``vocab_size`` of the model beside the tokenizer, if there is one."""
+    file = folder / CONFIG_FILE
+    config = read_json(file) if file.is_file() else {}
+    size = config.get("vocab_size") if isinstance(config, dict) else None
+    return size if isinstance(size, int) else None
+
+
+def _ensure_pad(tokenizer: Any, rows: int | None, *, where: str) -> None:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token is not None else None
+    if pad is not None and (rows is None or pad < rows):
+        return
+    vocabulary = tokenizer.get_vocab()
+    for token in RESERVED_TOKENS:
+        index = vocabulary.get(token)
+        if index is not None and (rows is None or index < rows) and index != tokenizer.eos_token_id:
+            break
+    else:
+        token = tokenizer.eos_token
+    lack = (
+        "has no pad token"
+        if pad is None
+        else f"pads with id {pad}, which has no row in the model's embedding ({rows} rows)"
+    )
+    kind = "eos" if token == tokenizer.eos_token else "a reserved token"
+    say_once(
+        f"{where}: the tokenizer {lack}; padding uses {kind}, {token!r} (masks are made from lengths, so nothing "
+        f"else changes)"
+    )
+    tokenizer.pad_token = token

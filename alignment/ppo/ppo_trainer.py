@@ -1,0 +1,363 @@
+"""PPO's loop: prompts -> answers -> scores -> advantages -> update, over and over, with metrics, evaluation and
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignment.arguments import Sizes
+from alignment.errors import AlignmentError
+from alignment.log import get_logger
+from alignment.parallel import World
+from alignment.ppo.algorithms.advantages import RunningMoments
+from alignment.ppo.algorithms.kl import AdaptiveKLController, FixedKLController
+from alignment.ppo.dataflow import PPO_ITERATION, PhaseTimer
+from alignment.ppo.evaluation import Evaluator
+from alignment.ppo.experience import assemble_experience, describe_experience, summed_k1
+from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
+from alignment.ppo.generation.sampler import SamplingSettings
+from alignment.ppo.invariants import MovementCheck
+from alignment.ppo.ptx import PtxStream
+from alignment.ppo.rewards import RewardResult
+from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
+from alignment.ppo.rollout import Experience, Rollout, join_rollouts
+from alignment.ppo.state import PPOState, load_state, save_state
+from alignment.ppo.statistics import Statistics
+from alignment.ppo.streams import IndexStream
+from alignment.ppo.update import PPOUpdater
+from alignment.training.checkpoint import CheckpointStore
+from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt, resume_command
+from alignment.training.metrics import MetricWriter
+from alignment.training.output import publishing
+
+# Evaluation draws from a stream of its own, the same at every evaluation.
+EVALUATION_SEED_OFFSET = 0x5EED
+BAR_KEYS = ("train/reward", "train/kl_divergence", "train/actor_loss", "train/reward_critic_loss")
+
+
+@dataclass
+class Roles:
+    """The models of a run; ``reward`` is absent when only callables score."""
+
+    actor: PolicyRole
+    reference: PolicyRole
+    critic: ValueRole
+    reward: RewardRole | None
+
+
+class PPOTrainer:
+    """Runs PPO.
+
+    Args:
+        args: the PPO arguments.
+        world: the data ranks.
+        roles: the models.
+        score: rewards of a rollout.
+        generator: generates with the actor.
+        train_prompts: a prompt-only data set.
+        eval_prompts: prompts for evaluation; may be empty.
+        ptx_dataset: supervised rows, or ``None``.
+        sizes: derived sizes.
+        save_extras: writes tokenizer and template into a model's folder.
+        argv: the command's arguments, to say how to resume.
+        running_normalization: normalise scores by their running mean and standard deviation.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        world: World,
+        roles: Roles,
+        score: Callable[[Rollout], RewardResult],
+        generator: GenerationEngine,
+        train_prompts: Any,
+        eval_prompts: Sequence[GenerationPrompt],
+        ptx_dataset: Any | None,
+        sizes: Sizes,
+        save_extras: Callable[[Path], None],
+        argv: list[str],
+        running_normalization: bool = False,
+    ) -> None:
+        self.args, self.world, self.roles, self.score, self.sizes = args, world, roles, score, sizes
+        self.generator, self.train_prompts, self.save_extras, self.argv = generator, train_prompts, save_extras, argv
+        self.state, self.timer, self.pending = PPOState(), PhaseTimer(), Statistics()
+        self.rollout_stats, self.rows, self.tokens_waiting = Statistics(), [], 0
+        self.evaluated_at = -1
+        self.kl_controller: FixedKLController = (
+            AdaptiveKLController(args.kl_coeff, args.kl_target, args.kl_horizon)
+            if args.adaptive_kl
+            else FixedKLController(args.kl_coeff)
+        )
+        self.moments = RunningMoments() if running_normalization else None
+        self.prompt_stream = IndexStream(len(train_prompts), args.seed)
+        pad_id = generator.pad_id
+        self.ptx = PtxStream(ptx_dataset, args.seed + 1, pad_id) if ptx_dataset is not None else None
+        self.updater = PPOUpdater(args, world, roles.actor, roles.critic, self.ptx, generator.tokenizer.decode)
+        self.store = CheckpointStore(args.output_dir, args.save_total_limit)
+        self.sampling = SamplingSettings(
+            max_new_tokens=args.max_dec_len,
+            min_new_tokens=args.min_dec_len,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            repetition_penalty=args.repetition_penalty,
+            seed=args.seed,
+        )
+        self.eval_prompts = list(eval_prompts)
+        self.functions: dict[str, Callable[..., Any]] = {
+            "generate": self._generate,
+            "actor_logprobs": lambda rollout: self._timed_tokens("actor_logprobs", rollout, roles.actor.logprobs),
+            "reference_logprobs": lambda rollout: self._timed_tokens(
+                "reference_logprobs", rollout, roles.reference.logprobs
+            ),
+            "reward_scores": lambda rollout: self._timed_tokens("reward_scores", rollout, self.score),
+            "critic_values": lambda rollout: self._timed_tokens("critic_values", rollout, roles.critic.values),
+            "advantages": self._experience,
+            "update": self._update,
+        }
+
+    # -- the loop
+
+    def train(self, resume_path: Path | None = None) -> int:
+        """Run until the planned number of optimizer steps.
+
+        Args:
+            resume_path: a verified checkpoint to go on from.
+
+        Returns:
+            The exit code: 0, or 130 after Ctrl-C, with a checkpoint saved.
+        """
+        if resume_path is not None:
+            self._resume(resume_path)
+        self._begin()
+        try:
+            with Interrupt() as interrupt:
+                if self.state.global_step == 0:
+                    self._evaluate()
+                while self._goes_on():
+                    self.iterate()
+                    if self.world.any(interrupt.requested):
+                        return self._stop_early()
+                self._evaluate()
+        finally:
+            self.writer.close()
+        self._save_final_models()
+        return 0
+
+    def iterate(self) -> None:
+        """One iteration of the dataflow, then evaluation and checkpoint when due."""
+        before = self.state.global_step
+        PPO_ITERATION.run(self.functions, {"prompts": self._next_prompts()}, self.timer)
+        self.state.rollouts += 1
+        self._write_rows()
+        if self._due(self.args.evaluation_strategy, self.args.eval_steps, before):
+            self._evaluate()
+        if self._due(self.args.save_strategy, self.args.save_steps, before):
+            self.save_checkpoint()
+
+    def _goes_on(self) -> bool:
+        # An update that stops early takes fewer steps than planned: then the prompts, not the steps, end the run.
+        more_prompts = self.args.max_steps > 0 or self.state.rollouts < self.sizes.rollouts
+        return self.state.global_step < self.sizes.total_steps and more_prompts
+
+    def _next_prompts(self) -> list[GenerationPrompt]:
+        """This rank's share of the next global batch of prompts."""
+        count = self.sizes.prompts_per_rollout
+        first = self.prompt_stream.position
+        if self.prompt_stream.left_in_epoch < count:
+            if self.args.dataloader_drop_last and first % self.prompt_stream.rows != 0:
+                self.prompt_stream.skip_epoch_rest()
+                first = self.prompt_stream.position
+            else:
+                count = self.prompt_stream.left_in_epoch
+        rows = self.prompt_stream.take(count)
+        share = np.array_split(np.arange(len(rows)), self.world.size)[self.world.rank]
+        return [as_prompt(self.train_prompts[rows[i]], first + int(i)) for i in share]
+
+    def _generate(self, prompts: list[GenerationPrompt]) -> Rollout | None:
+        if not prompts:
+            return None
+        rollout = self.generator.generate(prompts, self.sampling, self.args.num_return_sequences)
+        self.timer.count_tokens("generate", float(rollout.response_len.sum()))
+        return rollout
+
+    def _timed_tokens(self, phase: str, rollout: Rollout | None, function: Callable[[Rollout], Any]) -> Any:
+        if rollout is None:
+            return None
+        self.timer.count_tokens(phase, float(rollout.lengths.sum()))
+        return function(rollout)
+
+    def _experience(
+        self,
+        rollout: Rollout | None,
+        logprobs: np.ndarray | None,
+        ref_logprobs: np.ndarray | None,
+        scores: RewardResult | None,
+        values: np.ndarray | None,
+    ) -> Experience:
+        """Gather every rank's rows, then compute rewards and advantages of all of them, on each rank alike."""
+        parts = self.world.all_gather_object((rollout, logprobs, ref_logprobs, scores, values))
+        filled = [part for part in parts if part[0] is not None]
+        whole = join_rollouts([part[0] for part in filled], self.generator.pad_id)
+
+        def join(column: int) -> np.ndarray:
+            width = whole.width
+            return np.concatenate([np.pad(p[column], ((0, 0), (0, width - p[column].shape[1]))) for p in filled])
+
+        totals = np.concatenate([part[3].total for part in filled])
+        pieces = {name: np.concatenate([part[3].parts[name] for part in filled]) for name in filled[0][3].parts}
+        experience = assemble_experience(
+            whole, join(1), join(2), join(4), totals, pieces, self.args, self.kl_controller, self.moments
+        )
+        self.rollout_stats = describe_experience(experience, self.kl_controller.kl_coeff)
+        self.tokens_waiting = int(whole.lengths.sum())
+        self.kl_controller.update(float(summed_k1(experience).mean()), len(experience))
+        return experience
+
+    def _update(self, experience: Experience) -> None:
+        self.timer.count_tokens("update", float(experience.rollout.lengths.sum()) * self.args.update_iters)
+        self.updater.run(experience, self.state.rollouts, self.state.global_step, self._after_step)
+
+    def _after_step(self, stats: Statistics) -> bool:
+        """Take in one optimizer step's figures; returns whether the run goes on."""
+        self.state.global_step += 1
+        step = self.state.global_step
+        self.pending.merge(self.rollout_stats)
+        self.pending.merge(stats)
+        movement = self.updater.movement
+        if movement is not None and movement.done:
+            movement.frozen_roles()
+            self.updater.movement = None
+        self.writer.advance(step, tokens=self.tokens_waiting)
+        self.tokens_waiting = 0
+        if step % self.args.logging_steps == 0 or step >= self.sizes.total_steps:
+            self.rows.append((step, self.pending))
+            self.pending = Statistics()
+        return step < self.sizes.total_steps
+
+    def _write_rows(self) -> None:
+        """Write the iteration's rows now that its update has been timed; the timings go into the last one."""
+        for number, (step, stats) in enumerate(self.rows, 1):
+            values: dict[str, float] = {**stats.result(), "global_step": step}
+            if number == len(self.rows):
+                values.update(self.timer.drain())
+            self.writer.log(step, values, epoch=self._epoch())
+        self.rows = []
+
+    def _epoch(self) -> float:
+        return self.prompt_stream.position / self.prompt_stream.rows
+
+    # -- around the loop
+
+    def _begin(self) -> None:
+        self.writer = MetricWriter(
+            self.args.output_dir,
+            self.args,
+            self.world,
+            self.sizes.total_steps,
+            start_step=self.state.global_step,
+            bar_keys=BAR_KEYS,
+        )
+        self.writer.advance(self.state.global_step)
+        self.evaluator = Evaluator(
+            self.eval_prompts,
+            self.generator,
+            self._evaluation_modes(),
+            self.score,
+            self.world,
+            self.args.output_dir,
+            self.args.sample_table_rows,
+            self.writer.write,
+        )
+        self.evaluator.drop_after(self.state.global_step if self.state.rollouts else -1)
+        if self.state.global_step == 0:
+            engines = {"actor": self.roles.actor.engine, "critic": self.roles.critic.engine}
+            engines["reference"] = self.roles.reference.engine
+            if self.roles.reward is not None:
+                engines["reward"] = self.roles.reward.engine
+            self.updater.check_first_step(MovementCheck(engines))
+
+    def _evaluation_modes(self) -> dict[str, SamplingSettings]:
+        base, temperature = (
+            replace(self.sampling, seed=self.args.seed + EVALUATION_SEED_OFFSET),
+            self.args.eval_temperature,
+        )
+        modes = {"sampled": replace(base, temperature=temperature)} if temperature > 0 else {}
+        return {**modes, "greedy": base.as_greedy()}
+
+    def _due(self, strategy: str, every: int, before: int) -> bool:
+        """Whether a boundary lies between ``before`` and now; saving and evaluating happen between rollouts."""
+        now = self.state.global_step
+        if strategy == "steps":
+            return now // every > before // every
+        if strategy == "epoch":
+            left = self.prompt_stream.left_in_epoch
+            dropped = self.args.dataloader_drop_last and left < self.sizes.prompts_per_rollout
+            return left == self.prompt_stream.rows or dropped
+        return False
+
+    def _evaluate(self) -> None:
+        if not self.args.do_eval or not self.eval_prompts or self.evaluated_at == self.state.global_step:
+            return
+        self.evaluated_at = self.state.global_step
+        started = time.monotonic()
+        values = self.evaluator.run(self.state.global_step)
+        seconds = time.monotonic() - started
+        self.writer.pause(seconds)
+        self.writer.log(self.state.global_step, {**values, "eval/runtime_seconds": seconds}, epoch=self._epoch())
+
+    def save_checkpoint(self) -> None:
+        """Write ``checkpoint-N``; a step that has one already is left alone."""
+        self.state.prompt_position = self.prompt_stream.position
+        self.state.ptx_position = self.ptx.stream.position if self.ptx else 0
+        self.state.kl_controller = self.kl_controller.state_dict()
+        self.state.reward_moments = self.moments.state_dict() if self.moments else {}
+        if self.world.is_main:
+            with self.store.writing(self.state.global_step) as folder:
+                save_state(folder, self.state, self.roles.actor.engine, self.roles.critic.engine, self.save_extras)
+        self.world.barrier()
+
+    def _resume(self, path: Path) -> None:
+        self.state = load_state(path, self.roles.actor.engine, self.roles.critic.engine)
+        self.prompt_stream.position = self.state.prompt_position
+        if self.ptx is not None:
+            self.ptx.stream.position = self.state.ptx_position
+        self.kl_controller.load_state_dict(self.state.kl_controller)
+        if self.moments is not None and self.state.reward_moments:
+            self.moments.load_state_dict(self.state.reward_moments)
+        get_logger().info("resumed from %s (optimizer step %d)", path, self.state.global_step)
+        if self.state.global_step > self.sizes.total_steps:
+            raise AlignmentError(
+                f"{path} is at optimizer step {self.state.global_step}, beyond the {self.sizes.total_steps} of this "
+                f"run: raise num_train_epochs or max_steps, or choose an earlier checkpoint"
+            )
+
+    def _stop_early(self) -> int:
+        self.save_checkpoint()
+        command = resume_command(self.argv, world_size=self.world.size)
+        get_logger().warning("stopped at step %d and saved; go on with:\n  %s", self.state.global_step, command)
+        return EXIT_INTERRUPTED
+
+    def _save_final_models(self) -> None:
+        """``policy/`` and ``value/`` in ``output_dir``."""
+        if self.world.is_main:
+            for name, engine in (("policy", self.roles.actor.engine), ("value", self.roles.critic.engine)):
+                with publishing(Path(self.args.output_dir) / name) as target:
+                    engine.save_weights(target)
+                    self.save_extras(target)
+        self.world.barrier()
+        get_logger().info("the policy is in %s, the value model in %s", *(
+            Path(self.args.output_dir) / name for name in ("policy", "value")
+        ))  # fmt: skip
+
+
+def as_prompt(row: dict[str, Any], prompt_index: int) -> GenerationPrompt:
+    """A row of a ``PromptOnlyDataset`` as the engine takes it."""
+    return GenerationPrompt(row["input_ids"], prompt_index, row["prompt"], row["row"])

@@ -1,0 +1,170 @@
+"""Rewards that are a user's Python function ``f(prompts, responses, **row) -> list[float]``."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from alignment.errors import AlignmentError, RewardError
+from alignment.ppo.rewards.base import RewardBatch, RewardSource, check_scores
+
+RESPONSE_NAMES = ("responses", "completions")  # the second as in trl
+OWN_NAMES = ("prompts", *RESPONSE_NAMES)
+# Python shares very short strings, so they tell nothing about which sample was being worked on.
+SHORTEST_TELLING = 2
+
+
+class PythonReward(RewardSource):
+    """A function as a reward source.
+
+    The function gets ``prompts`` and ``responses`` (lists of text) and, by keyword, the columns of the data set that it
+    names: a list with one value per response, ``None`` where a row lacks the column. With ``**row`` it gets all
+    columns. ``completions`` may be said for ``responses``; a function that uses none of these names gets prompts and
+    responses by position.
+
+    Args:
+        name: what messages and metrics call it.
+        function: the function.
+
+    Raises:
+        RewardError: it cannot be called like that.
+    """
+
+    def __init__(self, name: str, function: Callable) -> None:
+        self.NAME = name
+        self.function = function
+        if not callable(function):
+            raise RewardError(f"reward {name!r} is {function!r} ({type(function).__name__}), not a function")
+        call = function if inspect.isroutine(function) else getattr(type(function), "__call__", function)  # noqa: B004
+        if inspect.iscoroutinefunction(call) or inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call):
+            raise RewardError(f"reward {name!r} is an async function or a generator; it must be a plain function")
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError) as error:
+            raise RewardError(f"reward {name!r}: the signature of {function!r} cannot be read ({error})") from error
+        self._parameters = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        by_keyword = {p.name for p in self._parameters.values() if p.kind is not p.POSITIONAL_ONLY}
+        self._by_name = bool(by_keyword & set(OWN_NAMES))
+        if self._by_name:
+            if not self._takes_all and not by_keyword & set(RESPONSE_NAMES):
+                raise RewardError(f"reward {name!r} has no parameter `responses`; write {name_hint(function)}")
+        else:
+            places = [p for p in self._parameters.values() if p.kind is not p.KEYWORD_ONLY]
+            if len(places) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+                raise RewardError(f"reward {name!r} does not take prompts and responses; write {name_hint(function)}")
+            for parameter in places[:2]:
+                del self._parameters[parameter.name]
+
+    def score(self, batch: RewardBatch) -> np.ndarray:
+        """Call the function and return its ``[B]`` float32 scores.
+
+        Raises:
+            RewardError: it needs a column which no row has, it raised, or what it returned is not ``B`` finite numbers.
+        """
+        positional, named = self._arguments(batch)
+        try:
+            values = self.function(*positional, **named)
+        except AlignmentError:
+            raise
+        except Exception as error:
+            raise RewardError(self._failure(error, batch)) from error
+        return check_scores(self.NAME, values, batch)
+
+    def _arguments(self, batch: RewardBatch) -> tuple[list[Any], dict[str, Any]]:
+        columns = dict.fromkeys(key for row in batch.rows for key in row if key not in OWN_NAMES)
+        wanted = columns if self._takes_all else [key for key in columns if key in self._parameters]
+        # Lists of their own: a function may sort or change what it gets.
+        named: dict[str, Any] = {key: [row.get(key) for row in batch.rows] for key in wanted}
+        if not self._by_name:
+            positional = [list(batch.prompts), list(batch.responses)]
+        else:
+            positional = []
+            responses = "completions" if "completions" in self._parameters else "responses"
+            for key, values in (("prompts", batch.prompts), (responses, batch.responses)):
+                if key in self._parameters or self._takes_all:
+                    named[key] = list(values)
+        missing = [
+            p.name
+            for p in self._parameters.values()
+            if p.default is p.empty and p.kind is not p.POSITIONAL_ONLY and p.name not in named
+        ]
+        if missing:
+            raise RewardError(
+                f"reward {self.NAME!r} needs the column{'s' * (len(missing) != 1)} {', '.join(map(repr, missing))}, "
+                f"which the prompts' rows do not have; they have: {', '.join(map(repr, columns)) or 'none'}"
+            )
+        return positional, named
+
+    def _failure(self, error: Exception, batch: RewardBatch) -> str:
+        place, index = _place_of(error.__traceback__, self.function), _sample_of(error.__traceback__, batch)
+        text = f"reward {self.NAME!r} failed: {type(error).__name__}: {error}\n  at {place}"
+        if index is not None:
+            return f"{text}, while it worked on sample {index} of {len(batch)}:\n{batch.show(index)}"
+        if len(batch):
+            return f"{text}, in a batch of {len(batch)}. The first sample:\n{batch.show(0)}"
+        return text
+
+
+def name_hint(function: Callable) -> str:
+    """How the function's first line should look."""
+    return f"`def {getattr(function, '__name__', 'reward')}(prompts, responses, **row)`"
+
+
+def load_function(spec: str, base_dir: str | Path | None = None) -> Callable:
+    """Load ``"file.py:function"`` or ``"package.module:function"``.
+
+    Args:
+        spec: a relative file is looked for in the current folder, then in ``base_dir``.
+        base_dir: the folder of the JSON file that says it.
+
+    Raises:
+        RewardError: there is no such file or the function's name is missing.
+        AlignmentError: the file or module cannot be loaded or has no such function.
+    """
+    from alignment.plugins import load_object
+
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise RewardError(f'reward {spec!r}: name the function too, as in "{place or name}:my_reward"')
+    if place.endswith(".py"):
+        folders = [Path.cwd(), *([Path(base_dir)] if base_dir else [])]
+        files = [folder / Path(place).expanduser() for folder in folders]
+        found = next((file for file in files if file.is_file()), None)
+        if found is None:
+            tried = ", ".join(dict.fromkeys(str(file) for file in files))
+            raise RewardError(f"reward {spec!r}: there is no such file (looked for {tried})")
+        place = str(found.resolve())
+    return load_object(f"{place}:{name}")
+
+
+def _place_of(trace: TracebackType | None, function: Callable) -> str:
+    """File, line and text of the innermost frame in the function's own file (or of the innermost one)."""
+    frames = traceback.extract_tb(trace)[1:]  # without our own call
+    if not frames:
+        return f"the call of {function!r}"
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+    frame = (own or frames)[-1]
+    return f"{frame.filename}, line {frame.lineno}" + (f" ({frame.line})" if frame.line else "")
+
+
+def _sample_of(trace: TracebackType | None, batch: RewardBatch) -> int | None:
+    """Which sample the function was working on, told from its local variables that are one of the batch's own
+    strings.
+    """
+    candidates = set(range(len(batch)))
+    frame = trace.tb_next if trace else None
+    while frame is not None:
+        for value in list(frame.tb_frame.f_locals.values()):
+            if isinstance(value, str) and len(value) >= SHORTEST_TELLING:
+                rows = {i for i in range(len(batch)) if value is batch.prompts[i] or value is batch.responses[i]}
+                candidates = candidates & rows or candidates
+        frame = frame.tb_next
+    return min(candidates) if candidates and (len(candidates) < len(batch) or len(batch) == 1) else None

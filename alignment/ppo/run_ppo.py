@@ -1,0 +1,279 @@
+"""PPO from a JSON file: arguments -> data -> models -> :class:`~alignment.ppo.ppo_trainer.PPOTrainer`.
+
+::
+
+    python -u -m paddle.distributed.launch run_ppo.py ../../config/llama/ppo_argument.json
+    python -m alignment ppo config/llama/ppo_argument.json output_dir=checkpoints/mine
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a file: make the checkout importable, its folder's names (data, ...) not
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from alignment.arguments import PPOArguments, parse_ppo
+from alignment.cli import run_main
+from alignment.errors import ArgumentsError, DataError
+from alignment.log import get_logger
+
+
+@dataclass
+class RunData:
+    """Tokenizer, template and data sets of a run.
+
+    Attributes:
+        tokenizer: the actor's and critic's.
+        template: the run's prompt template.
+        train: prompts to learn on.
+        eval_prompts: prompts to evaluate on; may be empty.
+        ptx: supervised rows, or ``None``.
+        reward_tokenizer: the reward model's own, where it needs answers tokenised anew, else ``None``.
+        reward_template: likewise.
+        sets: the data sets by name, for the summaries.
+    """
+
+    tokenizer: Any
+    template: Any
+    train: Any
+    eval_prompts: list[Any]
+    ptx: Any | None
+    reward_tokenizer: Any | None
+    reward_template: Any | None
+    sets: dict[str, Any]
+
+
+def main(argv: list[str]) -> int:
+    """Run PPO with ``argv`` (a JSON file and overrides).
+
+    Returns:
+        The exit status: 0, or 130 after an interruption.
+
+    Raises:
+        AlignmentError: whatever the user can mend.
+    """
+    from alignment.training.runner import run_stage
+
+    return run_stage(argv, parse_ppo, _run)
+
+
+def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
+    from alignment import runtime
+    from alignment.training.checkpoint import CheckpointStore
+    from alignment.training.output import prepare_output_dir
+    from alignment.training.runner import describe_run, main_first
+
+    get_logger().info(runtime.describe())
+    check_models(args)
+    store = CheckpointStore(args.output_dir, args.save_total_limit)
+    resume_path = None if args.dry_run else prepare_output_dir(args, world, store)
+    data = main_first(world, lambda: load_data(args, show_progress=world.is_main))
+    sizes = args.derive_sizes(len(data.train), world.size)
+    if args.dry_run:
+        if world.is_main:
+            print(args.dry_run_text(sizes))
+        return 0
+    describe_run(args, world, data, sizes)
+    runtime.seed_everything(args.seed)
+    return build_trainer(args, world, data, sizes, argv).train(resume_path)
+
+
+def check_models(args: PPOArguments) -> None:
+    """Refuse folders that cannot be loaded and limits that do not fit, before anything heavy is read.
+
+    Raises:
+        AlignmentError: naming the key and what is wrong.
+    """
+    from alignment.ppo.models import check_model_folder, model_context_length
+    from alignment.ppo.rewards import uses_model
+
+    folders = {"actor_model_name_or_path": args.actor_model_name_or_path}
+    if uses_model(args.reward):
+        if not args.reward_model_name_or_path:
+            raise ArgumentsError(
+                "reward_model_name_or_path is missing: give a reward model, or a `reward` that needs none "
+                '("file.py:function", or the NAME of a registered one)'
+            )
+        check_model_folder(args.reward_model_name_or_path, role="reward_model_name_or_path")
+    folders["reward_critic_model_name_or_path"] = critic_path(args)
+    for key, path in folders.items():
+        check_model_folder(path, role=key)
+        args.check_context(model_context_length(path), f"{key}={path}")
+
+
+def critic_path(args: PPOArguments) -> str:
+    """Where the critic starts: its own model, else the reward model's, else the actor's with a new head."""
+    return args.reward_critic_model_name_or_path or args.reward_model_name_or_path or args.actor_model_name_or_path
+
+
+def load_data(args: PPOArguments, show_progress: bool = True) -> RunData:
+    """Load tokenizer and data sets and settle the prompt template.
+
+    Raises:
+        AlignmentError: a data set, template or tokenizer cannot be used.
+    """
+    from alignment.ppo.data import PromptOnlyDataset, SupervisedDataset, split_train_eval
+    from alignment.ppo.models import load_tokenizer
+    from alignment.ppo.ppo_trainer import as_prompt
+    from alignment.training.runner import stage_template
+
+    actor = args.actor_model_name_or_path
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or actor, role="actor tokenizer")
+    template = stage_template(args, tokenizer, actor)
+    reward_tokenizer, reward_template = own_reward_format(args, tokenizer, template)
+    common = {
+        "template": template,
+        "skip_bad_rows": args.skip_bad_rows,
+        "seed": args.seed,
+        "cache_dir": args.data_cache_dir,
+        "num_proc": args.dataset_num_proc,
+        "show_progress": show_progress and not args.disable_tqdm,
+    }
+    prompts = {
+        **common,
+        "max_length": args.max_src_len,
+        "max_src_len": args.max_src_len,
+        "overlong_prompts": args.overlong_prompts,
+    }
+    train = PromptOnlyDataset(args.parsed_train_datasets, tokenizer, **prompts)
+    held_out: Any = None
+    if args.parsed_eval_datasets:
+        held_out = PromptOnlyDataset(args.parsed_eval_datasets, tokenizer, **prompts)
+    elif args.eval_split_ratio:
+        train, held_out = split_train_eval(train, args.eval_split_ratio, args.seed)
+    if not len(train):
+        raise DataError("no training prompt is left")
+    ptx = None
+    if args.use_ptx:
+        limit = args.max_src_len + args.max_dec_len
+        ptx = SupervisedDataset(
+            args.parsed_ptx_datasets, tokenizer, max_length=limit, max_src_len=args.max_src_len, **common
+        )
+    eval_prompts: list[Any] = []
+    if held_out is not None and args.do_eval:
+        count = len(held_out) if args.eval_num_samples is None else min(args.eval_num_samples, len(held_out))
+        eval_prompts = [as_prompt(held_out[i], i) for i in range(count)]
+    sets = {"train": train, "eval": held_out, "ptx": ptx}
+    return RunData(
+        tokenizer,
+        template,
+        train,
+        eval_prompts,
+        ptx,
+        reward_tokenizer,
+        reward_template,
+        {name: dataset for name, dataset in sets.items() if dataset is not None},
+    )
+
+
+def own_reward_format(args: PPOArguments, tokenizer: Any, template: Any) -> tuple[Any | None, Any | None]:
+    """The reward model's tokenizer and template where they are not the actor's, else ``(None, None)``.
+
+    Raises:
+        AlignmentError: the templates differ and that was not allowed, or the critic would start from a model whose
+            tokens are not the actor's.
+    """
+    from alignment.ppo.data import PromptTemplate, check_same
+    from alignment.ppo.models import load_tokenizer, tokenizer_differs
+    from alignment.ppo.rewards import uses_model
+
+    if not uses_model(args.reward):
+        return None, None
+    folder = args.reward_model_name_or_path
+    own = load_tokenizer(args.reward_tokenizer_name_or_path or folder, role="reward model's tokenizer")
+    saved = PromptTemplate.load(folder) if Path(folder).is_dir() else None
+    check_same(saved, template, f"the reward model {folder}", "this run", args.allow_template_mismatch)
+    own_template = PromptTemplate.resolve(saved or template, own)
+    other_tokens = tokenizer_differs(tokenizer, own)
+    if other_tokens and Path(critic_path(args)).resolve() == Path(folder).resolve():
+        raise ArgumentsError(
+            f"the critic would start from the reward model {folder}, but that has another tokenizer than the actor, so "
+            "its values would be of other tokens: set reward_critic_model_name_or_path to a model with the actor's "
+            f"tokenizer ({args.actor_model_name_or_path} itself will do: it gets a new head)"
+        )
+    if other_tokens or own_template.to_dict() != template.to_dict():
+        get_logger().info("the reward model has another tokenizer or template: answers are written anew for it")
+        return own, own_template
+    return None, None
+
+
+def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, argv: list[str]) -> Any:
+    """Load the models and put the trainer together."""
+    from alignment.ppo.engine import Engine, OptimizerSettings
+    from alignment.ppo.generation.engine import GenerationEngine
+    from alignment.ppo.generation.stopping import eos_token_ids
+    from alignment.ppo.models import load_causal_lm, load_score_model, model_context_length, save_tokenizer
+    from alignment.ppo.ppo_trainer import PPOTrainer, Roles
+    from alignment.ppo.rewards import RewardBatch, resolve_rewards, uses_model
+    from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
+    from alignment.ppo.scoring import RewardModelScorer
+
+    infer_rows = args.rollout_logprob_batch_size or args.per_device_train_batch_size
+    rollout_rows = args.per_device_rollout_batch_size
+    rollout_rows = args.per_device_train_batch_size if rollout_rows <= 0 else rollout_rows
+    model_options: dict[str, Any] = {"dtype": args.dtype}
+    if args.use_flash_attention and not args.on_cpu:
+        model_options["config_overrides"] = {"use_flash_attention": True}
+    actor_path = args.actor_model_name_or_path
+
+    actor_settings = OptimizerSettings(**args.policy_optimizer(sizes.total_steps))
+    critic_settings = OptimizerSettings(**args.critic_optimizer(sizes.total_steps))
+    actor_model = load_causal_lm(actor_path, role="actor", **model_options)
+    actor = Engine("actor", actor_model, world, actor_settings, recompute=bool(args.recompute))
+    reference = Engine("reference", load_causal_lm(actor_path, role="reference", **model_options), world)
+    critic_model = load_score_model(critic_path(args), score_type="critic", role="critic", **model_options)
+    critic = Engine("critic", critic_model, world, critic_settings, recompute=bool(args.critic_recompute))
+    reward_role = scorer = None
+    running_normalization = bool(args.normalize_reward)
+    if uses_model(args.reward):
+        reward_path = args.reward_model_name_or_path
+        model = load_score_model(reward_path, score_type="reward", do_normalize=False, role="reward", **model_options)
+        if args.normalize_reward and int(model.normalizer.count) > 0:
+            get_logger().info("normalize_reward: by the statistics that are stored with the reward model")
+            model.config.do_normalize, running_normalization = True, False
+        reward_role = RewardRole(Engine("reward", model, world), infer_rows)
+        limit = model_context_length(reward_path) or args.max_src_len + 2 * args.max_dec_len
+        scorer = RewardModelScorer(reward_role, data.reward_tokenizer, data.reward_template, limit)
+    rewards = resolve_rewards(args.reward, scorer, Path(args.file).resolve().parent if args.file else None)
+    get_logger().info("reward: %s", rewards)
+
+    generator = GenerationEngine(
+        actor.model,
+        data.tokenizer,
+        eos_token_ids(actor.model, data.tokenizer),
+        model_context_length(actor_path),
+        rollout_rows,
+    )
+
+    def save_extras(folder: Path) -> None:
+        save_tokenizer(data.tokenizer, folder)
+        data.template.save(folder)
+
+    roles = Roles(
+        PolicyRole(actor, args.temperature, infer_rows),
+        PolicyRole(reference, args.temperature, infer_rows),
+        ValueRole(critic, infer_rows),
+        reward_role,
+    )
+    return PPOTrainer(
+        args,
+        world,
+        roles,
+        lambda rollout: rewards.score(RewardBatch.from_rollout(rollout)),
+        generator,
+        data.train,
+        data.eval_prompts,
+        data.ptx,
+        sizes,
+        save_extras,
+        argv,
+        running_normalization,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

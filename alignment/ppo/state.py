@@ -1,0 +1,88 @@
+"""A PPO run's state on disk: ``checkpoint-N/{policy,value,trainer}``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from alignment.errors import CheckpointError
+from alignment.ppo.engine import Engine
+
+STATE_FILE = "trainer_state.json"
+
+
+@dataclass
+class PPOState:
+    """Where a run stands, between two rollouts.
+
+    Attributes:
+        global_step: optimizer steps taken (early-stopped ones counted as far as they went).
+        rollouts: iterations done.
+        prompt_position: position in the stream of prompts.
+        ptx_position: position in the stream of supervised rows.
+        kl_controller: its state.
+        reward_moments: of the score normaliser.
+        best_metric: the best evaluation figure so far, or ``None``.
+    """
+
+    global_step: int = 0
+    rollouts: int = 0
+    prompt_position: int = 0
+    ptx_position: int = 0
+    kl_controller: dict[str, float] = field(default_factory=dict)
+    reward_moments: dict[str, float] = field(default_factory=dict)
+    best_metric: float | None = None
+
+
+def save_state(
+    folder: Path, state: PPOState, actor: Engine, critic: Engine, save_extras: Callable[[Path], None]
+) -> None:
+    """Write everything that a run needs to go on.
+
+    Args:
+        folder: an empty folder; it becomes a checkpoint when the caller renames it.
+        state: the counters and small states.
+        actor: to ``policy/``.
+        critic: to ``value/``.
+        save_extras: writes tokenizer and template into a model's folder.
+    """
+    for name, engine in (("policy", actor), ("value", critic)):
+        target = folder / name
+        target.mkdir()
+        engine.save_weights(target)
+        save_extras(target)
+    trainer = folder / "trainer"
+    trainer.mkdir()
+    actor.save_state(trainer / "actor_optimizer.safetensors")
+    critic.save_state(trainer / "critic_optimizer.safetensors")
+    (trainer / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+
+
+def load_state(folder: Path, actor: Engine, critic: Engine) -> PPOState:
+    """Read what :func:`save_state` wrote.
+
+    Args:
+        folder: a checkpoint that was verified.
+        actor: gets the policy's weights and optimizer.
+        critic: gets the value function's.
+
+    Returns:
+        The counters and small states.
+
+    Raises:
+        CheckpointError: something is missing, unreadable or belongs to another model.
+    """
+    file = folder / "trainer" / STATE_FILE
+    try:
+        state = PPOState(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no PPO checkpoint: it has no trainer/{STATE_FILE}") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    actor.load_weights(folder / "policy")
+    critic.load_weights(folder / "value")
+    actor.load_state(folder / "trainer" / "actor_optimizer.safetensors")
+    critic.load_state(folder / "trainer" / "critic_optimizer.safetensors")
+    return state

@@ -1,0 +1,48 @@
+"""Endless, resumable streams of row numbers: the order depends on the seed and the position alone, never on the
+layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from alignment.training.order import epoch_permutation
+
+
+@dataclass
+class IndexStream:
+    """Row numbers in a fresh order each epoch.
+
+    Attributes:
+        rows: how many there are.
+        seed: of the orders.
+        position: how many numbers were taken since the start of the run.
+    """
+
+    rows: int
+    seed: int
+    position: int = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next number belongs to."""
+        return self.position // self.rows
+
+    @property
+    def left_in_epoch(self) -> int:
+        """Numbers until the epoch ends."""
+        return self.rows - self.position % self.rows
+
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` numbers, over the ends of epochs where need be."""
+        taken: list[int] = []
+        while len(taken) < count:
+            start = self.position % self.rows
+            piece = epoch_permutation(self.seed, self.epoch, self.rows)[start : start + count - len(taken)]
+            taken.extend(int(i) for i in piece)
+            self.position += len(piece)
+        return taken
+
+    def skip_epoch_rest(self) -> None:
+        """Leave out what is left of the epoch (``dataloader_drop_last``)."""
+        self.position += self.left_in_epoch

@@ -1,0 +1,249 @@
+"""The update: passes over one experience in freshly shuffled minibatches, actor and critic each with its own optimizer.
+
+A minibatch ("window") is one optimizer step: ``per_device_train_batch_size * gradient_accumulation_steps`` rows of each
+data rank. Its rows are drawn from all ranks' rows, its losses are normalised by its global counts, so the step is the
+same on any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+
+from alignment.parallel import World
+from alignment.ppo.algorithms.losses import policy_loss, value_loss
+from alignment.ppo.invariants import MovementCheck, check_first_pass
+from alignment.ppo.nonfinite import FiniteCheck
+from alignment.ppo.ptx import PtxStream
+from alignment.ppo.roles import PolicyRole, ValueRole
+from alignment.ppo.rollout import Experience
+from alignment.ppo.statistics import Statistics
+
+# An update stops when its approximate KL passes this multiple of target_kl (the factor of TRL v1 and
+# Stable-Baselines3).
+EARLY_STOP_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class Window:
+    """One optimizer step's rows.
+
+    Attributes:
+        mine: this rank's rows.
+        tokens: response tokens of the window on all ranks.
+        answers: rows with at least one response token, on all ranks.
+        rows: rows on all ranks.
+        first_pass: whether nothing was learnt from this rollout before (first window of the first pass).
+    """
+
+    mine: Experience
+    tokens: int
+    answers: int
+    rows: int
+    first_pass: bool
+
+    def denominator(self, mean: str) -> float:
+        """What a loss of this window is divided by."""
+        return float(max(1, self.tokens if mean == "token" else self.answers))
+
+
+def split_windows(experience: Experience, args: Any, world: World, rollout_number: int) -> Iterator[Window]:
+    """Shuffle the rows anew for each of ``update_iters`` passes and cut them into windows.
+
+    Args:
+        experience: the rows of all ranks.
+        args: ``update_iters``, ``per_device_train_batch_size``, ``gradient_accumulation_steps``, ``seed``.
+        world: how many ranks share a window.
+        rollout_number: makes each rollout's orders its own.
+
+    Yields:
+        Windows; the last of a pass may be smaller, and a rank's share of it empty.
+    """
+    rows = len(experience)
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
+    lengths = experience.rollout.response_len
+    for number in range(args.update_iters):
+        order = np.random.default_rng([args.seed, 1, rollout_number, number]).permutation(rows)
+        for start in range(0, rows, size):
+            chosen = order[start : start + size]
+            mine = np.array_split(chosen, world.size)[world.rank]
+            yield Window(
+                mine=experience.select(mine),
+                tokens=int(lengths[chosen].sum()),
+                answers=int((lengths[chosen] > 0).sum()),
+                rows=len(chosen),
+                first_pass=number == 0 and start == 0,
+            )
+
+
+def count_windows(rows: int, args: Any, world_size: int) -> int:
+    """How many optimizer steps one rollout of ``rows`` rows (all ranks) gives."""
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
+    return args.update_iters * -(-rows // size)
+
+
+class PPOUpdater:
+    """Trains actor and critic on experiences.
+
+    Args:
+        args: the PPO arguments.
+        world: the data ranks.
+        actor: the trained policy.
+        critic: the trained value function.
+        ptx: supervised rows for the ptx loss, or ``None``.
+        decode: turns token ids into text, for the dump of a batch whose loss is not finite.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        world: World,
+        actor: PolicyRole,
+        critic: ValueRole,
+        ptx: PtxStream | None,
+        decode: Callable[[list[int]], str],
+    ) -> None:
+        self.args, self.world, self.actor, self.critic, self.ptx = args, world, actor, critic, ptx
+        self.finite = FiniteCheck(args.output_dir, world.rank, decode)
+        self.movement: MovementCheck | None = None
+        self.check_ratio = False
+
+    def check_first_step(self, movement: MovementCheck) -> None:
+        """Assert the first step's invariants in the steps that follow."""
+        self.movement, self.check_ratio = movement, True
+
+    def run(
+        self, experience: Experience, rollout_number: int, global_step: int, on_step: Callable[[Statistics], bool]
+    ) -> None:
+        """Learn from one experience.
+
+        Args:
+            experience: the rows of all ranks.
+            rollout_number: of this experience, for the orders.
+            global_step: optimizer steps taken so far in the run.
+            on_step: gets the statistics (over all ranks) of each optimizer step; returning ``False`` ends the update.
+
+        Raises:
+            NonFiniteError: a loss or gradient is NaN or infinite; the batch is dumped.
+            InvariantError: the first step breaks an invariant.
+        """
+        for window in split_windows(experience, self.args, self.world, rollout_number):
+            local = Statistics()
+            self._critic_step(window, local, global_step)
+            train_actor = global_step >= self.args.critic_warmup_steps
+            stop = self._actor_step(window, local, global_step) if train_actor else False
+            stats = local.over_ranks(self.world)
+            global_step += 1
+            if not on_step(stats) or stop:
+                break
+
+    def _micro_batches(self, mine: Experience) -> Iterator[Experience]:
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(mine), size):
+            yield mine.select(range(start, min(start + size, len(mine))))
+
+    def _critic_step(self, window: Window, stats: Statistics, global_step: int) -> None:
+        args, engine = self.args, self.critic.engine
+        denominator = window.denominator("token")
+        for part in self._micro_batches(window.mine):
+            if not part.rollout.response_len.any():
+                continue
+            values = self.critic.forward(part.rollout)
+            loss, clipped = value_loss(
+                values,
+                paddle.to_tensor(part.values),
+                paddle.to_tensor(part.returns),
+                paddle.to_tensor(part.mask),
+                args.clip_range_value,
+                denominator=denominator,
+            )
+            value = self.finite.require(float(loss), "critic loss", part, global_step)
+            engine.backward(loss * args.value_coeff)
+            stats.add("train/reward_critic_loss", value * denominator, float(part.mask.sum()))
+            stats.add("train/value_clip_fraction", float(clipped), float(part.mask.sum()))
+        result = engine.step()
+        stats.set("train/reward_critic_lr", result.learning_rate)
+        stats.set("train/reward_critic_grad_norm", result.grad_norm)
+        if self.movement is not None:
+            self.movement.after_step("critic", result.learning_rate, result.grad_norm)
+
+    def _actor_step(self, window: Window, stats: Statistics, global_step: int) -> bool:
+        """One optimizer step of the actor; returns whether the update is to stop because the policy moved too far."""
+        engine = self.actor.engine
+        tokens = float(window.mine.mask.sum()) if len(window.mine) else 0.0
+        for part in self._micro_batches(window.mine):
+            if part.rollout.response_len.any():
+                self._actor_backward(part, window, stats, global_step)
+        if self.check_ratio and window.first_pass:
+            self._check_ratio(stats)
+        if self._moved_too_far(stats, tokens):
+            engine.clear_gradients()
+            stats.set("train/early_stopped", 1.0)
+            return True
+        if self.ptx is not None:
+            self._ptx_backward(window.rows, stats, global_step)
+        result = engine.step()
+        stats.set("train/actor_lr", result.learning_rate)
+        stats.set("train/actor_grad_norm", result.grad_norm)
+        if self.movement is not None:
+            self.movement.after_step("actor", result.learning_rate, result.grad_norm)
+        return False
+
+    def _actor_backward(self, part: Experience, window: Window, stats: Statistics, global_step: int) -> None:
+        args = self.args
+        logprobs, entropy = self.actor.forward(part.rollout, entropy_grad=args.entropy_coeff != 0.0)
+        mask = paddle.to_tensor(part.mask)
+        result = policy_loss(
+            logprobs,
+            paddle.to_tensor(part.logprobs),
+            paddle.to_tensor(part.advantages),
+            mask,
+            args.clip_range_ratio_low,
+            args.clip_range_ratio_high,
+            args.dual_clip,
+            args.policy_loss_mean,
+            window.denominator(args.policy_loss_mean),
+        )
+        loss, entropy_sum = result.loss, (entropy * mask).sum()
+        value = self.finite.require(float(loss), "actor loss", part, global_step)
+        if args.entropy_coeff:
+            loss = loss - args.entropy_coeff * entropy_sum / window.denominator("token")
+        self.actor.engine.backward(loss)
+        tokens, answers = float(part.mask.sum()), float((part.rollout.response_len > 0).sum())
+        weight = tokens if args.policy_loss_mean == "token" else answers
+        stats.add("train/actor_loss", value * window.denominator(args.policy_loss_mean), weight)
+        stats.add("train/entropy", float(entropy_sum), tokens)
+        stats.add("train/clip_fraction", float(result.clip_fraction), tokens)
+        stats.add("train/approx_kl", float(result.approx_kl), tokens)
+        stats.add("train/ratio_mean", float(result.ratio), tokens)
+        stats.maximum("train/ratio_max", float(result.max_ratio))
+        stats.maximum("train/ratio_error_max", float(result.max_ratio_error))
+
+    def _check_ratio(self, stats: Statistics) -> None:
+        dtype = str(next(iter(self.actor.engine.parameters.values())).dtype).split(".")[-1]
+        joined = stats.over_ranks(self.world).result()
+        if "train/approx_kl" in joined:
+            check_first_pass(joined["train/ratio_error_max"], joined["train/approx_kl"], dtype)
+            self.check_ratio = False
+
+    def _moved_too_far(self, stats: Statistics, tokens: float) -> bool:
+        if self.args.target_kl is None:
+            return False
+        total = self.world.sum(np.array([stats.sums.get("train/approx_kl", 0.0), tokens]))
+        return bool(total[0] / max(1.0, total[1]) > EARLY_STOP_FACTOR * self.args.target_kl)
+
+    def _ptx_backward(self, rows: int, stats: Statistics, global_step: int) -> None:
+        assert self.ptx is not None
+        window = self.ptx.take(rows, self.world)
+        for batch in window.micro_batches(self.args.per_device_train_batch_size):
+            total, count = self.actor.negative_log_likelihood(batch["input_ids"], batch["labels"])
+            if count == 0:
+                continue
+            loss = total / window.tokens
+            value = self.finite.require(float(total), "ptx loss", batch, global_step)
+            self.actor.engine.backward(loss * self.args.ptx_coeff)
+            stats.add("train/ptx_loss", value, count)

@@ -1,0 +1,114 @@
+"""The reward-model stage: a batch of pairs goes through the model once, better replies first, and the loss compares the
+halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from alignment.parallel import World
+from alignment.ppo.data import collate_preference
+from alignment.ppo.engine import Engine
+from alignment.ppo.models import score_tokens, unwrap
+from alignment.rm.losses import first_differences, sequence_losses, token_losses
+from alignment.rm.metrics import pair_metrics
+from alignment.training.stage import Batch
+from alignment.training.stats import Stats
+
+
+class RewardStage:
+    """What :class:`~alignment.training.loop.StageTrainer` asks of reward modelling.
+
+    With ``normalize_score_during_training`` the loss sees normalised scores. The normaliser learns once per optimizer
+    step, after it, from the raw end scores of all micro batches of all ranks (so the first step is not normalised):
+    what it learns does not depend on the layout.
+
+    Args:
+        engine: the score model, to be trained.
+        tokenizer: for pads and readable dumps.
+        loss_type: "sequence-wise" or "token-wise".
+        regularization: weight of the squared scores.
+        save: writes model, tokenizer and template into a folder.
+    """
+
+    name = "reward model"
+    evaluates_first = True
+
+    def __init__(
+        self,
+        engine: Engine,
+        world: World,
+        tokenizer: Any,
+        *,
+        loss_type: str = "sequence-wise",
+        regularization: float = 0.001,
+        save: Callable[[Path], None],
+    ) -> None:
+        self.engine, self.world, self.tokenizer = engine, world, tokenizer
+        self.loss_type, self.regularization = loss_type, regularization
+        self._save = save
+        self._inner = unwrap(engine.model)
+        self.normalizes = bool(self._inner.config.do_normalize)
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        """``{"input_ids" [2 * pairs, seq], "lengths" [2 * pairs], "prompt_lens" [pairs]}``, better replies first."""
+        return collate_preference(rows, self.tokenizer.pad_token_id)
+
+    def count(self, batch: Batch) -> int:
+        """Pairs."""
+        return len(batch["lengths"]) // 2
+
+    def tokens(self, batch: Batch) -> int:
+        """Real tokens of both replies."""
+        return int(batch["lengths"].sum())
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
+        """Sum over pairs of the loss; stats: ``chosen`` and ``rejected`` ``[pairs]`` end scores (``raw`` too when
+        normalising).
+        """
+        lengths = batch["lengths"]
+        pairs = len(lengths) // 2
+        raw = score_tokens(self.engine.model, paddle.to_tensor(batch["input_ids"]), lengths, raw=True)
+        scores = self._inner.normalize(raw.unsqueeze(-1)).squeeze(-1)
+        last = paddle.to_tensor(np.asarray(lengths, np.int64)[:, None] - 1)
+        ends = paddle.take_along_axis(scores, last, axis=1).squeeze(1)
+        if self.loss_type == "token-wise":
+            losses = token_losses(scores, lengths, first_differences(batch["input_ids"], lengths), self.regularization)
+        else:
+            losses = sequence_losses(ends[:pairs], ends[pairs:], regularization=self.regularization)
+        values = ends.detach().numpy()
+        stats: Stats = {"chosen": values[:pairs], "rejected": values[pairs:]}
+        if self.normalizes:
+            stats["raw"] = paddle.take_along_axis(raw.detach(), last, axis=1).squeeze(1).numpy()
+        return losses.sum(), stats
+
+    def after_step(self, stats: Stats) -> None:
+        """Let the normaliser learn from the step's raw scores over all ranks."""
+        if not self.normalizes:
+            return
+        mine = stats.pop("raw", np.zeros([0], np.float32))
+        everyone = self.world.all_gather_object(mine, "scores for the normaliser")
+        self._inner.normalizer.update(np.concatenate(everyone))
+
+    def metrics(self, stats: Stats) -> dict[str, float]:
+        """See :func:`alignment.rm.metrics.pair_metrics`; with a normaliser its mean and standard deviation too."""
+        result = pair_metrics(stats["chosen"], stats["rejected"])  # type: ignore[arg-type]
+        if self.normalizes:
+            result["normalizer_mean"] = float(self._inner.normalizer.mean.numpy()[0])
+            result["normalizer_std"] = float(np.sqrt(self._inner.normalizer.var.numpy()[0]))
+        return result
+
+    def decode(self, batch: Batch) -> list[str]:
+        """The rows' texts, better replies first."""
+        rows = zip(batch["input_ids"], batch["lengths"], strict=True)
+        return [self.tokenizer.decode(ids[:length].tolist()) for ids, length in rows]
+
+    def save(self, folder: Path) -> None:
+        """Write the model, its tokenizer and its prompt template."""
+        self._save(folder)

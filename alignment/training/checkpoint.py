@@ -1,0 +1,299 @@
+"""Checkpoints that are either whole or not there.
+
+A checkpoint is written into ``output_dir/.writing-checkpoint-N-*`` (the same file system), every file is flushed to the
+disk, ``manifest.json`` with every file's size and SHA-256 comes last, and only then the folder is renamed to
+``checkpoint-N``. A run that dies in between leaves a folder that no one takes for a checkpoint; one that is damaged
+later is recognised by its manifest, named, and skipped.
+
+    store = CheckpointStore(output_dir, save_total_limit=3)
+    if world.is_main:
+        with store.writing(step) as folder:      # folder: Path; fill it
+            ...
+    path = store.latest()                        # newest complete checkpoint, or None
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from alignment.errors import CheckpointError
+from alignment.log import get_logger
+
+MANIFEST = "manifest.json"
+BEST = "best_checkpoint.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_TEMPORARY = ".writing-checkpoint-"
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        output_dir: the run's folder; made where it is missing.
+        save_total_limit: how many complete checkpoints to keep; None or 0 keeps all. The newest complete one and the
+            best one always stay.
+    """
+
+    def __init__(self, output_dir: str | Path, save_total_limit: int | None = None) -> None:
+        self.output_dir = Path(output_dir)
+        self.save_total_limit = save_total_limit or 0
+
+    @contextlib.contextmanager
+    def writing(self, step: int, *, best: bool = False) -> Iterator[Path]:
+        """Give an empty temporary folder; when the body ends well it becomes ``checkpoint-{step}`` and old ones are
+        pruned.
+
+        Call it on one process only.
+
+        Args:
+            step: the optimizer step (PPO: iteration) that the checkpoint stands for.
+            best: remember this checkpoint as the best one so far, so that pruning spares it.
+
+        Raises:
+            CheckpointError: when the disk is full, read-only or otherwise refuses; the temporary folder is removed,
+                older checkpoints stay.
+        """
+        target = self.output_dir / f"checkpoint-{step}"
+        with disk_errors(target):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{step}-", dir=self.output_dir))
+        try:
+            with disk_errors(target):
+                yield temporary
+                write_manifest(temporary, step)
+                os.chmod(temporary, 0o755)
+                if target.exists():
+                    # A rename cannot replace a full folder: the old one steps aside first and goes last.
+                    aside = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}old-", dir=self.output_dir))
+                    os.rename(target, aside / "old")
+                    os.rename(temporary, target)
+                    shutil.rmtree(aside)
+                else:
+                    os.rename(temporary, target)
+                _sync_folder(self.output_dir)
+                if best:
+                    self.mark_best(step)
+        finally:
+            if temporary.exists():
+                shutil.rmtree(temporary, ignore_errors=True)
+        self.prune(just_written=target)
+
+    def steps(self) -> list[int]:
+        """Steps of all folders named ``checkpoint-N``, complete or not, ascending."""
+        if not self.output_dir.is_dir():
+            return []
+        found = (_NAME.fullmatch(entry.name) for entry in self.output_dir.iterdir() if entry.is_dir())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        """The folder of checkpoint ``step``."""
+        return self.output_dir / f"checkpoint-{step}"
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, its files read and compared with its manifest; damaged ones are named in a
+        warning and skipped.
+        """
+        for leftover in self._leftovers():
+            get_logger().warning("%s is a checkpoint that was never finished; it is ignored", leftover)
+        for step in reversed(self.steps()):
+            try:
+                verify(self.path(step))
+            except CheckpointError as error:
+                get_logger().warning("skipping a damaged checkpoint: %s", error)
+                continue
+            return self.path(step)
+        return None
+
+    def mark_best(self, step: int) -> None:
+        """Remember checkpoint ``step`` as the best one (in ``output_dir/best_checkpoint.json``)."""
+        write_json(self.output_dir / BEST, {"step": step, "folder": f"checkpoint-{step}"})
+
+    def best(self) -> Path | None:
+        """The best checkpoint's folder, or None where none was marked or it is gone."""
+        try:
+            step = int(json.loads((self.output_dir / BEST).read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return self.path(step) if self.path(step).is_dir() else None
+
+    def prune(self, just_written: Path | None = None) -> None:
+        """Delete the oldest complete checkpoints beyond ``save_total_limit``, never the newest complete one, the best
+        one, or a damaged one.
+        """
+        if self.save_total_limit <= 0:
+            return
+        complete = []
+        for step in self.steps():
+            path = self.path(step)
+            try:
+                verify(path, read_files=False)
+            except CheckpointError as error:
+                get_logger().warning("a damaged checkpoint is left as it is: %s", error)
+                continue
+            complete.append(path)
+        keep = {just_written, self.best()}
+        removable = [path for path in complete[:-1] if path not in keep]
+        for path in removable[: max(0, len(complete) - self.save_total_limit)]:
+            # Out of sight first, so that a crash in the middle of deleting leaves no half checkpoint under a
+            # checkpoint's name.
+            with disk_errors(path):
+                doomed = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}old-", dir=self.output_dir))
+                os.rename(path, doomed / "old")
+                shutil.rmtree(doomed)
+
+    def _leftovers(self) -> list[Path]:
+        if not self.output_dir.is_dir():
+            return []
+        return sorted(entry for entry in self.output_dir.iterdir() if entry.name.startswith(_TEMPORARY))
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self._leftovers():
+            old = leftover / "old"
+            match = None
+            if old.is_dir():
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    match = self.path(int(json.loads((old / MANIFEST).read_text())["step"]))
+            if match is not None and not match.exists():
+                # The run died between the two renames: the old checkpoint is whole, so it gets its place back.
+                os.rename(old, match)
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Flush every file under ``folder`` to the disk and write ``manifest.json``: ``{"step", "files": {path: {"size",
+    "sha256"}}}``.
+    """
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.name == MANIFEST and path.parent == folder:
+            continue
+        with open(path, "rb+") as handle:
+            digest = _digest(handle)
+            os.fsync(handle.fileno())
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    write_json(folder / MANIFEST, {"format": 1, "step": step, "files": files})
+    for inner in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
+        _sync_folder(inner)
+
+
+def verify(path: str | Path, *, read_files: bool = True) -> dict:
+    """Check a checkpoint against its manifest and return the manifest.
+
+    Args:
+        path: the checkpoint's folder.
+        read_files: read every file and compare its SHA-256; otherwise sizes only.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, cut short or changed.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {folder}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"].items()
+        entries = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: it was not completely written, or is no checkpoint of this toolkit"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
+    for name, size, digest in entries:
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{folder}: {name} is missing")
+        found = file.stat().st_size
+        if found != size:
+            raise CheckpointError(f"{folder}: {name} has {found} bytes, {size} were written")
+        if read_files:
+            with open(file, "rb") as handle:
+                if _digest(handle).hexdigest() != digest:
+                    raise CheckpointError(f"{folder}: {name} has changed since it was written (SHA-256 differs)")
+    return manifest
+
+
+def resolve_resume(store: CheckpointStore, resume_from_checkpoint: object) -> Path | None:
+    """Find the checkpoint to continue from, verified.
+
+    Args:
+        store: the run's checkpoints.
+        resume_from_checkpoint: None/False (start anew), True/"true"/"latest" (newest complete one; none there is fine),
+            or a folder.
+
+    Raises:
+        CheckpointError: when a named folder is missing or damaged.
+    """
+    if resume_from_checkpoint in (None, False, "", "false", "False"):
+        return None
+    if resume_from_checkpoint in (True, "true", "True", "latest"):
+        found = store.latest()
+        if found is None:
+            get_logger().warning(
+                "resume_from_checkpoint: %s holds no complete checkpoint; starting from the beginning", store.output_dir
+            )
+        return found
+    path = Path(str(resume_from_checkpoint))
+    if not path.is_dir():
+        known = ", ".join(f"checkpoint-{step}" for step in store.steps()) or "none"
+        raise CheckpointError(
+            f"resume_from_checkpoint={path}: no such folder (checkpoints in {store.output_dir}: {known})"
+        )
+    verify(path)
+    return path
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write JSON to a temporary name, flush, rename: readers see the old file or the new one, never half of one."""
+    path = Path(path)
+    with disk_errors(path):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(temporary, "w", encoding="utf-8") as handle:
+            json.dump(value, handle, indent=2, ensure_ascii=False, allow_nan=False)
+            handle.write("\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+
+
+def _digest(handle: BinaryIO) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    while block := handle.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        cures = {
+            errno.ENOSPC: "the disk is full: free some space, choose another output_dir, or lower save_total_limit",
+            errno.EDQUOT: "your disk quota is used up: free some space or choose another output_dir",
+            errno.EROFS: "the file system is read-only: choose an output_dir that can be written",
+            errno.EACCES: "permission denied: choose an output_dir that you may write to",
+            errno.EPERM: "permission denied: choose an output_dir that you may write to",
+            errno.ENOTDIR: "a part of the path is a file: choose another output_dir",
+        }
+        cure = cures.get(error.errno or 0, "check the disk")
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {cure}") from error

@@ -1,0 +1,409 @@
+"""`StageTrainer`: the training loop of SFT and reward modelling. It reads like the algorithm; what a stage is, it asks
+the stage.
+
+for step in range(...):
+    micro batches of this rank            order.py: the same rows for any number of processes
+    global count                          valid tokens or pairs of the whole step, over all ranks, before any backward
+    backward(loss_sum / global count)     once per micro batch
+    step                                  engine.py: sum over ranks, clip, AdamW
+    log, evaluate, save                   as the strategies say
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from alignment.errors import ArgumentsError, CheckpointError, NonFiniteError, nearest
+from alignment.log import get_logger
+from alignment.parallel import World
+from alignment.training.checkpoint import CheckpointStore, write_json
+from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt, resume_command
+from alignment.training.metrics import MetricWriter
+from alignment.training.nonfinite import dump_batches, nonfinite
+from alignment.training.order import TrainingOrder, micro_batches, rank_slice
+from alignment.training.output import publishing
+from alignment.training.stage import Batch, Progress, Stage
+from alignment.training.stats import Stats, finite_or_none, from_json, merge, merge_ranks, to_json
+
+STATE_FILE = "trainer/state.json"
+OPTIMIZER_FILE = "trainer/optimizer.safetensors"
+
+
+class StageTrainer:
+    """Trains one stage.
+
+    Args:
+        stage: what is trained and how.
+        args: the stage's arguments (names of paddlenlp's ``TrainingArguments``).
+        world: the processes of the run.
+        train_rows: training rows (or packs); None with ``do_train`` false.
+        eval_rows: evaluation rows; None where there are none.
+        argv: the command line of the stage, for the line that says how to resume.
+        resume: checkpoint folder to continue from, already verified.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        args: Any,
+        world: World,
+        train_rows: Sequence[Any] | None,
+        eval_rows: Sequence[Any] | None = None,
+        *,
+        argv: list[str] | None = None,
+        resume: Path | None = None,
+    ) -> None:
+        self.stage, self.args, self.world, self.argv, self.resume = stage, args, world, argv, resume
+        self.train_rows, self.eval_rows = train_rows, eval_rows
+        self.output_dir = Path(args.output_dir)
+        self.store = CheckpointStore(self.output_dir, args.save_total_limit)
+        self.order = make_order(args, world.size, len(train_rows)) if train_rows is not None else None
+        self.total_steps = self.order.total_steps(args.num_train_epochs, args.max_steps) if self.order else 0
+        self.progress = Progress()
+        self.writer: MetricWriter | None = None
+        self._saved_step = -1
+        self._learning_rate = 0.0
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Train and evaluate as the arguments say; save the final model; return the exit status (0, or 130 after an
+        interruption).
+        """
+        if self.resume is not None:
+            self.load_checkpoint(self.resume)
+        self.stage.engine.check_same_on_all_ranks()
+        start = self.progress.step
+        self.writer = MetricWriter(self.output_dir, self.args, self.world, self.total_steps, start_step=start)
+        begin = time.monotonic()
+        try:
+            with Interrupt() as interrupt:
+                if self.order is None or not self.args.do_train:
+                    self.evaluate()
+                    self._write_results({})
+                    return 0
+                if start == 0 and self.stage.evaluates_first and self.evaluates:
+                    self.evaluate()
+                tokens = 0
+                for step in range(start, self.total_steps):
+                    step_tokens, interrupted = self.train_step(step, interrupt.requested)
+                    if interrupted:
+                        return self._stop()
+                    tokens += step_tokens
+                    self._after_step()
+                return self._finish(start, tokens, time.monotonic() - begin)
+        finally:
+            self.writer.close()
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate and the arguments ask for it."""
+        return bool(self.args.do_eval and self.eval_rows is not None and len(self.eval_rows))
+
+    def train_step(self, step: int, interrupt_requested: bool = False) -> tuple[int, bool]:
+        """One optimizer step.
+
+        Returns:
+            Tokens read over all ranks, and whether the run was interrupted instead (on any rank; then nothing was
+            done).
+
+        Raises:
+            NonFiniteError: a loss or the gradient norm is NaN or infinite; the batch has been written out.
+        """
+        assert self.order is not None and self.train_rows is not None and self.writer is not None
+        stage, engine = self.stage, self.stage.engine
+        mine = rank_slice(self.order.batch(step), self.world.rank, self.world.size)
+        batches = [
+            stage.collate([self.train_rows[int(i)] for i in rows])
+            for rows in micro_batches(mine, self.args.per_device_train_batch_size)
+        ]
+        here = (sum(map(stage.count, batches)), sum(map(stage.tokens, batches)), interrupt_requested)
+        everyone = self.world.all_gather_object(here, f"count of step {step + 1}")
+        count, tokens, interrupted = (sum(values) for values in zip(*everyone, strict=True))
+        if interrupted:
+            return 0, True
+        # Random numbers (dropout) depend on seed, step and rank alone, so that a resumed run draws the same ones.
+        paddle.seed(_step_seed(self.args.seed, step, self.world.rank))
+        parts: list[Stats] = []
+        loss_here = 0.0
+        for batch in batches:
+            loss_sum, stats = stage.loss(batch)
+            value = float(loss_sum)
+            if not math.isfinite(value):
+                raise nonfinite(f"{stage.name}: the loss", value, step + 1, self._dump(step, [batch]))
+            loss_here += value
+            engine.backward(loss_sum / max(1, count))
+            parts.append(stats)
+        try:
+            result = engine.step()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}; this rank's batch is in {self._dump(step, batches)}") from error
+        progress = self.progress
+        progress.step = step + 1
+        progress.window_steps += 1
+        step_stats: Stats = {
+            "loss/sum": loss_here / max(1, count),
+            "grad_norm/sum": result.grad_norm if self.world.is_main else 0.0,
+        }
+        mine_stats = merge(parts)
+        stage.after_step(mine_stats)
+        progress.window = merge([progress.window, step_stats, mine_stats])
+        self._learning_rate = result.learning_rate
+        self.writer.advance(progress.step, tokens)
+        return tokens, False
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate over all ranks and log a row of ``eval/*``.
+
+        Returns:
+            Metrics without prefix; every rank gets the same.
+        """
+        assert self.writer is not None
+        if self.eval_rows is None or not len(self.eval_rows):
+            raise ArgumentsError(
+                f"{self.stage.name}: there is no evaluation data (eval_datasets, dev.json, eval_split_ratio)"
+            )
+        begin = time.monotonic()
+        model = self.stage.engine.model
+        model.eval()
+        parts: list[Stats] = []
+        mine = rank_slice(np.arange(len(self.eval_rows)), self.world.rank, self.world.size)
+        try:
+            with paddle.no_grad():
+                for rows in micro_batches(mine, self.args.per_device_eval_batch_size):
+                    batch = self.stage.collate([self.eval_rows[int(i)] for i in rows])
+                    loss_sum, stats = self.stage.loss(batch)
+                    parts.append({"loss_sum": float(loss_sum), "count": float(self.stage.count(batch)), **stats})
+        finally:
+            if self.stage.engine.trainable:
+                model.train()
+        stats = merge_ranks(self.world, merge(parts))
+        seconds = time.monotonic() - begin
+        metrics = {"loss": float(stats["loss_sum"]) / max(1.0, float(stats["count"])), **self.stage.metrics(stats)}
+        progress = self.progress
+        progress.last_eval_step, progress.eval_metrics = progress.step, metrics
+        shown = {f"eval/{name}": value for name, value in metrics.items()}
+        self.writer.log(progress.step, {**shown, "eval/runtime": seconds}, epoch=self._epoch(), echo=False)
+        scalars = ", ".join(
+            f"{name} {value:.4f}" for name, value in metrics.items() if not name.startswith("calibration/")
+        )
+        self.writer.write(f"evaluation at step {progress.step}: {scalars}")
+        self.writer.pause(seconds)
+        return metrics
+
+    # -- around a step -----------------------------------------------------------------------------------------
+
+    def _after_step(self) -> None:
+        step, args = self.progress.step, self.args
+        last = step == self.total_steps
+        if step % args.logging_steps == 0 or last:
+            self._log_window()
+        improved = False
+        if self.evaluates and (self._due(args.evaluation_strategy, args.eval_steps, step) or last):
+            improved = self._is_best(self.evaluate())
+        # The best model must be on the disk to be loaded at the end, whether or not a save is due.
+        keep_best = improved and args.load_best_model_at_end
+        if self._due(args.save_strategy, args.save_steps, step) or keep_best:
+            self.save_checkpoint(best=improved)
+
+    def _due(self, strategy: str, every: int, step: int) -> bool:
+        assert self.order is not None
+        if strategy == "steps":
+            return step % every == 0
+        return strategy == "epoch" and (step % self.order.steps_per_epoch == 0 or step == self.total_steps)
+
+    def _log_window(self) -> None:
+        assert self.writer is not None
+        progress = self.progress
+        stats = merge_ranks(self.world, progress.window)
+        steps = max(1, progress.window_steps)
+        loss = float(stats.pop("loss/sum")) / steps
+        progress.loss_sum += loss * steps
+        row = {
+            "train/loss": loss,
+            **{
+                f"train/{name}": value for name, value in self.stage.metrics(stats).items() if "calibration" not in name
+            },
+            "train/grad_norm": float(stats.pop("grad_norm/sum")) / steps,
+            "train/learning_rate": self._learning_rate,
+        }
+        rates = self.writer.rates()
+        row["train/steps_per_second"] = rates["steps_per_second"]
+        row["train/tokens_per_second"] = rates["tokens_per_second"]
+        progress.window, progress.window_steps = {}, 0
+        self.writer.log(progress.step, row, epoch=self._epoch())
+
+    def _is_best(self, metrics: Mapping[str, float]) -> bool:
+        name, value = best_metric(self.args, metrics)
+        progress = self.progress
+        greater = self.args.greater_is_better
+        if greater is None:
+            greater = not any(word in name for word in ("loss", "perplexity", "ppl"))
+        if not math.isfinite(value):
+            return False
+        better = progress.best_value is None or (
+            value > progress.best_value if greater else value < progress.best_value
+        )
+        if better:
+            progress.best_step, progress.best_value, progress.best_metrics = progress.step, value, dict(metrics)
+        return better
+
+    def _stop(self) -> int:
+        """The run was interrupted: save, say how to go on."""
+        assert self.writer is not None
+        if self.progress.step > 0 and not self.store.path(self.progress.step).exists():
+            self.save_checkpoint()
+        if self.world.is_main:
+            command = resume_command(self.argv, world_size=self.world.size)
+            if self.progress.step > 0:
+                saved = f"saved {self.store.path(self.progress.step)}"
+                self.writer.write(f"interrupted after step {self.progress.step}; {saved}. Continue with:\n  {command}")
+            else:
+                self.writer.write("interrupted before the first step; nothing was saved")
+        return EXIT_INTERRUPTED
+
+    def _finish(self, start: int, tokens: int, seconds: float) -> int:
+        progress, args = self.progress, self.args
+        if args.save_strategy != "no" and self._saved_step != progress.step and progress.step > start:
+            self.save_checkpoint()
+        final = progress.eval_metrics
+        if args.load_best_model_at_end and progress.best_step >= 0:
+            if progress.best_step != progress.step:
+                best = self.store.path(progress.best_step)
+                get_logger().info("the best model is that of step %d; loading %s", progress.best_step, best)
+                self.stage.engine.load_weights(best)
+            final = progress.best_metrics
+        if self.world.is_main:
+            with publishing(self.output_dir) as folder:
+                self.stage.save(folder)
+            get_logger().info("the final model is in %s", self.output_dir)
+        self.world.barrier()
+        steps = progress.step - start
+        self._write_results(
+            {
+                "train_loss": progress.loss_sum / max(1, progress.step),
+                "train_runtime": seconds,
+                "train_steps_per_second": steps / max(seconds, 1e-9),
+                "train_samples_per_second": steps * self.order.global_batch / max(seconds, 1e-9),  # type: ignore[union-attr]
+                "train_tokens_per_second": tokens / max(seconds, 1e-9),
+                "global_step": progress.step,
+                "epoch": self._epoch(),
+                "best_step": progress.best_step,
+            },
+            final,
+        )
+        return 0
+
+    def _write_results(self, train: dict[str, float], final: Mapping[str, float] | None = None) -> None:
+        if not self.world.is_main:
+            return
+        final = self.progress.eval_metrics if final is None else final
+        evaluation = {f"eval_{name.replace('/', '_')}": value for name, value in final.items()}
+        for name, values in (("train", train), ("eval", evaluation), ("all", {**train, **evaluation})):
+            if values:
+                write_json(self.output_dir / f"{name}_results.json", finite_or_none(values))
+
+    def _epoch(self) -> float:
+        return self.order.epoch_at(self.progress.step) if self.order else 0.0
+
+    def _dump(self, step: int, batches: list[Batch]) -> Path:
+        return dump_batches(self.output_dir, step + 1, self.world.rank, batches, self.stage.decode)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, *, best: bool = False) -> None:
+        """Write ``checkpoint-{step}``: model files, and in ``trainer/`` optimizer, position and arguments."""
+        begin = time.monotonic()
+        progress = self.progress
+        window = merge_ranks(self.world, progress.window)
+        if self.world.is_main:
+            with self.store.writing(progress.step, best=best) as folder:
+                self.stage.save(folder)
+                (folder / "trainer").mkdir()
+                self.stage.engine.save_state(folder / OPTIMIZER_FILE)
+                state = {
+                    **asdict(progress),
+                    "window": to_json(window),
+                    "order": asdict(self.order) if self.order else None,
+                }
+                for name in ("eval_metrics", "best_metrics"):
+                    state[name] = finite_or_none(state[name])
+                state["rng"] = {"kind": "counter", "seed": self.args.seed, "next_step": progress.step}
+                state["world_size"], state["total_steps"] = self.world.size, self.total_steps
+                write_json(folder / STATE_FILE, state)
+                write_json(folder / "trainer" / "arguments.json", self.args.to_dict())
+        self.world.barrier()
+        self._saved_step = progress.step
+        if self.writer is not None:
+            self.writer.pause(time.monotonic() - begin)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Put everything back as :meth:`save_checkpoint` found it.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to a run with other data, batch size or seed, or its files do not
+                fit.
+        """
+        try:
+            state = json.loads((folder / STATE_FILE).read_text())
+            saved = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder / STATE_FILE} cannot be used to resume {self.stage.name}: {error!r}"
+            ) from error
+        if self.order is not None:
+            for name, now in asdict(self.order).items():
+                then = state["order"].get(name)
+                if then != now:
+                    meaning = {"rows": "rows of training data", "global_batch": "rows per optimizer step"}.get(
+                        name, name
+                    )
+                    raise CheckpointError(
+                        f"{folder} was saved by a run with {then} {meaning}, this one has {now}: the position in the "
+                        "data would mean something else. Use the same data, batch sizes and seed, or start a new run "
+                        "from that model."
+                    )
+        self.stage.engine.load_weights(folder)
+        self.stage.engine.load_state(folder / OPTIMIZER_FILE)
+        # The window holds all ranks' sums; one rank takes them on.
+        saved.window = from_json(saved.window) if self.world.is_main else {}  # type: ignore[arg-type]
+        self.progress, self._saved_step = saved, saved.step
+        get_logger().info("resuming from %s: step %d of %d", folder, saved.step, self.total_steps)
+        if saved.step >= self.total_steps > 0:
+            get_logger().warning(
+                "%s has already done all %d steps; only the final model is written", folder, self.total_steps
+            )
+
+
+def make_order(args: Any, world_size: int, rows: int) -> TrainingOrder:
+    """The run's order of rows from its arguments."""
+    batch = args.per_device_train_batch_size * world_size * args.gradient_accumulation_steps
+    return TrainingOrder(rows, batch, args.seed, bool(args.dataloader_drop_last))
+
+
+def best_metric(args: Any, metrics: Mapping[str, float]) -> tuple[str, float]:
+    """Name and value of ``metric_for_best_model`` ("accuracy", "eval_accuracy" and "eval/accuracy" mean the same).
+
+    Raises:
+        ArgumentsError: the stage has no such metric.
+    """
+    wanted = args.metric_for_best_model or "loss"
+    name = wanted.removeprefix("eval_").removeprefix("eval/")
+    if name not in metrics:
+        raise ArgumentsError(
+            f"metric_for_best_model={wanted!r}: no such metric{nearest(name, metrics)}; there are {', '.join(metrics)}"
+        )
+    return name, metrics[name]
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed & 0xFFFFFFFF, step, rank]).generate_state(1)[0])

@@ -1,0 +1,75 @@
+"""In which order rows are seen: the same for every number of processes, and found again from (seed, epoch, step) alone.
+
+Global batch ``k`` of an epoch is ``permutation[k * G : (k + 1) * G]`` with ``G`` rows per optimizer step over all ranks
+and micro batches. Rank ``r`` takes the ``r``-th contiguous slice of it, in micro batches of
+``per_device_train_batch_size``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+
+@lru_cache(maxsize=4)
+def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """A permutation of ``range(n)``, int64 ``[n]``, that depends on (seed, epoch, n) only (Philox generator)."""
+    key = np.random.SeedSequence([seed & 0xFFFFFFFF, epoch]).generate_state(2, np.uint64)
+    order = np.random.Generator(np.random.Philox(key=key)).permutation(n).astype(np.int64)
+    order.flags.writeable = False  # it is shared by all who ask for it
+    return order
+
+
+def rank_slice(batch: np.ndarray, rank: int, size: int) -> np.ndarray:
+    """Rank ``rank``'s contiguous share of a global batch; shares differ by at most one row, the first ranks take the
+    longer ones.
+    """
+    short, longer = divmod(len(batch), size)
+    start = rank * short + min(rank, longer)
+    return batch[start : start + short + (1 if rank < longer else 0)]
+
+
+def micro_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut ``rows`` into pieces of ``size`` (the last may be shorter)."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+@dataclass(frozen=True)
+class TrainingOrder:
+    """The rows of every optimizer step of a run.
+
+    Args:
+        rows: number of rows (or packs) of the data set.
+        global_batch: rows per optimizer step over all ranks and micro batches.
+        seed: of the permutations.
+        drop_last: drop an epoch's last, shorter batch.
+    """
+
+    rows: int
+    global_batch: int
+    seed: int
+    drop_last: bool = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the data; at least 1."""
+        whole = self.rows // self.global_batch if self.drop_last else math.ceil(self.rows / self.global_batch)
+        return max(1, whole)
+
+    def total_steps(self, num_train_epochs: float, max_steps: int = -1) -> int:
+        """Optimizer steps of the run: ``max_steps`` where positive, else enough for ``num_train_epochs`` (which may be
+        a fraction).
+        """
+        return max_steps if max_steps > 0 else max(1, math.ceil(num_train_epochs * self.steps_per_epoch))
+
+    def batch(self, step: int) -> np.ndarray:
+        """Row numbers of optimizer step ``step`` (0-based, counted through all epochs): int64 ``[<= global_batch]``."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        return epoch_permutation(self.seed, epoch, self.rows)[k * self.global_batch : (k + 1) * self.global_batch]
+
+    def epoch_at(self, step: int) -> float:
+        """How many epochs are done after ``step`` steps."""
+        return step / self.steps_per_epoch

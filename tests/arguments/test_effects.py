@@ -1,0 +1,141 @@
+"""Keys that change nothing in a run are said, once; remarks about odd combinations too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from alignment.arguments import PPOArguments, RewardArguments, SFTArguments, device, from_dict
+
+TUNE = {"output_dir": "out", "model_name_or_path": "m", "train_datasets": "a"}
+PPO = {"output_dir": "out", "actor_model_name_or_path": "m", "reward_model_name_or_path": "r", "train_datasets": "a"}
+BASE = {SFTArguments: TUNE, RewardArguments: TUNE, PPOArguments: PPO}
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "gpu_available", lambda: False)
+
+
+def _args(cls: type, **values: Any) -> Any:
+    return from_dict(cls, {**BASE[cls], **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "part"),
+    [
+        ({"bf16": True}, "bf16", "no half-precision kernels on CPUs"),
+        ({"fp16": True}, "fp16", "computed in float32"),
+        ({"bf16": True, "fp16_opt_level": "O2"}, "fp16_opt_level", "computed in float32"),
+        ({"use_flash_attention": True}, "use_flash_attention", "need a GPU"),
+        ({"use_fusemt": True}, "use_fusemt", "paddlenlp_ops is not used"),
+        ({"fused_linear": 1}, "fused_linear", "GPU kernels"),
+        ({"tensor_parallel_degree": 2}, "tensor_parallel_degree", "no effect with one process"),
+        ({"pipeline_parallel_degree": 2}, "pipeline_parallel_degree", "no effect with one process"),
+        ({"sharding": "stage1"}, "sharding", "no effect with one process"),
+        ({"sharding_parallel_degree": 4}, "sharding_parallel_degree", "no effect with one process"),
+        ({"offload_level": "freeze_model"}, "offload_level", "offload is not available yet"),
+        ({"eval_mode": "single"}, "eval_mode", "no copy is needed"),
+        ({"pipeline_parallel_config": "x"}, "pipeline_parallel_config", "no pipeline"),
+        ({"optim": "adafactor"}, "optim", "this toolkit's does not"),
+        ({"device": "gpu"}, "device", "no GPU"),
+    ],
+)
+def test_a_key_without_effect_is_listed(values: dict[str, Any], key: str, part: str) -> None:
+    assert part in _args(PPOArguments, **values).unused[key]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"bf16": False, "fp16_opt_level": "O2"},
+        {"tensor_parallel_degree": 1, "pipeline_parallel_degree": -1, "sharding": "", "sharding_parallel_degree": 1},
+        {"offload_level": "", "eval_mode": "", "use_fusemt": False},
+        {"optim": "adamw", "skip_profile_timer": True, "sequence_parallel": False},
+        {"device": "cpu"},
+    ],
+)
+def test_what_asks_for_nothing_is_not_listed(values: dict[str, Any]) -> None:
+    assert _args(PPOArguments, **values).unused == {}
+
+
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "gpu_available", lambda: True)
+    args = _args(PPOArguments, bf16=True, fp16_opt_level="O2", use_flash_attention=True)
+    assert args.unused == {}
+    assert (args.on_cpu, args.dtype) == (False, "bfloat16")
+    assert _args(PPOArguments, fp16=True, fp16_opt_level="O2").dtype == "float16"
+    assert _args(PPOArguments, bf16=True).dtype == "float32", "O1 keeps the weights in float32"
+    assert _args(PPOArguments, bf16=True, fp16_opt_level="O2", device="cpu").dtype == "float32"
+    assert "does nothing" in _args(PPOArguments, fp16_opt_level="O2").notes[0]
+
+
+def test_a_cpu_computes_in_float32() -> None:
+    args = _args(PPOArguments, bf16=True, fp16_opt_level="O2")
+    assert (args.on_cpu, args.dtype) == (True, "float32")
+
+
+def test_sharding_with_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    args = _args(PPOArguments, sharding="stage2", sharding_parallel_degree=2)
+    assert "plain data parallelism" in args.unused["sharding"]
+    assert args.unused["sharding"] == args.unused["sharding_parallel_degree"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "note"),
+    [
+        (PPOArguments, {"ptx_datasets": "b"}, "ptx_datasets is not used, because ptx_coeff is 0"),
+        (PPOArguments, {"kl_target": 3}, "kl_target: not used, because adaptive_kl is false"),
+        (
+            PPOArguments,
+            {"missing_eos_penalty": 2},
+            "missing_eos_penalty is not used, because missing_eos_rule is none, not penalty",
+        ),
+        (
+            PPOArguments,
+            {"missing_eos_rule": "penalty", "missing_eos_score": -3},
+            "missing_eos_score is not used, because missing_eos_rule is penalty, not score",
+        ),
+        (PPOArguments, {"max_steps": 5, "num_train_epochs": 2}, "max_steps 5 wins over num_train_epochs 2"),
+        (SFTArguments, {"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_steps 5 wins over warmup_ratio 0.1"),
+        (SFTArguments, {"lora_rank": 4}, "lora_rank: not used, because lora is false"),
+        (
+            SFTArguments,
+            {"greedy_zero_padding": True},
+            "greedy_zero_padding does nothing, because zero_padding is false",
+        ),
+        (
+            SFTArguments,
+            {"eval_datasets": "b", "eval_split_ratio": 0.1},
+            "eval_split_ratio is not used, because eval_datasets is given",
+        ),
+        (
+            RewardArguments,
+            {
+                "normalizer_type": "RunningMeanStd",
+                "normalizer_momentum": 0.5,
+                "normalize_score_during_training": True,
+            },
+            "normalizer_momentum is not used by RunningMeanStd",
+        ),
+        (
+            PPOArguments,
+            {"reward": "brevity"},
+            "reward_model_name_or_path is not used except to start the critic, "
+            "because reward does not name the reward model",
+        ),
+    ],
+)
+def test_notes(cls: type, values: dict[str, Any], note: str) -> None:
+    assert note in _args(cls, **values).notes
+
+
+def test_the_report_is_said_once(said: list[tuple[str, str]]) -> None:
+    args = _args(PPOArguments, bf16=True, fp16_opt_level="O2", kl_target=3)
+    args.report()
+    args.report()
+    precision = "bf16, fp16_opt_level: Paddle has no half-precision kernels on CPUs; everything is computed in float32"
+    assert said == [("INFO", precision), ("WARNING", "kl_target: not used, because adaptive_kl is false")]

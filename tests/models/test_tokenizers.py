@@ -1,0 +1,248 @@
+"""Tokenizers always have eos and pad, and texts move from one to another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alignment.errors import DataError, ModelError
+from alignment.ppo.data import Encoder, Limits, PromptTemplate
+from alignment.ppo.models import (
+    build_reward_inputs,
+    check_tokenizer_fits,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_differs,
+)
+
+Said = Callable[[], str]
+FAST = {"fast": True, "tokenizer_class": "PretrainedTokenizerFast"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_own_pad_is_kept_and_no_file_changes(kit: Any, tmp_path: Path) -> None:
+    folder = kit.tokenizer_folder(tmp_path / "t")
+    before = contents(folder)
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|endoftext|>")
+    assert tokenizer.padding_side == "right" and tokenizer.model_max_length == 512
+    text = "the cat sat on 12 mats, é 漢 🙂"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ((), "<|endoftext|>"),
+        (("<|reserved_special_token_0|>",), "<|reserved_special_token_0|>"),
+        (("[PAD]", "<|finetune_right_pad_id|>"), "<|finetune_right_pad_id|>"),
+    ],
+)
+def test_missing_pad_is_chosen_without_growing_the_vocabulary(
+    kit: Any, tmp_path: Path, said: Said, extra: tuple[str, ...], expected: str
+) -> None:
+    folder = kit.tokenizer_folder(tmp_path / "t", extra=extra, pad_token=None, **FAST)
+    content = (
+        (folder / "tokenizer.json").read_text().replace("<|pad|>", "<|other|>")
+    )  # the trainer's own pad is no candidate here
+    (folder / "tokenizer.json").write_text(content)
+    before = contents(folder)
+    tokenizer = load_tokenizer(folder, role="actor")
+    assert tokenizer.pad_token == expected
+    assert tokenizer.pad_token_id == json.loads(content)["model"]["vocab"][expected]
+    assert len(tokenizer.get_vocab()) == len(json.loads(content)["model"]["vocab"])
+    assert (
+        "actor" in said()
+        and f"the tokenizer has no pad token; padding uses {'eos' if not extra else 'a reserved token'}" in said()
+    )
+    assert contents(folder) == before
+
+
+def test_a_pad_beyond_the_embedding_is_replaced(kit: Any, tmp_path: Path, said: Said) -> None:
+    folder = kit.tokenizer_folder(tmp_path / "t")
+    size = len(load_tokenizer(folder).get_vocab())
+    kit.tokenizer_folder(folder, pad_token="<pad-added-by-hand>")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": size}))
+    assert load_tokenizer(folder).pad_token == "<|pad|>"
+    assert f"pads with id {size}, which has no row in the model's embedding ({size} rows)" in said()
+
+
+def test_pad_may_equal_eos(kit: Any, tmp_path: Path, said: Said) -> None:
+    tokenizer = load_tokenizer(kit.tokenizer_folder(tmp_path / "t", pad_token="<|endoftext|>"))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert "pad" not in said()
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_hugging_face_classes_are_read_from_tokenizer_json(kit: Any, tmp_path: Path, name: str) -> None:
+    plain = load_tokenizer(kit.tokenizer_folder(tmp_path / "plain"))
+    fast = load_tokenizer(kit.tokenizer_folder(tmp_path / "fast", fast=True, tokenizer_class=name))
+    text = "the dog ran to the man 42"
+    assert fast(text)["input_ids"] == plain(text)["input_ids"]
+    save_tokenizer(fast, tmp_path / "saved")
+    assert not tokenizer_differs(fast, load_tokenizer(tmp_path / "saved"))
+
+
+def test_a_sentencepiece_model_in_hugging_faces_layout(tmp_path: Path) -> None:
+    """Hugging Face calls the file ``tokenizer.model``; paddlenlp's Llama class looks for another name."""
+    import sentencepiece
+
+    folder, corpus = tmp_path / "t", tmp_path / "corpus.txt"
+    folder.mkdir()
+    corpus.write_text("the cat sat on the mat\nhello world and good bye\n" * 30)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "spm.model").rename(folder / "tokenizer.model")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **special}))
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer("hello world")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "hello world"
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved")("hello world")["input_ids"] == ids
+
+
+def test_model_max_length_can_be_set(kit: Any, tmp_path: Path) -> None:
+    assert load_tokenizer(kit.tokenizer_folder(tmp_path / "t"), model_max_length=48).model_max_length == 48
+
+
+BAD: dict[str, tuple[Callable[[Any, Path], object], str]] = {
+    "no folder": (lambda kit, f: None, r"critic: no such folder: "),
+    "a file": (lambda kit, f: f.write_text(""), r"is a file; give the folder"),
+    "no tokenizer": (
+        lambda kit, f: f.mkdir(),
+        r"has no tokenizer_config\.json, so it holds no tokenizer; name its folder with tokenizer_name_or_path",
+    ),
+    "empty config": (
+        lambda kit, f: (kit.tokenizer_folder(f) / "tokenizer_config.json").write_text(""),
+        r"tokenizer_config\.json is empty",
+    ),
+    "not JSON": (
+        lambda kit, f: (kit.tokenizer_folder(f) / "tokenizer_config.json").write_text("{"),
+        r"tokenizer_config\.json is not JSON: line 1",
+    ),
+    "a list": (
+        lambda kit, f: (kit.tokenizer_folder(f) / "tokenizer_config.json").write_text("[]"),
+        r"must be a JSON object",
+    ),
+    "unknown class": (
+        lambda kit, f: kit.tokenizer_folder(f, tokenizer_class="NoSuchTokenizer"),
+        r"cannot be loaded .*NoSuchTokenizer",
+    ),
+    "no vocabulary": (
+        lambda kit, f: (kit.tokenizer_folder(f) / "vocab.json").unlink(),
+        r"the tokenizer in .* cannot be loaded",
+    ),
+    "damaged vocabulary": (
+        lambda kit, f: (kit.tokenizer_folder(f) / "vocab.json").write_text("{"),
+        r"cannot be loaded \(JSONDecodeError",
+    ),
+    "damaged tokenizer.json": (
+        lambda kit, f: (kit.tokenizer_folder(f, **FAST) / "tokenizer.json").write_text("{}"),
+        r"cannot be loaded \(.*; .*\)",
+    ),
+    "no eos": (
+        lambda kit, f: kit.tokenizer_folder(f, eos_token=None, **FAST),
+        r'has no end-of-sequence token; set "eos_token" in .*tokenizer_config\.json to the token that ends an answer',
+    ),
+    "eos unknown to the model": (
+        lambda kit, f: (kit.tokenizer_folder(f, eos_token="<end-of-turn>") / "config.json").write_text(
+            '{"vocab_size": 256}'
+        ),
+        r"end-of-sequence token '<end-of-turn>' .* but the model's embedding has only 256 rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_tokenizer_folders(kit: Any, tmp_path: Path, name: str) -> None:
+    damage, message = BAD[name]
+    damage(kit, tmp_path / "t")
+    with pytest.raises(ModelError, match=message) as caught:
+        load_tokenizer(tmp_path / "t", role="critic")
+    assert str(caught.value).startswith("critic: ")
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(kit: Any, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(kit.tokenizer_folder(tmp_path / "t"))
+    with pytest.raises(ModelError, match=r"largest id is \d+, but the model's embedding has only 120 rows"):
+        check_tokenizer_fits(tokenizer, kit.config("llama"), where="actor")
+    check_tokenizer_fits(tokenizer, kit.config("llama", vocab_size=len(tokenizer.get_vocab())), where="actor")
+
+
+def test_tokenizers_differ_by_vocabulary_and_special_tokens(kit: Any, tmp_path: Path) -> None:
+    first = load_tokenizer(kit.tokenizer_folder(tmp_path / "a"))
+    assert not tokenizer_differs(first, load_tokenizer(kit.tokenizer_folder(tmp_path / "b")))
+    assert tokenizer_differs(
+        first, load_tokenizer(kit.tokenizer_folder(tmp_path / "c", text="quite other words were here"))
+    )
+    assert tokenizer_differs(first, load_tokenizer(kit.tokenizer_folder(tmp_path / "d", eos_token="<|pad|>")))
+    # Which token pads makes no difference to any row.
+    assert not tokenizer_differs(first, load_tokenizer(kit.tokenizer_folder(tmp_path / "e", pad_token="<|endoftext|>")))
+
+
+def rows_of(ids: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+
+
+def test_reward_inputs_are_built_from_text(kit: Any, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(kit.tokenizer_folder(tmp_path / "t"))
+    template = PromptTemplate.resolve("beaver", tokenizer)
+    prompts, responses = ["the cat?", ["hi", "yes", "a dog?"]], [" sat on the mat", " no"]
+    ids, lengths = build_reward_inputs(prompts, responses, [True, False], tokenizer, template, 200)
+    assert ids.dtype == lengths.dtype == np.int64
+    first, second = (tokenizer.decode(row) for row in rows_of(ids, lengths))
+    assert first == template.format_prompt("the cat?") + " sat on the mat<|endoftext|>"
+    assert second == template.format_prompt(["hi", "yes", "a dog?"]) + " no"
+    assert "yes<|endoftext|>" in second
+    assert (ids[0, lengths[0] :] == tokenizer.pad_token_id).all() and lengths[0] != lengths[1]
+
+
+def test_reward_inputs_have_the_tokens_of_the_training_rows(kit: Any, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(kit.tokenizer_folder(tmp_path / "t"))
+    template = PromptTemplate.resolve("beaver", tokenizer)
+    sample = {"input": "the cat?", "answer": "sat", "other_answer": "the mat", "better": True}
+    trained = Encoder(tokenizer, template, Limits(max_length=200)).preference(sample).rows
+    ids, lengths = build_reward_inputs(["the cat?"] * 2, ["sat", "the mat"], [True] * 2, tokenizer, template, 200)
+    assert rows_of(ids, lengths) == trained
+
+
+def test_long_reward_inputs_lose_the_start_of_the_prompt(kit: Any, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(kit.tokenizer_folder(tmp_path / "t"))
+    template = PromptTemplate.resolve("beaver", tokenizer)
+    header = len(tokenizer(template.assistant_header())["input_ids"])
+    limit = header + 12
+    ids, lengths = build_reward_inputs(["the cat sat " * 30], [" the end"], [True], tokenizer, template, limit)
+    assert lengths.tolist() == [limit]
+    assert tokenizer.decode(ids[0].tolist()).endswith("cat sat  ASSISTANT: the end<|endoftext|>")
+    with pytest.raises(DataError, match=rf"row 0: the answer has \d+ tokens .* max_length {limit}"):
+        build_reward_inputs(["a"], [" the dog" * limit], [True], tokenizer, template, limit)
+    with pytest.raises(DataError, match="2 prompts, 1 responses and 1 flags"):
+        build_reward_inputs(["a", "b"], ["c"], [True], tokenizer, template, limit)
+
+
+def test_reward_inputs_carry_system_prompts(kit: Any, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(kit.tokenizer_folder(tmp_path / "t"))
+    template = PromptTemplate.resolve("beaver", tokenizer)
+    ids, lengths = build_reward_inputs(
+        ["a?", "b?"], ["x", "y"], [True] * 2, tokenizer, template, 200, ["Be the cat.", None]
+    )
+    first, second = (tokenizer.decode(row) for row in rows_of(ids, lengths))
+    assert "Be the cat." in first and "Be the cat." not in second

@@ -1,0 +1,125 @@
+"""Rollouts, experiences, the dataflow, streams and statistics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alignment.parallel import World
+from alignment.ppo.dataflow import PPO_ITERATION, Dataflow, ModelCall, PhaseTimer
+from alignment.ppo.rollout import Rollout, join_rollouts, map_micro_batches
+from alignment.ppo.statistics import Statistics
+from alignment.ppo.streams import IndexStream
+
+from .conftest import make_rollout
+
+row_lengths = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=8)
+
+
+def same(a: Rollout, b: Rollout) -> bool:
+    """Equal in everything that counts: what stands behind a row's end does not."""
+    if len(a) != len(b) or not (a.prompt_len == b.prompt_len).all() or not (a.response_len == b.response_len).all():
+        return False
+    rows = range(len(a))
+    return (
+        all((a.tokens[i, : a.lengths[i]] == b.tokens[i, : b.lengths[i]]).all() for i in rows)
+        and a.prompts == b.prompts
+        and a.responses == b.responses
+        and a.rows == b.rows
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(row_lengths, st.integers(1, 5), st.integers(0, 99))
+def test_splitting_and_joining_gives_the_same_rollout(lengths: list, size: int, seed: int) -> None:
+    rollout = make_rollout(lengths, seed=seed)
+    parts = [rollout.select(range(i, min(i + size, len(rollout)))) for i in range(0, len(rollout), size)]
+    assert same(join_rollouts(parts, pad_id=7), rollout)
+    for part in parts:
+        assert part.tokens.shape[1] == max(1, part.lengths.max())
+        assert part.mask.sum() == part.response_len.sum()
+    order = np.random.default_rng(seed).permutation(len(rollout))
+    back = np.argsort(order)
+    assert same(rollout.select(order).select(back), rollout)
+
+
+def test_an_empty_selection_is_an_empty_rollout() -> None:
+    empty = make_rollout([(3, 2)]).select([])
+    assert len(empty) == 0
+    assert empty.mask.shape == (0, 1)
+    assert map_micro_batches(empty, 4, lambda part: part.mask, 5).shape == (0, 5)
+    with pytest.raises(ValueError, match="no rollout to join"):
+        join_rollouts([], 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(row_lengths, st.integers(1, 5))
+def test_micro_batches_are_joined_to_the_whole_width(lengths: list, size: int) -> None:
+    rollout = make_rollout(lengths)
+    result = map_micro_batches(rollout, size, lambda part: part.mask * part.prompt_len[:, None], rollout.width)
+    np.testing.assert_array_equal(result, rollout.mask * rollout.prompt_len[:, None])
+    np.testing.assert_array_equal(map_micro_batches(rollout, size, lambda part: part.prompt_len), rollout.prompt_len)
+
+
+def test_ppos_dataflow_runs_in_two_residency_scopes() -> None:
+    assert [name for name, _ in PPO_ITERATION.residency()] == [
+        "generate", "actor_logprobs", "reference_logprobs", "reward_scores", "critic_values", "advantages", "update"
+    ]  # fmt: skip
+    assert dict(PPO_ITERATION.residency())["update"] == {"actor", "critic"}
+
+
+def test_a_dataflow_is_sorted_by_what_is_needed_and_hands_values_on() -> None:
+    flow = Dataflow(
+        [
+            ModelCall("second", "host", (), ("a", "x"), "b"),
+            ModelCall("first", "infer", ("actor",), ("x",), "a"),
+        ],
+        inputs=["x"],
+    )
+    seen, timer = [], PhaseTimer()
+    functions = {"first": lambda x: x + 1, "second": lambda a, x: a * x}
+    values = flow.run(functions, {"x": 3}, timer, on_phase=lambda call: seen.append(call.name))
+    assert values == {"x": 3, "a": 4, "b": 12}
+    assert seen == ["first", "second"]
+    timer.count_tokens("first", 10)
+    drained = timer.drain()
+    assert set(drained) == {"time/first_seconds", "time/second_seconds", "tokens_per_second/first"}
+    assert timer.drain() == {}
+
+
+def test_a_dataflow_that_cannot_run_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="train needs scores"):
+        Dataflow([ModelCall("train", "train", ("actor",), ("scores",), "stats")], inputs=["rollout"])
+    twice = [ModelCall(name, "host", (), (), "x") for name in ("a", "b")]
+    with pytest.raises(ValueError, match="more than one call gives x"):
+        Dataflow(twice, inputs=[])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=12), st.integers(0, 9))
+def test_a_stream_visits_every_row_once_an_epoch_and_resumes(rows: int, takes: list[int], seed: int) -> None:
+    stream, taken = IndexStream(rows, seed), []
+    for count in takes:
+        position = stream.position
+        piece = stream.take(count)
+        assert IndexStream(rows, seed, position).take(count) == piece
+        taken += piece
+    for start in range(0, len(taken) - rows + 1, rows):
+        assert sorted(taken[start : start + rows]) == list(range(rows))
+    stream.skip_epoch_rest()
+    assert stream.position % rows == 0
+
+
+def test_statistics_are_means_over_everything() -> None:
+    one, two = Statistics(), Statistics()
+    one.add("loss", 6.0, 3)
+    two.add("loss", 1.0, 1)
+    one.add("unused", 0.0, 0)
+    one.maximum("peak", 2.0)
+    two.maximum("peak", 5.0)
+    two.set("rate", 0.1)
+    one.merge(two)
+    assert one.result() == {"loss": 7 / 4, "peak": 5.0, "rate": 0.1}
+    assert one.over_ranks(World()).result() == one.result()

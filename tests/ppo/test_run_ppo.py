@@ -1,0 +1,226 @@
+"""Whole PPO runs through the public command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignment.cli import main
+
+from .conftest import assert_same_metrics, metric_rows, write_tokenizer
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def load_weights(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_run_leaves_models_metrics_and_samples(ppo_json: Callable[..., Path], tmp_path: Path, capsys) -> None:
+    assert main(["ppo", str(ppo_json(save_strategy="epoch", save_total_limit=1))]) == 0
+    out = tmp_path / "ppo"
+    for name in ("policy", "value"):
+        assert {"config.json", "tokenizer_config.json", "prompt_template.json"} <= {
+            f.name for f in (out / name).iterdir()
+        }
+    from paddlenlp.transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(str(out / "policy")) is not None
+    rows = metric_rows(out)
+    # 24 prompts, 8 a rollout, 4 a step, 2 passes: 3 rollouts of 4 steps an epoch
+    assert [row["step"] for row in rows if "train/reward" in row] == list(range(1, 25))
+    assert [row["step"] for row in rows if "eval/reward" in row] == [0, 12, 24]
+    names = {
+        "train/actor_loss", "train/ptx_loss", "train/reward_critic_loss", "train/reward", "train/kl_divergence",
+        "train/mean_generated_length", "train/max_generated_length", "train/actor_lr", "train/reward_critic_lr",
+        "train/clip_fraction", "train/approx_kl", "train/entropy", "train/explained_variance", "train/ratio_mean",
+        "train/ratio_max", "train/actor_grad_norm", "train/reward_critic_grad_norm",
+        "train/truncation_rate", "global_step",
+    }  # fmt: skip
+    assert names <= set(rows[1])
+    timed = next(row for row in rows if "time/generate_seconds" in row)
+    assert timed["tokens_per_second/generate"] > 0
+    first = rows[1]
+    assert first["train/approx_kl"] == pytest.approx(0, abs=1e-9)
+    assert first["train/kl_divergence"] == pytest.approx(0, abs=1e-5)
+    assert first["train/rollout_logprob_gap"] < 1e-4
+    assert [path.name for path in sorted(out.glob("checkpoint-*"))] == ["checkpoint-24"]
+    assert {path.name for path in (out / "checkpoint-24").iterdir()} == {"manifest.json", "policy", "value", "trainer"}
+    samples = [json.loads(line) for line in (out / "eval_samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3 * 2 * 6
+    assert {sample["mode"] for sample in samples} == {"sampled", "greedy"}
+    by_step = {step: [s["prompt"] for s in samples if s["step"] == step] for step in (0, 12, 24)}
+    assert by_step[0] == by_step[12] == by_step[24]
+    assert json.loads((out / "data_mixture.json").read_text())["train"]
+    assert "evaluation samples at step 24" in capsys.readouterr().out
+
+
+def test_resuming_goes_on_as_if_nothing_had_happened(ppo_json: Callable[..., Path], tmp_path: Path) -> None:
+    changes = {
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "adaptive_kl": True,
+        "kl_target": 0.1,
+        "num_return_sequences": 2,
+    }
+    changes.update(per_device_prompt_batch_size=4)
+    assert main(["ppo", str(ppo_json("whole", **changes))]) == 0
+    assert main(["ppo", str(ppo_json("parts", **changes))]) == 0
+    import shutil
+
+    parts = tmp_path / "parts"
+    for checkpoint in parts.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > 12:
+            shutil.rmtree(checkpoint)
+    assert main(["ppo", str(ppo_json("parts", **changes)), "resume_from_checkpoint=true"]) == 0
+    assert_same_metrics(metric_rows(tmp_path / "whole"), metric_rows(parts), 1e-6)
+    whole, resumed = load_weights(tmp_path / "whole" / "policy"), load_weights(parts / "policy")
+    for name, weight in whole.items():
+        np.testing.assert_allclose(resumed[name], weight, atol=1e-6, err_msg=name)
+    assert (tmp_path / "whole" / "eval_samples.jsonl").read_text() == (parts / "eval_samples.jsonl").read_text()
+
+
+def test_several_prompt_batches_make_one_rollout_and_accumulation_changes_nothing(
+    ppo_json: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain = {"per_device_prompt_batch_size": 8, "per_device_train_batch_size": 8, "num_train_epochs": 1}
+    assert main(["ppo", str(ppo_json("plain", **plain))]) == 0
+    split = {"per_device_prompt_batch_size": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert main(["ppo", str(ppo_json("split", num_train_epochs=1, **split))]) == 0
+    assert_same_metrics(metric_rows(tmp_path / "plain"), metric_rows(tmp_path / "split"), 1e-4)
+
+
+def test_a_tokenizer_whose_pad_is_its_eos_changes_nothing(
+    ppo_json: Callable[..., Path], tmp_path: Path, policy_dir: Path
+) -> None:
+    import shutil
+
+    same = tmp_path / "pad_is_eos"
+    shutil.copytree(policy_dir, same)
+    write_tokenizer(same)
+    config = json.loads((same / "tokenizer_config.json").read_text())
+    config["pad_token"] = config["eos_token"]
+    (same / "tokenizer_config.json").write_text(json.dumps(config))
+    assert main(["ppo", str(ppo_json("own_pad", num_train_epochs=1))]) == 0
+    assert main(["ppo", str(ppo_json("eos_pad", num_train_epochs=1, actor_model_name_or_path=str(same)))]) == 0
+    assert_same_metrics(metric_rows(tmp_path / "own_pad"), metric_rows(tmp_path / "eos_pad"), 1e-6)
+
+
+def test_a_reward_model_scores_and_starts_the_critic(
+    ppo_json: Callable[..., Path], tmp_path: Path, policy_dir: Path
+) -> None:
+    from alignment.ppo.models import load_score_model, load_tokenizer, save_model, save_tokenizer
+
+    reward = tmp_path / "reward"
+    save_model(load_score_model(str(policy_dir), score_type="reward"), reward)
+    save_tokenizer(load_tokenizer(policy_dir), reward)
+    file = ppo_json(
+        reward=None,
+        reward_model_name_or_path=str(reward),
+        num_train_epochs=1,
+    )
+    assert main(["ppo", str(file)]) == 0
+    row = metric_rows(tmp_path / "ppo")[1]
+    assert np.isfinite(row["train/reward"]) and row["train/reward"] != 0
+    value_config = json.loads((tmp_path / "ppo" / "value" / "config.json").read_text())
+    assert value_config["score_type"] == "critic"
+
+
+def test_weighted_rewards_are_logged_apart(ppo_json: Callable[..., Path], tmp_path: Path, reward_file: Path) -> None:
+    spec = {f"{reward_file}:vowels": 1.0, f"{reward_file}:wanted": 2.0}
+    assert main(["ppo", str(ppo_json(reward=spec, num_train_epochs=1))]) == 0
+    for row in metric_rows(tmp_path / "ppo"):
+        if "train/reward" in row:
+            parts = row["train/reward/vowels"] + 2.0 * row["train/reward/wanted"]
+            assert row["train/reward"] == pytest.approx(parts, abs=1e-5)
+
+
+def test_dry_run_prints_the_sizes_and_loads_nothing(ppo_json: Callable[..., Path], tmp_path: Path, capsys) -> None:
+    assert main(["ppo", str(ppo_json()), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "optimizer steps per rollout" in printed
+    assert "learning_rate" in printed
+    assert not (tmp_path / "ppo" / "metrics.jsonl").exists()
+
+
+BAD_RUNS = {
+    "reward raises": ({"reward": "{rewards}:broken"}, ["broken", "ZeroDivisionError", "say the word"]),
+    "no such reward function": ({"reward": "{rewards}:nothing"}, ["nothing", "vowels"]),
+    "no such reward file": ({"reward": "nowhere.py:f"}, ["nowhere.py"]),
+    "no reward model": ({"reward": None}, ["reward_model_name_or_path"]),
+    "no such actor": ({"actor_model_name_or_path": "/nonexistent/model"}, ["/nonexistent/model"]),
+    "no such data": ({"train_datasets": "PKU-SafeRLFH/train"}, ["PKU-SafeRLFH/train", "PKU-SafeRLHF/train"]),
+    "limits beyond the context": ({"max_src_len": 100, "max_dec_len": 100}, ["200", "128", "max_src_len"]),
+    "no plug-in": ({"plugins": ["nowhere_plugin"]}, ["nowhere_plugin"]),
+    "batches that do not divide": ({"per_device_train_batch_size": 3}, ["per_device_train_batch_size", "3"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_bad_input_gives_one_clear_message(
+    name: str, ppo_json: Callable[..., Path], reward_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, words = BAD_RUNS[name]
+    filled = {
+        key: value.replace("{rewards}", str(reward_file)) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }
+    assert main(["ppo", str(ppo_json(**filled))]) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    for word in words:
+        assert word in captured.err
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(ppo_json: Callable[..., Path], tmp_path: Path) -> None:
+    file = ppo_json(num_train_epochs=2000)
+    command = [sys.executable, "-m", "alignment", "ppo", str(file)]
+    process = subprocess.Popen(
+        command, cwd=REPO, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    metrics = tmp_path / "ppo" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "resume_from_checkpoint=true" in errors
+    (checkpoint,) = (tmp_path / "ppo").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert main(["ppo", str(file), "resume_from_checkpoint=true", f"max_steps={step + 4}"]) == 0
+    assert metric_rows(tmp_path / "ppo")[-1]["step"] == step + 4
+
+
+def test_two_processes_give_the_single_processs_run(ppo_json: Callable[..., Path], tmp_path: Path) -> None:
+    """Through the real launcher, from the runner's own folder, as the reference's README starts it."""
+    assert main(["ppo", str(ppo_json("one", num_train_epochs=1))]) == 0
+    file = ppo_json("two", num_train_epochs=1, per_device_prompt_batch_size=4, per_device_train_batch_size=2)
+    command = [sys.executable, "-u", "-m", "paddle.distributed.launch", "--nproc_per_node", "2"]
+    command += ["--log_dir", str(tmp_path / "log"), "run_ppo.py", str(file)]
+    folder = REPO / "alignment" / "ppo"
+    result = subprocess.run(
+        command, cwd=folder, env={**environment(), "PYTHONPATH": "../../"}, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert_same_metrics(metric_rows(tmp_path / "one"), metric_rows(tmp_path / "two"), 1e-4)
+    one, two = (
+        [json.loads(line)["response"] for line in (tmp_path / name / "eval_samples.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert one == two

@@ -1,0 +1,251 @@
+"""The update: windows, global normalisation, invariants, and what stops it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alignment.errors import InvariantError, NonFiniteError
+from alignment.parallel import World
+from alignment.ppo.algorithms.advantages import RunningMoments
+from alignment.ppo.algorithms.kl import FixedKLController
+from alignment.ppo.engine import Engine, OptimizerSettings
+from alignment.ppo.experience import assemble_experience, describe_experience
+from alignment.ppo.invariants import MovementCheck, check_first_pass
+from alignment.ppo.models import load_causal_lm, load_score_model
+from alignment.ppo.roles import PolicyRole, ValueRole
+from alignment.ppo.rollout import Experience, Rollout
+from alignment.ppo.statistics import Statistics
+from alignment.ppo.update import PPOUpdater, split_windows
+
+from .conftest import make_rollout
+
+LENGTHS = [(5, 4), (2, 1), (7, 6), (3, 0), (1, 6), (4, 2), (2, 2), (6, 5)]
+
+
+def make_args(**changes: Any) -> SimpleNamespace:
+    values: dict[str, Any] = {
+        "update_iters": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "seed": 3,
+        "clip_range_value": 5.0, "value_coeff": 1.0, "clip_range_ratio_low": 0.2, "clip_range_ratio_high": 0.2,
+        "dual_clip": None, "policy_loss_mean": "token", "entropy_coeff": 0.0, "target_kl": None,
+        "critic_warmup_steps": 0, "ptx_coeff": 0.0, "output_dir": "unused",
+        "normalize_advantage": True, "missing_eos_rule": "none", "missing_eos_score": -1.0,
+        "missing_eos_penalty": 1.0, "kl_estimator": "k1", "clip_range_score": 50.0, "gamma": 1.0, "gae_lambda": 0.95,
+    }  # fmt: skip
+    return SimpleNamespace(**{**values, **changes})
+
+
+def make_experience(rollout: Rollout, actor: PolicyRole, critic: ValueRole, args: Any) -> Experience:
+    rng = np.random.default_rng(0)
+    logprobs = actor.logprobs(rollout)
+    scores = rng.normal(size=len(rollout)).astype(np.float32)
+    return assemble_experience(
+        rollout, logprobs, logprobs - 0.1 * rollout.mask, critic.values(rollout), scores, {"model": scores}, args,
+        FixedKLController(0.1), None,
+    )  # fmt: skip
+
+
+class Setup:
+    """A fresh actor and critic; learning rate and the rest as given."""
+
+    def __init__(self, folder: Path, args: Any, learning_rate: float = 1e-3) -> None:
+        settings_ = OptimizerSettings(learning_rate=learning_rate, lr_scheduler_type="constant", total_steps=100)
+        self.args = args
+        self.actor_engine = Engine("actor", load_causal_lm(str(folder)), World(), settings_)
+        self.critic_engine = Engine("critic", load_score_model(str(folder), score_type="critic"), World(), settings_)
+        size = args.per_device_train_batch_size
+        self.actor, self.critic = PolicyRole(self.actor_engine, 1.0, size), ValueRole(self.critic_engine, size)
+        self.updater = PPOUpdater(args, World(), self.actor, self.critic, None, lambda ids: " ".join(map(str, ids)))
+
+    def run(self, experience: Experience, global_step: int = 0) -> list[dict[str, float]]:
+        rows: list[dict[str, float]] = []
+
+        def keep(stats: Statistics) -> bool:
+            rows.append(stats.result())
+            return True
+
+        self.updater.run(experience, 0, global_step, keep)
+        return rows
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+def test_windows_cover_every_row_once_a_pass_and_ranks_share_them(
+    rows: int, size: int, accumulation: int, passes: int, ranks: int
+) -> None:
+    args = make_args(update_iters=passes, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
+    rollout = make_rollout([(2, 1 + i % 3) for i in range(rows)])
+    zeros = np.zeros((rows, rollout.width), np.float32)
+    flat = np.zeros(rows, np.float32)
+    experience = Experience(rollout, zeros, zeros, zeros, flat, {}, flat, zeros, zeros, zeros, zeros)
+    single = list(split_windows(experience, make_args(
+        update_iters=passes, per_device_train_batch_size=size * ranks, gradient_accumulation_steps=accumulation
+    ), World(), 5))  # fmt: skip
+    shares = [list(split_windows(experience, args, World(rank, ranks), 5)) for rank in range(ranks)]
+    for windows in zip(single, *shares, strict=True):
+        whole, parts = windows[0], windows[1:]
+        assert [i for part in parts for i in part.mine.rollout.prompt_index] == whole.mine.rollout.prompt_index.tolist()
+        assert {part.tokens for part in parts} == {whole.tokens} == {int(whole.mine.rollout.response_len.sum())}
+    seen = [int(i) for window in single for i in window.mine.rollout.prompt_index]
+    assert sorted(seen) == sorted(list(range(rows)) * passes)
+    assert [window.first_pass for window in single].count(True) == 1
+
+
+def test_passes_are_shuffled_afresh() -> None:
+    rollout = make_rollout([(2, 2)] * 16)
+    zeros, flat = np.zeros((16, 2), np.float32), np.zeros(16, np.float32)
+    experience = Experience(rollout, zeros, zeros, zeros, flat, {}, flat, zeros, zeros, zeros, zeros)
+    windows = list(split_windows(experience, make_args(update_iters=2, per_device_train_batch_size=16), World(), 0))
+    orders = [window.mine.rollout.prompt_index.tolist() for window in windows]
+    assert orders[0] != orders[1] != list(range(16))
+
+
+@pytest.mark.parametrize("mean", ["token", "sequence"])
+def test_micro_batch_size_changes_nothing(policy_dir: Path, mean: str) -> None:
+    results = []
+    for size, accumulation in ((8, 1), (4, 2), (3, 3), (1, 8)):
+        args = make_args(
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            policy_loss_mean=mean,
+            update_iters=2,
+        )
+        setup = Setup(policy_dir, args)
+        experience = make_experience(make_rollout(LENGTHS), setup.actor, setup.critic, args)
+        results.append(setup.run(experience))
+    for rows in results[1:]:
+        for one, other in zip(results[0], rows, strict=True):
+            assert one.keys() == other.keys()
+            for key in one:
+                assert other[key] == pytest.approx(one[key], abs=2e-5, rel=1e-4), key
+
+
+def test_the_first_pass_has_ratio_one_and_the_next_one_moves(policy_dir: Path) -> None:
+    setup = Setup(policy_dir, make_args(update_iters=3))
+    setup.updater.check_first_step(MovementCheck({"actor": setup.actor_engine, "critic": setup.critic_engine}))
+    rows = setup.run(make_experience(make_rollout(LENGTHS), setup.actor, setup.critic, setup.args))
+    assert rows[0]["train/approx_kl"] == pytest.approx(0, abs=1e-9)
+    assert rows[0]["train/ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert rows[0]["train/clip_fraction"] == 0
+    assert rows[2]["train/approx_kl"] > 1e-7
+    assert setup.updater.movement is not None and setup.updater.movement.done
+    assert not setup.updater.check_ratio
+    assert rows[2]["train/reward_critic_loss"] < rows[0]["train/reward_critic_loss"]
+
+
+def test_a_network_that_scores_and_trains_differently_is_caught(policy_dir: Path) -> None:
+    setup = Setup(policy_dir, make_args())
+    setup.updater.check_first_step(MovementCheck({"actor": setup.actor_engine}))
+    experience = make_experience(make_rollout(LENGTHS), setup.actor, setup.critic, setup.args)
+    experience.logprobs = experience.logprobs + 0.01 * experience.mask
+    with pytest.raises(InvariantError, match="on the first pass the importance ratio must be 1"):
+        setup.run(experience)
+
+
+def test_first_pass_bounds() -> None:
+    check_first_pass(1e-5, 1e-10, "float32")
+    check_first_pass(0.05, 1e-3, "bfloat16")
+    with pytest.raises(InvariantError, match="dropout"):
+        check_first_pass(0.05, 1e-3, "float32")
+
+
+def test_a_tensor_that_the_loss_does_not_reach_is_caught(policy_dir: Path) -> None:
+    setup = Setup(policy_dir, make_args())
+    check = MovementCheck({"actor": setup.actor_engine})
+    check.after_step("actor", 0.0, 1.0)  # a warm-up step at rate 0 moves nothing, rightly
+    assert not check.done
+    with pytest.raises(InvariantError, match=r"actor: the first optimizer step left 2\d of 2\d trainable tensors"):
+        check.after_step("actor", 1e-3, 1.0)
+
+
+def test_a_frozen_model_that_moves_is_caught(policy_dir: Path) -> None:
+    reference = Engine("reference", load_causal_lm(str(policy_dir)), World())
+    check = MovementCheck({"reference": reference})
+    check.frozen_roles()
+    weight = next(iter(reference.model.parameters()))
+    weight.set_value(weight + 1e-6)
+    with pytest.raises(InvariantError, match="reference is frozen, but these tensors changed"):
+        check.frozen_roles()
+
+
+def test_critic_warm_up_leaves_the_actor_alone(policy_dir: Path) -> None:
+    setup = Setup(policy_dir, make_args(critic_warmup_steps=2, update_iters=3))
+    before = setup.actor_engine.parameter_fingerprints()
+    experience = make_experience(make_rollout(LENGTHS), setup.actor, setup.critic, setup.args)
+    rows = setup.run(experience)
+    assert ["train/actor_loss" in row for row in rows] == [False, False, True]
+    assert setup.actor_engine.steps == 1
+    assert setup.critic_engine.steps == 3
+    assert setup.actor_engine.parameter_fingerprints() != before
+
+
+def test_an_update_stops_when_the_policy_has_moved_too_far(policy_dir: Path) -> None:
+    setup = Setup(policy_dir, make_args(update_iters=50, target_kl=1e-3), learning_rate=3e-3)
+    rows = setup.run(make_experience(make_rollout(LENGTHS), setup.actor, setup.critic, setup.args))
+    assert 1 < len(rows) < 50
+    assert rows[-1]["train/early_stopped"] == 1.0
+    assert rows[-1]["train/approx_kl"] > 1.5e-3
+    assert all(row["train/approx_kl"] <= 1.5e-3 for row in rows[:-1])
+    assert setup.actor_engine.steps == len(rows) - 1
+
+
+def test_entropy_bonus_raises_entropy(policy_dir: Path) -> None:
+    final = []
+    for coefficient in (0.0, 1.0):
+        setup = Setup(policy_dir, make_args(update_iters=10, entropy_coeff=coefficient))
+        rows = setup.run(make_experience(make_rollout(LENGTHS), setup.actor, setup.critic, setup.args))
+        final.append(rows[-1]["train/entropy"])
+    assert final[1] > final[0]
+
+
+@pytest.mark.parametrize("array", ["advantages", "returns"])
+def test_a_non_finite_loss_stops_with_the_batch_dumped(policy_dir: Path, tmp_path: Path, array: str) -> None:
+    setup = Setup(policy_dir, make_args(output_dir=str(tmp_path)))
+    experience = make_experience(make_rollout(LENGTHS), setup.actor, setup.critic, setup.args)
+    getattr(experience, array)[2, 1] = np.nan
+    before = setup.actor_engine.parameter_fingerprints()
+    with pytest.raises(NonFiniteError, match=rf"loss became nan in step 1.*non-finite values in: {array}"):
+        setup.run(experience)
+    dump = np.load(tmp_path / "nonfinite_batch_step1.npz")
+    assert np.isnan(dump[array]).sum() == 1
+    assert (tmp_path / "nonfinite_batch_step1.json").read_text().count("\n") > 5
+    assert setup.actor_engine.parameter_fingerprints() == before
+
+
+def test_all_rows_identical_and_one_token_answers(policy_dir: Path) -> None:
+    setup = Setup(policy_dir, make_args())
+    rollout = make_rollout([(3, 1)]).select([0] * 8)
+    rows = setup.run(make_experience(rollout, setup.actor, setup.critic, setup.args))
+    assert np.isfinite(list(rows[0].values())).all()
+
+
+def test_a_window_of_empty_answers_teaches_nothing(policy_dir: Path) -> None:
+    setup = Setup(policy_dir, make_args())
+    rollout = make_rollout([(3, 0), (2, 0)])
+    experience = make_experience(rollout, setup.actor, setup.critic, setup.args)
+    rows = setup.run(experience)
+    assert rows[0]["train/actor_grad_norm"] == rows[0]["train/reward_critic_grad_norm"] == 0.0
+    described = describe_experience(experience, 0.1).result()
+    assert described["train/mean_generated_length"] == 0.0
+
+
+def test_the_scores_way_into_the_rewards() -> None:
+    """Normalised, then the missing-EOS rule, then clipped, then at the last token."""
+    rollout = make_rollout([(2, 3), (2, 1)])
+    rollout.finished = np.array([True, False])
+    zeros = np.zeros((2, 3), np.float32)
+    args = make_args(missing_eos_rule="score", missing_eos_score=-7.0, clip_range_score=5.0)
+    args.normalize_advantage = False
+    scores = np.array([3.0, 1.0], np.float32)
+    experience = assemble_experience(
+        rollout, zeros, zeros, zeros, scores, {"model": scores}, args, FixedKLController(0.1), RunningMoments()
+    )
+    np.testing.assert_allclose(experience.shaped_scores, [1.0, -7.0], atol=1e-6)
+    np.testing.assert_allclose(experience.rewards, [[0, 0, 1.0], [-5.0, 0, 0]], atol=1e-6)
+    assert experience.scores.tolist() == [3.0, 1.0]

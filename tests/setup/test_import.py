@@ -1,0 +1,47 @@
+"""``import alignment`` and the modules that only read arguments stay light."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ["paddle", "paddlenlp", "datasets", "pandas", "matplotlib", "pyarrow", "visualdl"]
+LIMIT_S = 0.3
+
+PROBE = """
+import json, sys, time
+began = time.perf_counter()
+import {module}
+seconds = time.perf_counter() - began
+print(json.dumps([seconds, [name for name in {heavy!r} if name in sys.modules]]))
+"""
+
+
+def probe(repo: Path, module: str) -> tuple[float, list[str]]:
+    code = PROBE.format(module=module, heavy=HEAVY)
+    environ = {**os.environ, "PYTHONPATH": str(repo)}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    seconds, loaded = json.loads(done.stdout)
+    return seconds, loaded
+
+
+@pytest.mark.parametrize("module", ["alignment", "alignment.cli", "alignment.arguments", "alignment.plugins"])
+def test_light(repo: Path, module: str) -> None:
+    results = [probe(repo, module) for _ in range(3)]  # the best of three: the machine may be busy
+    assert results[0][1] == []
+    assert min(seconds for seconds, _ in results) < LIMIT_S
+
+
+def test_rewards_need_no_paddle(repo: Path) -> None:
+    assert probe(repo, "alignment.ppo.rewards")[1] == []
+
+
+def test_importing_prints_nothing(repo: Path) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(repo)}
+    done = subprocess.run([sys.executable, "-c", "import alignment"], env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

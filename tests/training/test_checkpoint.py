@@ -1,0 +1,205 @@
+"""Checkpoints that survive crashes, and those that do not are recognised."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from alignment.errors import CheckpointError
+from alignment.log import get_logger
+from alignment.training.checkpoint import CheckpointStore, resolve_resume, verify, write_json
+from alignment.training.output import publishing
+
+
+@pytest.fixture
+def warnings_seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Texts of what the package's logger says (it does not propagate to pytest's own handler)."""
+    texts: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    handler = Keep()
+    get_logger().addHandler(handler)
+    yield texts
+    get_logger().removeHandler(handler)
+
+
+def write(store: CheckpointStore, step: int, text: str = "weights", *, best: bool = False) -> Path:
+    with store.writing(step, best=best) as folder:
+        (folder / "model.bin").write_text(f"{text} {step}")
+        (folder / "trainer").mkdir()
+        (folder / "trainer" / "state.json").write_text("{}")
+    return store.path(step)
+
+
+def test_a_checkpoint_appears_whole_with_its_manifest(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "run")
+    with store.writing(3) as folder:
+        (folder / "model.bin").write_text("abc")
+        assert store.steps() == []
+    manifest = verify(store.path(3))
+    assert manifest["step"] == 3
+    assert manifest["files"]["model.bin"]["size"] == 3
+    assert store.latest() == store.path(3)
+    assert [p.name for p in store.output_dir.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_failed_body_leaves_nothing(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, 1)
+    with pytest.raises(ValueError, match="boom"), store.writing(2) as folder:
+        (folder / "model.bin").write_text("half")
+        raise ValueError("boom")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_cut_file_is_named_and_the_older_checkpoint_taken(tmp_path: Path, warnings_seen: list[str]) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, 1)
+    (write(store, 2) / "model.bin").write_text("wei")
+    assert store.latest() == store.path(1)
+    assert any("model.bin has 3 bytes, 9 were written" in text for text in warnings_seen)
+
+
+def test_a_changed_byte_is_found(tmp_path: Path) -> None:
+    path = write(CheckpointStore(tmp_path), 1)
+    (path / "model.bin").write_text("WEIGHTS 1")
+    with pytest.raises(CheckpointError, match="has changed since it was written"):
+        verify(path)
+    verify(path, read_files=False)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda path: (path / "manifest.json").write_text('{"files": '), "cannot be read"),
+        (lambda path: (path / "manifest.json").write_text("[]"), "cannot be read"),
+        (lambda path: (path / "trainer" / "state.json").unlink(), "trainer/state.json is missing"),
+    ],
+)
+def test_damage_is_described(tmp_path: Path, damage, message: str) -> None:
+    store = CheckpointStore(tmp_path)
+    path = write(store, 1)
+    damage(path)
+    with pytest.raises(CheckpointError, match=message):
+        verify(path)
+    assert store.latest() is None
+
+
+def test_a_leftover_of_a_crash_is_named_and_removed_by_the_next_write(tmp_path: Path, warnings_seen: list[str]) -> None:
+    store = CheckpointStore(tmp_path)
+    leftover = tmp_path / ".writing-checkpoint-5-abc"
+    leftover.mkdir()
+    (leftover / "model.bin").write_text("half")
+    assert store.latest() is None
+    assert any("never finished" in text for text in warnings_seen)
+    write(store, 6)
+    assert not leftover.exists()
+
+
+def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    path = write(store, 4, "first")
+    aside = tmp_path / ".writing-checkpoint-old-x"
+    aside.mkdir()
+    os.rename(path, aside / "old")
+    write(store, 5)
+    assert (store.path(4) / "model.bin").read_text() == "first 4"
+    verify(store.path(4))
+
+
+def test_writing_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, 4, "first")
+    write(store, 4, "second")
+    assert (store.path(4) / "model.bin").read_text() == "second 4"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, save_total_limit=2)
+    for step in range(1, 6):
+        write(store, step, best=step == 2)
+    assert store.steps() == [2, 5]
+    assert store.best() == store.path(2)
+    write(store, 6)
+    assert store.steps() == [2, 6]
+
+
+def test_a_limit_of_one_never_deletes_the_last_good_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, save_total_limit=1)
+    write(store, 1)
+    (write(store, 2) / "model.bin").write_text("x")
+    assert store.steps() == [2]
+    # The only other one is damaged: it does not count as a good one, and is left for its owner to look at.
+    write(store, 3)
+    assert store.steps() == [2, 3]
+    assert store.latest() == store.path(3)
+    with pytest.raises(RuntimeError), store.writing(4):
+        raise RuntimeError
+    assert store.latest() == store.path(3)
+
+
+def test_disk_full_says_what_to_do(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(CheckpointError, match=r"checkpoint-7.*disk is full: free some space"), store.writing(7):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(CheckpointError, match="choose another output_dir"),
+        CheckpointStore(tmp_path / "file" / "run").writing(1),
+    ):
+        pass
+
+
+def test_resolve_resume(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    assert resolve_resume(store, None) is None
+    assert resolve_resume(store, "latest") is None
+    path = write(store, 2)
+    assert resolve_resume(store, True) == path
+    assert resolve_resume(store, "true") == path
+    assert resolve_resume(store, str(path)) == path
+    with pytest.raises(CheckpointError, match=r"no such folder \(checkpoints in .*: checkpoint-2\)"):
+        resolve_resume(store, str(tmp_path / "checkpoint-9"))
+    (path / "model.bin").unlink()
+    with pytest.raises(CheckpointError, match="model.bin is missing"):
+        resolve_resume(store, str(path))
+
+
+def test_write_json_refuses_nan_and_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_publishing_replaces_a_model_and_its_stale_shards(tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("old")
+    (tmp_path / "config.json").write_text("old")
+    (tmp_path / "metrics.jsonl").write_text("kept")
+    with publishing(tmp_path) as folder:
+        (folder / "model.safetensors").write_text("new")
+        (folder / "config.json").write_text("new")
+        assert (tmp_path / "config.json").read_text() == "old"
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "model.safetensors": "new",
+        "config.json": "new",
+        "metrics.jsonl": "kept",
+    }
+    with pytest.raises(ValueError), publishing(tmp_path) as folder:
+        (folder / "config.json").write_text("half")
+        raise ValueError
+    assert (tmp_path / "config.json").read_text() == "new"

@@ -1,0 +1,55 @@
+"""The order of rows does not depend on the number of processes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignment.training.order import TrainingOrder, epoch_permutation, micro_batches, rank_slice
+
+
+@given(st.integers(0, 2**31), st.integers(0, 50), st.integers(1, 500))
+def test_every_epoch_is_a_permutation(seed: int, epoch: int, n: int) -> None:
+    order = epoch_permutation(seed, epoch, n)
+    assert sorted(order.tolist()) == list(range(n))
+    assert (order == epoch_permutation(seed, epoch, n)).all()
+
+
+def test_epochs_and_seeds_differ() -> None:
+    first = epoch_permutation(1, 0, 100).tolist()
+    assert first != epoch_permutation(1, 1, 100).tolist()
+    assert first != epoch_permutation(2, 0, 100).tolist()
+
+
+@given(st.integers(0, 100), st.integers(1, 9))
+def test_rank_slices_cut_a_batch_into_contiguous_shares(rows: int, size: int) -> None:
+    batch = np.arange(rows)
+    shares = [rank_slice(batch, rank, size) for rank in range(size)]
+    assert np.concatenate(shares).tolist() == batch.tolist()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(("size", "micro", "accumulation"), [(1, 12, 1), (1, 2, 6), (2, 3, 2), (3, 4, 1), (4, 1, 3)])
+def test_the_same_global_batch_in_every_layout(size: int, micro: int, accumulation: int) -> None:
+    order = TrainingOrder(50, size * micro * accumulation, seed=3)
+    for step in range(order.steps_per_epoch):
+        seen = [
+            row
+            for rank in range(size)
+            for part in micro_batches(rank_slice(order.batch(step), rank, size), micro)
+            for row in part.tolist()
+        ]
+        assert seen == epoch_permutation(3, 0, 50)[step * 12 : step * 12 + 12].tolist()
+
+
+def test_steps() -> None:
+    order = TrainingOrder(50, 12, seed=0)
+    assert order.steps_per_epoch == 5
+    assert TrainingOrder(50, 12, 0, drop_last=True).steps_per_epoch == 4
+    assert order.total_steps(1.5) == 8
+    assert order.total_steps(1.5, max_steps=3) == 3
+    assert len(order.batch(4)) == 2
+    assert order.batch(5).tolist() == epoch_permutation(0, 1, 50)[:12].tolist()
+    assert order.epoch_at(5) == 1.0
