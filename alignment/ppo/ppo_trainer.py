@@ -32,6 +32,7 @@ from alignment.ppo.state import PPOState, load_state, save_state
 from alignment.ppo.statistics import Statistics
 from alignment.ppo.streams import IndexStream
 from alignment.ppo.update import PPOUpdater
+from alignment.training.best import best_metric, is_better
 from alignment.training.checkpoint import CheckpointStore
 from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt, resume_command
 from alignment.training.metrics import MetricWriter
@@ -89,7 +90,7 @@ class PPOTrainer:
         self.generator, self.train_prompts, self.save_extras, self.argv = generator, train_prompts, save_extras, argv
         self.state, self.timer, self.pending = PPOState(), PhaseTimer(), Statistics()
         self.rollout_stats, self.rows, self.tokens_waiting = Statistics(), [], 0
-        self.evaluated_at = -1
+        self.evaluated_at = self.saved_at = -1
         self.kl_controller: FixedKLController = (
             AdaptiveKLController(args.kl_coeff, args.kl_target, args.kl_horizon)
             if args.adaptive_kl
@@ -136,19 +137,21 @@ class PPOTrainer:
         """
         if resume_path is not None:
             self._resume(resume_path)
+        for engine in (self.roles.actor.engine, self.roles.critic.engine):
+            engine.check_same_on_all_ranks()
         self._begin()
         try:
             with Interrupt() as interrupt:
-                if self.state.global_step == 0:
+                if self.state.global_step == 0 or not self.args.do_train:
                     self._evaluate()
-                while self._goes_on():
+                while self.args.do_train and self._goes_on():
                     self.iterate()
                     if self.world.any(interrupt.requested):
                         return self._stop_early()
-                self._evaluate()
+                if self.args.do_train:
+                    self._finish()
         finally:
             self.writer.close()
-        self._save_final_models()
         return 0
 
     def iterate(self) -> None:
@@ -157,10 +160,11 @@ class PPOTrainer:
         PPO_ITERATION.run(self.functions, {"prompts": self._next_prompts()}, self.timer)
         self.state.rollouts += 1
         self._write_rows()
-        if self._due(self.args.evaluation_strategy, self.args.eval_steps, before):
-            self._evaluate()
-        if self._due(self.args.save_strategy, self.args.save_steps, before):
-            self.save_checkpoint()
+        improved = self._due(self.args.evaluation_strategy, self.args.eval_steps, before) and self._improves()
+        # the best model must be on the disk to be loaded at the end, whether or not a save is due
+        keep_best = improved and self.args.load_best_model_at_end
+        if keep_best or self._due(self.args.save_strategy, self.args.save_steps, before):
+            self.save_checkpoint(best=improved)
 
     def _goes_on(self) -> bool:
         # An update that stops early takes fewer steps than planned: then the prompts, not the steps, end the run.
@@ -268,7 +272,7 @@ class PPOTrainer:
         self.writer.advance(self.state.global_step)
         self.evaluator = Evaluator(
             self.eval_prompts,
-            self.generator,
+            self._evaluation_generator(),
             self._evaluation_modes(),
             self.score,
             self.world,
@@ -283,6 +287,10 @@ class PPOTrainer:
             if self.roles.reward is not None:
                 engines["reward"] = self.roles.reward.engine
             self.updater.check_first_step(MovementCheck(engines))
+
+    def _evaluation_generator(self) -> GenerationEngine:
+        train, size = self.generator, self.args.per_device_eval_batch_size
+        return GenerationEngine(train.model, train.tokenizer, train.eos_ids, train.context_length, size)
 
     def _evaluation_modes(self) -> dict[str, SamplingSettings]:
         base, temperature = (
@@ -303,26 +311,43 @@ class PPOTrainer:
             return left == self.prompt_stream.rows or dropped
         return False
 
-    def _evaluate(self) -> None:
+    def _improves(self) -> bool:
+        """Evaluate, and say whether this is the best model so far."""
+        values = self._evaluate()
+        if not values:
+            return False
+        name, value = best_metric(self.args, {key.removeprefix("eval/"): number for key, number in values.items()})
+        if not is_better(self.args, name, value, self.state.best_value):
+            return False
+        self.state.best_value, self.state.best_step = value, self.state.global_step
+        return True
+
+    def _evaluate(self) -> dict[str, float]:
         if not self.args.do_eval or not self.eval_prompts or self.evaluated_at == self.state.global_step:
-            return
+            return {}
         self.evaluated_at = self.state.global_step
         started = time.monotonic()
         values = self.evaluator.run(self.state.global_step)
         seconds = time.monotonic() - started
         self.writer.pause(seconds)
         self.writer.log(self.state.global_step, {**values, "eval/runtime_seconds": seconds}, epoch=self._epoch())
+        return values
 
-    def save_checkpoint(self) -> None:
-        """Write ``checkpoint-N``; a step that has one already is left alone."""
+    def save_checkpoint(self, best: bool = False) -> None:
+        """Write ``checkpoint-N``.
+
+        Args:
+            best: whether it is the best one so far, which is never pruned.
+        """
         self.state.prompt_position = self.prompt_stream.position
         self.state.ptx_position = self.ptx.stream.position if self.ptx else 0
         self.state.kl_controller = self.kl_controller.state_dict()
         self.state.reward_moments = self.moments.state_dict() if self.moments else {}
         if self.world.is_main:
-            with self.store.writing(self.state.global_step) as folder:
+            with self.store.writing(self.state.global_step, best=best) as folder:
                 save_state(folder, self.state, self.roles.actor.engine, self.roles.critic.engine, self.save_extras)
         self.world.barrier()
+        self.saved_at = self.state.global_step
 
     def _resume(self, path: Path) -> None:
         self.state = load_state(path, self.roles.actor.engine, self.roles.critic.engine)
@@ -340,13 +365,23 @@ class PPOTrainer:
             )
 
     def _stop_early(self) -> int:
-        self.save_checkpoint()
+        if self.saved_at != self.state.global_step:
+            self.save_checkpoint()
         command = resume_command(self.argv, world_size=self.world.size)
         get_logger().warning("stopped at step %d and saved; go on with:\n  %s", self.state.global_step, command)
         return EXIT_INTERRUPTED
 
-    def _save_final_models(self) -> None:
-        """``policy/`` and ``value/`` in ``output_dir``."""
+    def _finish(self) -> None:
+        """The last evaluation and checkpoint, then ``policy/`` and ``value/`` in ``output_dir``."""
+        improved = self._improves()
+        keep_best = improved and self.args.load_best_model_at_end
+        if self.saved_at != self.state.global_step and (keep_best or self.args.save_strategy != "no"):
+            self.save_checkpoint(best=improved)
+        if self.args.load_best_model_at_end and self.state.best_step not in (-1, self.state.global_step):
+            best = self.store.path(self.state.best_step)
+            get_logger().info("the best policy is that of step %d; loading %s", self.state.best_step, best)
+            self.roles.actor.engine.load_weights(best / "policy")
+            self.roles.critic.engine.load_weights(best / "value")
         if self.world.is_main:
             for name, engine in (("policy", self.roles.actor.engine), ("value", self.roles.critic.engine)):
                 with publishing(Path(self.args.output_dir) / name) as target:

@@ -24,7 +24,8 @@ class PPOState:
         ptx_position: position in the stream of supervised rows.
         kl_controller: its state.
         reward_moments: of the score normaliser.
-        best_metric: the best evaluation figure so far, or ``None``.
+        best_value: the best ``metric_for_best_model`` so far, or ``None``.
+        best_step: the step it was reached at, -1 before.
     """
 
     global_step: int = 0
@@ -33,7 +34,8 @@ class PPOState:
     ptx_position: int = 0
     kl_controller: dict[str, float] = field(default_factory=dict)
     reward_moments: dict[str, float] = field(default_factory=dict)
-    best_metric: float | None = None
+    best_value: float | None = None
+    best_step: int = -1
 
 
 def save_state(

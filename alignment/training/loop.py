@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import paddle
 
-from alignment.errors import ArgumentsError, CheckpointError, NonFiniteError, nearest
+from alignment.errors import ArgumentsError, CheckpointError, NonFiniteError
 from alignment.log import get_logger
 from alignment.parallel import World
+from alignment.training.best import best_metric, is_better
 from alignment.training.checkpoint import CheckpointStore, write_json
 from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt, resume_command
 from alignment.training.metrics import MetricWriter
@@ -245,17 +246,10 @@ class StageTrainer:
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
         name, value = best_metric(self.args, metrics)
         progress = self.progress
-        greater = self.args.greater_is_better
-        if greater is None:
-            greater = not any(word in name for word in ("loss", "perplexity", "ppl"))
-        if not math.isfinite(value):
+        if not is_better(self.args, name, value, progress.best_value):
             return False
-        better = progress.best_value is None or (
-            value > progress.best_value if greater else value < progress.best_value
-        )
-        if better:
-            progress.best_step, progress.best_value, progress.best_metrics = progress.step, value, dict(metrics)
-        return better
+        progress.best_step, progress.best_value, progress.best_metrics = progress.step, value, dict(metrics)
+        return True
 
     def _stop(self) -> int:
         """The run was interrupted: save, say how to go on."""
@@ -388,21 +382,6 @@ def make_order(args: Any, world_size: int, rows: int) -> TrainingOrder:
     """The run's order of rows from its arguments."""
     batch = args.per_device_train_batch_size * world_size * args.gradient_accumulation_steps
     return TrainingOrder(rows, batch, args.seed, bool(args.dataloader_drop_last))
-
-
-def best_metric(args: Any, metrics: Mapping[str, float]) -> tuple[str, float]:
-    """Name and value of ``metric_for_best_model`` ("accuracy", "eval_accuracy" and "eval/accuracy" mean the same).
-
-    Raises:
-        ArgumentsError: the stage has no such metric.
-    """
-    wanted = args.metric_for_best_model or "loss"
-    name = wanted.removeprefix("eval_").removeprefix("eval/")
-    if name not in metrics:
-        raise ArgumentsError(
-            f"metric_for_best_model={wanted!r}: no such metric{nearest(name, metrics)}; there are {', '.join(metrics)}"
-        )
-    return name, metrics[name]
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -59,7 +59,8 @@ def test_a_run_leaves_models_metrics_and_samples(ppo_json: Callable[..., Path], 
     assert first["train/approx_kl"] == pytest.approx(0, abs=1e-9)
     assert first["train/kl_divergence"] == pytest.approx(0, abs=1e-5)
     assert first["train/rollout_logprob_gap"] < 1e-4
-    assert [path.name for path in sorted(out.glob("checkpoint-*"))] == ["checkpoint-24"]
+    best = json.loads((out / "best_checkpoint.json").read_text())["step"]
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-24", f"checkpoint-{best}"}
     assert {path.name for path in (out / "checkpoint-24").iterdir()} == {"manifest.json", "policy", "value", "trainer"}
     samples = [json.loads(line) for line in (out / "eval_samples.jsonl").read_text().splitlines()]
     assert len(samples) == 3 * 2 * 6
@@ -224,3 +225,25 @@ def test_two_processes_give_the_single_processs_run(ppo_json: Callable[..., Path
         for name in ("one", "two")
     )
     assert one == two
+
+
+def test_the_best_policy_is_loaded_at_the_end(ppo_json: Callable[..., Path], tmp_path: Path) -> None:
+    file = ppo_json(
+        evaluation_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4, load_best_model_at_end=True,
+        save_total_limit=1, metric_for_best_model="reward_greedy", learning_rate=1e-2, ptx_coeff=0.0, ptx_datasets=None,
+    )  # fmt: skip
+    assert main(["ppo", str(file)]) == 0
+    out = tmp_path / "ppo"
+    rewards = {row["step"]: row["eval/reward_greedy"] for row in metric_rows(out) if row.get("eval/reward_greedy")}
+    best = json.loads((out / "best_checkpoint.json").read_text())["step"]
+    assert rewards[best] == max(value for step, value in rewards.items() if step > 0)
+    kept, final = load_weights(out / f"checkpoint-{best}" / "policy"), load_weights(out / "policy")
+    assert all((kept[name] == final[name]).all() for name in kept)
+
+
+def test_without_do_train_the_actor_is_only_evaluated(ppo_json: Callable[..., Path], tmp_path: Path) -> None:
+    assert main(["ppo", str(ppo_json(do_train=False))]) == 0
+    rows = metric_rows(tmp_path / "ppo")
+    assert [row["step"] for row in rows] == [0]
+    assert "eval/reward" in rows[0]
+    assert not (tmp_path / "ppo" / "policy").exists()

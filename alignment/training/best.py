@@ -1,0 +1,41 @@
+"""Which evaluation is the best one so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from alignment.errors import ArgumentsError, nearest
+
+
+def best_metric(args: Any, metrics: Mapping[str, float]) -> tuple[str, float]:
+    """Name and value of ``metric_for_best_model`` ("accuracy", "eval_accuracy" and "eval/accuracy" mean the same).
+
+    Args:
+        args: has ``metric_for_best_model``.
+        metrics: an evaluation's, names without prefix.
+
+    Raises:
+        ArgumentsError: the stage has no such metric.
+    """
+    wanted = args.metric_for_best_model or "loss"
+    name = wanted.removeprefix("eval_").removeprefix("eval/")
+    if name not in metrics:
+        raise ArgumentsError(
+            f"metric_for_best_model={wanted!r}: no such metric{nearest(name, metrics)}; there are {', '.join(metrics)}"
+        )
+    return name, metrics[name]
+
+
+def is_better(args: Any, name: str, value: float, best: float | None) -> bool:
+    """Whether ``value`` beats ``best`` (anything finite beats ``None``).
+
+    ``greater_is_better`` decides the direction; where it is not set, losses and perplexities are better when smaller.
+    """
+    if not math.isfinite(value):
+        return False
+    greater = args.greater_is_better
+    if greater is None:
+        greater = not any(word in name for word in ("loss", "perplexity", "ppl"))
+    return best is None or (value > best if greater else value < best)
