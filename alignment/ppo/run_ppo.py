@@ -67,7 +67,6 @@ def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
     from alignment.training.output import prepare_output_dir
     from alignment.training.runner import describe_run, main_first
 
-    get_logger().info(runtime.describe())
     check_models(args)
     store = CheckpointStore(args.output_dir, args.save_total_limit)
     resume_path = None if args.dry_run else prepare_output_dir(args, world, store)
@@ -211,13 +210,12 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     from alignment.ppo.rewards import RewardBatch, resolve_rewards, uses_model
     from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
     from alignment.ppo.scoring import RewardModelScorer
+    from alignment.training.runner import model_flags
 
     infer_rows = args.rollout_logprob_batch_size or args.per_device_train_batch_size
     rollout_rows = args.per_device_rollout_batch_size
     rollout_rows = args.per_device_train_batch_size if rollout_rows <= 0 else rollout_rows
-    model_options: dict[str, Any] = {"dtype": args.dtype}
-    if args.use_flash_attention and not args.on_cpu:
-        model_options["config_overrides"] = {"use_flash_attention": True}
+    model_options: dict[str, Any] = {"dtype": args.dtype, "config_overrides": model_flags(args)}
     actor_path = args.actor_model_name_or_path
 
     actor_settings = OptimizerSettings(**args.policy_optimizer(sizes.total_steps))

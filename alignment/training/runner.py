@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from alignment.arguments import Arguments
+from alignment.log import get_logger
 from alignment.parallel import World, init_world
 from alignment.ppo.data import PromptTemplate, check_same
 from alignment.training.checkpoint import write_json
+
+if TYPE_CHECKING:
+    from alignment.training.stage import Stage
 
 T = TypeVar("T")
 LOG_WIDTH = 160
@@ -56,10 +60,87 @@ def run_stage(argv: list[str], parse: Callable[[list[str]], Any], body: Callable
     return code
 
 
+def train_stage(
+    args: Any,
+    world: World,
+    argv: list[str],
+    *,
+    role: str,
+    build_data: Callable[..., Data],
+    load_model: Callable[[], Any],
+    make_stage: Callable[[Any, Any, Callable[[Path], None]], Stage],
+) -> int:
+    """Everything from checked arguments to the trained model, for the stages that :class:`StageTrainer` runs.
+
+    Args:
+        args: of SFT or reward modelling.
+        world: the processes of the run.
+        argv: the command's arguments, to say how to resume.
+        role: what the model is, for messages.
+        build_data: ``(args, tokenizer, template, show_progress=) -> Data``.
+        load_model: gives the model of ``model_name_or_path``.
+        make_stage: ``(engine, tokenizer, save) -> Stage``.
+
+    Returns:
+        The exit status: 0, or 130 after an interruption.
+    """
+    from alignment import runtime
+    from alignment.ppo.engine import Engine, OptimizerSettings
+    from alignment.ppo.models import (
+        check_model_folder,
+        load_tokenizer,
+        model_context_length,
+        save_model,
+        save_tokenizer,
+    )
+    from alignment.training.checkpoint import CheckpointStore
+    from alignment.training.loop import StageTrainer
+    from alignment.training.output import prepare_output_dir
+
+    store = CheckpointStore(args.output_dir, args.save_total_limit)
+    resume = None if args.dry_run else prepare_output_dir(args, world, store)
+    source = args.model_name_or_path
+    check_model_folder(source, role=role)
+    args.check_context(model_context_length(source), f"model {source}")
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or source, role=f"{role}'s tokenizer")
+    template = stage_template(args, tokenizer, source)
+    data = main_first(world, lambda: build_data(args, tokenizer, template, show_progress=world.is_main))
+    sizes = args.derive_sizes(len(data.train), world.size) if data.train is not None else None
+    if args.dry_run:
+        if world.is_main:
+            print(args.dry_run_text(sizes))
+        return 0
+    describe_run(args, world, data, sizes)
+
+    runtime.seed_everything(args.seed)
+    model = load_model()
+    settings = OptimizerSettings(**args.optimizer(sizes.total_steps)) if sizes is not None else None
+    engine = Engine(role, model, world, settings, recompute=args.recompute)
+    if args.lora_path:
+        engine.load_weights(args.lora_path)
+
+    def save(folder: Path) -> None:
+        save_model(model, folder)
+        save_tokenizer(tokenizer, folder)
+        template.save(folder)
+
+    stage = make_stage(engine, tokenizer, save)
+    return StageTrainer(stage, args, world, data.train, data.evaluation, argv=argv, resume=resume).run()
+
+
+def model_flags(args: Arguments) -> dict[str, Any]:
+    """Config attributes of the model that arguments change."""
+    return {"use_flash_attention": True} if args.use_flash_attention and not args.on_cpu else {}  # type: ignore[attr-defined]
+
+
 def use_device(args: Arguments) -> None:
     """Make Paddle compute on the CPU where the arguments say so (or there is nothing else)."""
-    import paddle
+    from alignment import runtime
 
+    with runtime.quiet_import():
+        import paddle
+
+    get_logger().info(runtime.describe())
     if args.on_cpu:
         paddle.set_device("cpu")
 
