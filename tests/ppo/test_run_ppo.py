@@ -247,3 +247,77 @@ def test_without_do_train_the_actor_is_only_evaluated(ppo_json: Callable[..., Pa
     assert [row["step"] for row in rows] == [0]
     assert "eval/reward" in rows[0]
     assert not (tmp_path / "ppo" / "policy").exists()
+
+
+@pytest.fixture(scope="module")
+def foreign_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model whose tokenizer is not the actor's."""
+    from alignment.ppo.models import load_score_model, load_tokenizer, save_model, save_tokenizer
+    from tests.tiny import tiny_model_dir
+
+    base, folder = tiny_model_dir(tmp_path_factory.mktemp("base"), "llama"), tmp_path_factory.mktemp("foreign")
+    save_model(load_score_model(str(base), score_type="reward"), folder)
+    save_tokenizer(load_tokenizer(base), folder)
+    return folder
+
+
+def test_a_reward_model_with_another_tokenizer_gets_the_answers_tokenised_anew(
+    ppo_json: Callable[..., Path], tmp_path: Path, policy_dir: Path, foreign_reward: Path
+) -> None:
+    file = ppo_json(
+        reward=None,
+        reward_model_name_or_path=str(foreign_reward),
+        reward_critic_model_name_or_path=str(policy_dir),
+        num_train_epochs=1,
+    )
+    assert main(["ppo", str(file)]) == 0
+    samples = [json.loads(line) for line in (tmp_path / "ppo" / "eval_samples.jsonl").read_text().splitlines()]
+    from alignment.ppo.data import PromptTemplate
+    from alignment.ppo.models import build_reward_inputs, end_scores, load_score_model, load_tokenizer
+
+    tokenizer = load_tokenizer(foreign_reward)
+    ids, lengths = build_reward_inputs(
+        [sample["prompt"] for sample in samples],
+        [sample["response"] for sample in samples],
+        [sample["finished"] for sample in samples],
+        tokenizer,
+        PromptTemplate.resolve(None, tokenizer),
+        512,
+    )
+    import paddle
+
+    with paddle.no_grad():
+        scores = end_scores(load_score_model(str(foreign_reward)), paddle.to_tensor(ids), lengths).numpy()
+    np.testing.assert_allclose([sample["score"] for sample in samples], scores, atol=1e-4)
+
+
+def test_a_critic_of_other_tokens_is_refused(
+    ppo_json: Callable[..., Path], foreign_reward: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ppo", str(ppo_json(reward=None, reward_model_name_or_path=str(foreign_reward)))]) == 2
+    assert "set reward_critic_model_name_or_path" in capsys.readouterr().err
+
+
+def test_another_template_than_the_models_is_refused_unless_allowed(
+    ppo_json: Callable[..., Path], tmp_path: Path, policy_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    from alignment.ppo.data import PromptTemplate
+    from alignment.ppo.models import load_tokenizer
+
+    actor, template = (
+        tmp_path / "actor",
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant] ",
+    )
+    shutil.copytree(policy_dir, actor)
+    PromptTemplate.resolve(template, load_tokenizer(actor)).save(actor)
+    changes = {"actor_model_name_or_path": str(actor), "num_train_epochs": 1, "ptx_datasets": None, "ptx_coeff": 0.0}
+    assert main(["ppo", str(ppo_json(prompt_template="beaver", **changes))]) == 2
+    message = capsys.readouterr().err
+    assert "[{{ m['role'] }}]" in message and "BEGINNING OF CONVERSATION" in message
+    assert main(["ppo", str(ppo_json(**changes))]) == 0
+    saved = json.loads((tmp_path / "ppo" / "policy" / "prompt_template.json").read_text())
+    assert saved["template"] == template
+    file = ppo_json("allowed", prompt_template="beaver", allow_template_mismatch=True, **changes)
+    assert main(["ppo", str(file)]) == 0
