@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | format | docs | lock | clean
+# make demo | test | test-slow | chaos | lint | format | docs | lock | clean
 # Each target sets up its own environment in $(VENV) the first time; later runs start at once.
 #   PYTHON=/path/to/python3.11   which Python to use (3.10-3.12; found by itself otherwise)
 #   ARGS="..."                   passed on: make demo ARGS="--seed 1", make test ARGS="-k kl"
@@ -17,7 +17,7 @@ ifeq ($(shell $(RUN) -c "print(1)" 2>/dev/null),)
 $(LOCKED): FORCE
 endif
 
-.PHONY: help setup demo test test-slow lint format docs lock clean FORCE
+.PHONY: help setup demo test test-slow chaos lint format docs lock clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -45,6 +45,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow $(ARGS)
+
+# Kill a run thirty times, resume it each time, and compare it with an uninterrupted one bit by bit (about 8 minutes).
+chaos: $(READY)
+	$(RUN) -m tests.e2e.chaos $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
