@@ -50,6 +50,11 @@ TASKS = {
         "--lora_path DIR --output_path DIR",
         "merge a LoRA checkpoint into its base model",
     ),
+    "export": Task(
+        "alignment.export:main",
+        "--checkpoint DIR --output DIR [options]",
+        "write a model for paddlenlp or transformers",
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from paddlenlp.transformers import AutoModelForCausalLM
 from alignment.errors import ModelError
 from alignment.ppo.models import (
     AutoModelForScore,
+    backbone_of,
     causal_logits,
     load_causal_lm,
     load_score_model,
@@ -271,3 +272,12 @@ def test_generation_settings_of_the_folder_are_kept(kit: Any, tmp_path: Path) ->
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"generation_config\.json is not JSON: line 1"):
         load_causal_lm(folder)
+
+
+def test_the_pad_id_is_embedded_like_any_other(kit: Any, model_type: str, tmp_path: Path) -> None:
+    """paddlenlp's Mistral gives zeros for its config's pad id, which may well be eos."""
+    save_model(kit.causal(model_type, pad_token_id=1), tmp_path / "m")
+    loaded = load_causal_lm(tmp_path / "m")
+    embedding = backbone_of(loaded).embed_tokens
+    assert (embedding(paddle.to_tensor([1])).numpy()[0] == embedding.weight.numpy()[1]).all()
+    assert embedding.weight.numpy()[1].any()

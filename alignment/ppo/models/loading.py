@@ -197,6 +197,9 @@ def load_config(
     for name, value in list(vars(config).items()):
         if "dropout" in name and isinstance(value, float) and value:
             setattr(config, name, 0.0)
+    if folder.model_type == "mistral":
+        # paddlenlp's Mistral embeds this id as zeros; it may be eos or an ordinary token, and pads are never read
+        config.pad_token_id = None
     config.dtype = usable_dtype(dtype, role=role)
     _check_config(config, folder, role=role)
     translate_rope_scaling(config, where=f"{role}: {folder.path / CONFIG_FILE}")
@@ -379,8 +382,7 @@ def _say_what_differs(weights: Weights) -> None:
     if weights.is_torch_layout and weights.folder.model_type == "gemma":
         say_once(
             f"{weights.folder.path}: paddlenlp's gemma computes GELU exactly where Hugging Face's takes its tanh "
-            f"approximation; logits differ by "
-            "about one part in a thousand"
+            "approximation; logits differ by about one part in a thousand"
         )
 
 
