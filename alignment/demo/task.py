@@ -209,9 +209,9 @@ def preference_row(question: Question, draw: random.Random) -> dict[str, Any]:
 class Sizes:
     """How many rows each file gets."""
 
-    sft_train: int = 9600
+    sft_train: int = 12800
     sft_dev: int = 200
-    preferences_train: int = 7040
+    preferences_train: int = 8000
     preferences_dev: int = 500
     prompts_train: int = 4000
     prompts_dev: int = 200
