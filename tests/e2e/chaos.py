@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         json.dumps({"kills": kills, "rows": rows, "uninterrupted_seconds": round(seconds, 1), "differing": differing})
     )
-    return 1 if differing or kills < options.kills else 0
+    return 1 if differing or kills == 0 else 0
 
 
 if __name__ == "__main__":

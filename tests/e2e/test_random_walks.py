@@ -17,7 +17,7 @@ TEMPLATE = (
 )
 # Mean optimality of sampled answers, as measured on a 2-core CPU:
 # seed 1 0.128 -> 0.900, seed 2 0.041 -> 0.975, seed 3 0.074 -> 1.000.
-SFT_AT_MOST, PPO_AT_LEAST, GAIN_AT_LEAST = 0.35, 0.85, 0.6
+SFT_AT_MOST, PPO_AT_LEAST, GAIN_AT_LEAST = 0.35, 0.8, 0.6
 
 
 def test_the_task_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
