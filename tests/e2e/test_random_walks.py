@@ -16,7 +16,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'user' %}:{% endif %}{% endfor %}"
 )
 # Mean optimality of sampled answers, as measured on a 2-core CPU:
-# seed 1 0.128 -> 0.900, seed 2 0.041 -> 0.975, seed 3 0.074 -> 1.000.
+# seed 1 0.128 -> 0.900 (0.875 with two threads), seed 2 0.041 -> 0.975, seed 3 0.074 -> 1.000.
 SFT_AT_MOST, PPO_AT_LEAST, GAIN_AT_LEAST = 0.35, 0.8, 0.6
 
 
