@@ -31,7 +31,7 @@ from alignment.errors import CheckpointError, InvariantError, NonFiniteError
 from alignment.parallel import World
 from alignment.parallel.sharding import Sharding
 from alignment.parallel.whole import Share, gather_whole
-from alignment.ppo.models import Piece, Rows, hidden_states, pieces_of, save_model, save_whole_model
+from alignment.ppo.models import Piece, Rows, hidden_states, pieces_of, save_model, save_whole_model, ties_ends
 from alignment.training.schedule import learning_rate_at
 from alignment.training.weights import load_weights_into, some_names
 
@@ -295,11 +295,8 @@ class Engine:
     def _tied_gradient(self, tied: list[str]) -> Tensor | None:
         """The gradient of a tied embedding on the first and the last stage of a pipeline, else None."""
         topology = self.topology
-        config = getattr(self.model, "config", None)
-        if topology.pipeline == 1 or not getattr(config, "tie_word_embeddings", False):
+        if topology.pipeline == 1 or not ties_ends(self.model):
             return None
-        if not hasattr(self.model, "lm_head") and topology.last_stage:
-            return None  # a score model has no head that is tied
         if topology.last_stage:
             return self._parameters[tied[0]].grad
         name = f"{self.model.base_model_prefix}.embed_tokens.weight"

@@ -46,6 +46,7 @@ _MODULE_OF = {
     "Piece": "parts",
     "check_layout": "divisible",
     "pieces_of": "parts",
+    "ties_ends": "score_model",
     "empty_like": "loading",
     "without_sequence_parallel": "loading",
     "LoRASettings": "lora",
