@@ -40,6 +40,9 @@ class RunFields:
     resume_from_checkpoint: str | None = argument(
         None, "Continue from this checkpoint folder; true: from the newest one in output_dir.", parse=values.read_resume
     )
+    allow_changed_arguments: bool = argument(
+        False, "Resume although arguments differ that make it another run (docs/resume.md)."
+    )
     dry_run: bool = argument(False, "Print the resolved arguments and the derived sizes, then stop.")
     plugins: list[str] = argument(
         [], "Modules or .py files (here or beside the JSON file) to import first: own data sets, rewards."
@@ -187,6 +190,12 @@ class ParallelFields:
     )
     pipeline_parallel_degree: int = argument(
         -1, "Processes that share the layers.", ge=-1, neutral=(0, 1), alone=ONE_PROCESS
+    )
+    hang_timeout: float = argument(
+        1800.0,
+        "A process that keeps the others waiting for longer than this in one phase fails the run; 0: never.",
+        ge=0,
+        unit="seconds",
     )
     pipeline_parallel_config: str = argument(
         "", "Options of the pipeline.", no_effect="there is no pipeline in this version"

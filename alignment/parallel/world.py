@@ -31,6 +31,8 @@ from alignment.parallel.control import ControlChannel, RankFailure
 if TYPE_CHECKING:
     import paddle
 
+    from alignment.parallel.monitor import Monitor
+
 T = TypeVar("T")
 BUCKET_ELEMENTS = 16 * 1024 * 1024  # float32 elements of one gradient bucket: 64 MiB
 
@@ -44,12 +46,19 @@ class World:
         size: number of processes.
         local_rank: this process among those of its host.
         channel: the meeting place; None in a run of one process.
+        monitor: the heartbeat of this process, told of each :meth:`phase`; None without one.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     channel: ControlChannel | None = None
+    monitor: Monitor | None = None
+
+    def phase(self, name: str, step: int | None = None) -> None:
+        """Note what this rank does from now on (cheap), for the message that the others print should it fail here."""
+        if self.monitor is not None:
+            self.monitor.phase(name, step)
 
     @property
     def is_main(self) -> bool:

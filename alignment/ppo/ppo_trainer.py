@@ -18,7 +18,7 @@ from alignment.log import get_logger
 from alignment.parallel import World
 from alignment.ppo.algorithms.advantages import RunningMoments
 from alignment.ppo.algorithms.kl import AdaptiveKLController, FixedKLController
-from alignment.ppo.dataflow import PPO_ITERATION, PhaseTimer
+from alignment.ppo.dataflow import PPO_ITERATION, ModelCall, PhaseTimer
 from alignment.ppo.evaluation import Evaluator
 from alignment.ppo.experience import assemble_experience, describe_experience, summed_k1
 from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
@@ -37,6 +37,7 @@ from alignment.training.checkpoint import CheckpointStore
 from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt, resume_command
 from alignment.training.metrics import MetricWriter
 from alignment.training.output import publishing
+from alignment.training.resume import save_arguments
 
 # Evaluation draws from a stream of its own, the same at every evaluation.
 EVALUATION_SEED_OFFSET = 0x5EED
@@ -157,7 +158,7 @@ class PPOTrainer:
     def iterate(self) -> None:
         """One iteration of the dataflow, then evaluation and checkpoint when due."""
         before = self.state.global_step
-        PPO_ITERATION.run(self.functions, {"prompts": self._next_prompts()}, self.timer)
+        PPO_ITERATION.run(self.functions, {"prompts": self._next_prompts()}, self.timer, self._on_phase)
         self.state.rollouts += 1
         self._write_rows()
         improved = self._due(self.args.evaluation_strategy, self.args.eval_steps, before) and self._improves()
@@ -165,6 +166,9 @@ class PPOTrainer:
         keep_best = improved and self.args.load_best_model_at_end
         if keep_best or self._due(self.args.save_strategy, self.args.save_steps, before):
             self.save_checkpoint(best=improved)
+
+    def _on_phase(self, call: ModelCall) -> None:
+        self.world.phase(call.name, self.state.global_step)
 
     def _goes_on(self) -> bool:
         # An update that stops early takes fewer steps than planned: then the prompts, not the steps, end the run.
@@ -326,6 +330,7 @@ class PPOTrainer:
         if not self.args.do_eval or not self.eval_prompts or self.evaluated_at == self.state.global_step:
             return {}
         self.evaluated_at = self.state.global_step
+        self.world.phase("evaluate", self.state.global_step)
         started = time.monotonic()
         values = self.evaluator.run(self.state.global_step)
         seconds = time.monotonic() - started
@@ -339,6 +344,7 @@ class PPOTrainer:
         Args:
             best: whether it is the best one so far, which is never pruned.
         """
+        self.world.phase("save", self.state.global_step)
         self.state.prompt_position = self.prompt_stream.position
         self.state.ptx_position = self.ptx.stream.position if self.ptx else 0
         self.state.kl_controller = self.kl_controller.state_dict()
@@ -346,6 +352,7 @@ class PPOTrainer:
         if self.world.is_main:
             with self.store.writing(self.state.global_step, best=best) as folder:
                 save_state(folder, self.state, self.roles.actor.engine, self.roles.critic.engine, self.save_extras)
+                save_arguments(folder, self.args, self.world)
         self.world.barrier()
         self.saved_at = self.state.global_step
 
@@ -382,6 +389,7 @@ class PPOTrainer:
             get_logger().info("the best policy is that of step %d; loading %s", self.state.best_step, best)
             self.roles.actor.engine.load_weights(best / "policy")
             self.roles.critic.engine.load_weights(best / "value")
+        self.world.phase("save", self.state.global_step)
         if self.world.is_main:
             for name, engine in (("policy", self.roles.actor.engine), ("value", self.roles.critic.engine)):
                 with publishing(Path(self.args.output_dir) / name) as target:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from alignment.arguments import Arguments
 from alignment.log import get_logger
 from alignment.parallel import World, init_world
+from alignment.parallel.monitor import Monitor
 from alignment.ppo.data import PromptTemplate, check_same
 from alignment.training.checkpoint import write_json
 
@@ -41,7 +42,8 @@ class Data:
 
 
 def run_stage(argv: list[str], parse: Callable[[list[str]], Any], body: Callable[[Any, World, list[str]], int]) -> int:
-    """Parse, load plug-ins, join the run, and call ``body(args, world, argv)``; a failing rank tells the others.
+    """Parse, load plug-ins, join the run, and call ``body(args, world, argv)``; a failing rank tells the others, which
+    stop (:mod:`alignment.parallel.monitor`).
 
     Returns:
         The exit status of ``body``.
@@ -53,7 +55,8 @@ def run_stage(argv: list[str], parse: Callable[[list[str]], Any], body: Callable
         load_plugins(args.plugins)
     use_device(args)
     world = init_world()
-    with world.guard():
+    heartbeats = None if args.dry_run else Path(args.output_dir) / "heartbeat"
+    with world.guard(), Monitor(world, heartbeats, hang_timeout=args.hang_timeout):
         args.report()
         code = body(args, world, argv)
     world.close()
@@ -96,14 +99,17 @@ def train_stage(
     from alignment.training.checkpoint import CheckpointStore
     from alignment.training.loop import StageTrainer
     from alignment.training.output import prepare_output_dir
+    from alignment.training.resume import check_resumable
 
     store = CheckpointStore(args.output_dir, args.save_total_limit)
     resume = None if args.dry_run else prepare_output_dir(args, world, store)
     source = args.model_name_or_path
     check_model_folder(source, role=role)
     args.check_context(model_context_length(source), f"model {source}")
+    check_resumable(args, world, resume)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or source, role=f"{role}'s tokenizer")
     template = stage_template(args, tokenizer, source)
+    world.phase("data")
     data = main_first(world, lambda: build_data(args, tokenizer, template, show_progress=world.is_main))
     sizes = args.derive_sizes(len(data.train), world.size) if data.train is not None else None
     if args.dry_run:
@@ -113,6 +119,7 @@ def train_stage(
     describe_run(args, world, data, sizes)
 
     runtime.seed_everything(args.seed)
+    world.phase("models")
     model = load_model()
     settings = OptimizerSettings(**args.optimizer(sizes.total_steps)) if sizes is not None else None
     engine = Engine(role, model, world, settings, recompute=args.recompute)
