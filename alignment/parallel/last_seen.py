@@ -71,6 +71,17 @@ class LastSeen:
         """The ranks on this machine whose processes have ended."""
         return [member for member in self._near if member.is_gone()]
 
+    def ended(self, member: Member) -> str:
+        """Why a rank has ended, by its last heartbeat."""
+        beat = self.read(member)
+        if beat is not None and beat.state == "failed":
+            return f"rank {member.rank} failed: {beat.error}"
+        if beat is not None and beat.state == "stopped":
+            return beat.error  # not because of itself
+        if beat is not None and beat.state == "finished":
+            return f"rank {member.rank} has finished while other ranks still work"
+        return f"rank {member.rank} ended without a word (killed, or out of memory?)"
+
     def blamed(self, text: str) -> list[int]:
         """The other ranks that a failure's text names as its cause."""
         found = {int(one or two) for one, two in _BLAMED.findall(text)}
@@ -98,7 +109,8 @@ class LastSeen:
         beat = self.read(member)
         if beat is None:
             return f"{member}: its last phase is unknown, {self.unknown()}"
-        return f"{member} was {beat.describe(self.age(member, beat))}"
+        because = f", and {beat.state}: {beat.error.splitlines()[0]}" if beat.error else ""
+        return f"{member} was {beat.describe(self.age(member, beat))}{because}"
 
     def _let_them_speak(self, members: list[Member]) -> None:
         """Wait a moment for the last heartbeats of ranks that are ending."""

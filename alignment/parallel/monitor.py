@@ -131,6 +131,7 @@ class Monitor:
         self._ranks = LastSeen(self._folder, members, self._world.rank)
         self._look()
         self._beat("running")
+        self._world.barrier()  # from here on there is a heartbeat of everybody
         self._world.monitor = self
         self._thread = threading.Thread(target=self._watch, name="alignment-monitor", daemon=True)
         self._thread.start()
@@ -155,8 +156,10 @@ class Monitor:
         if error is None:
             self._beat("finished")
             return
-        mine = not isinstance(error, RankFailure)
-        self._beat("failed" if mine else "stopped", f"{type(error).__name__}: {error}")
+        if isinstance(error, RankFailure):
+            self._beat("stopped", str(error).removeprefix(f"rank {self._me.rank} stops because "))
+        else:
+            self._beat("failed", f"{type(error).__name__}: {error}")
         text = self._explain_error(error)
         if text is not None:
             raise RankFailure(text) from error
@@ -217,7 +220,7 @@ class Monitor:
             get_logger().warning("%s", text)
             os.kill(os.getpid(), signal.SIGTERM)
         else:
-            self._beat("stopped", text)
+            self._beat("stopped", reason)
             if self._channel is not None:
                 self._channel.abort(reason)
             cpu_backend.fail(reason)
@@ -235,7 +238,7 @@ class Monitor:
         now = time.monotonic()
         for member in self._ranks.gone():
             if now - self._gone_since.setdefault(member.rank, now) >= _SURE:
-                return _ended(member)
+                return self._ranks.ended(member)
         return None
 
     def _hang(self) -> str | None:
@@ -284,7 +287,7 @@ class Monitor:
             cause = self._channel.peek_failure() if self._channel is not None else None
             gone = self._ranks.gone()
             if cause is None and gone:
-                cause = _ended(gone[0])
+                cause = self._ranks.ended(gone[0])
             if cause is not None:
                 here = "" if ours else f"{type(error).__name__}: "
                 return self._ranks.explain(f"rank {self._me.rank} stops because {cause} ({here}{text})")
@@ -317,10 +320,6 @@ class Monitor:
     def _beat(self, state: str, error: str = "") -> None:
         self._beats += 1
         self._ranks.write(self._now(state, error))
-
-
-def _ended(member: Member) -> str:
-    return f"rank {member.rank} ended without a word (killed, or out of memory?)"
 
 
 def _waits(rank: int, seconds: float, where: str, limit: float) -> str:

@@ -21,7 +21,7 @@ def watched(
     folder: str,
     *words: Any,
     hang_timeout: float = 60.0,
-    backend: bool = False,
+    backend: bool = True,
     shared: bool = True,
 ) -> dict[str, Any]:
     """Join the run, enter a monitor and call the function named ``body`` with the world and ``words``.
@@ -30,7 +30,7 @@ def watched(
         body: a function of this module.
         folder: of the test: heartbeats go to ``heartbeat/`` in it, the time of a process's end to ``ended-R``.
         hang_timeout: of the monitor.
-        backend: use the CPU backend.
+        backend: use the CPU backend; without it gloo's own collectives, and ranks may find each other 3 s later.
         shared: whether the ranks see each other's heartbeats.
 
     Returns:
@@ -101,7 +101,7 @@ def hang(world: World, folder: Path, how: str, kind: str = "sleep") -> None:
         # A stopped process cannot end itself: somebody must clear it away after the test.
         time.sleep(0.5)
         pid = os.getpid()
-        subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(5.5); os.kill({pid}, 9)"])
+        subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(4.5); os.kill({pid}, 9)"])
         os.kill(pid, signal.SIGSTOP)
     time.sleep(60)
 
@@ -155,6 +155,7 @@ def die_while_another_saves(world: World, folder: Path) -> None:
     world.phase("save", 2)
     if world.rank == 1:
         time.sleep(0.5)
+        (folder / "began").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
     with store.writing(2) as target:
         for _ in range(1000):

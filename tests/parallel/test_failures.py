@@ -6,11 +6,14 @@ import json
 import os
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alignment.parallel.heartbeat import Beat, Member, write_beat
+from alignment.parallel.last_seen import LastSeen
 from alignment.training.checkpoint import CheckpointStore
 from tests.parallel import failure_jobs
 from tests.parallel.forked import JobResult, try_ranks
@@ -40,13 +43,9 @@ def pid_of(folder: Path, rank: int) -> int:
     return json.loads((folder / "heartbeat" / f"rank-{rank}.json").read_text())["pid"]
 
 
-@pytest.mark.parametrize(
-    ("how", "backend"),
-    [("collective", False), ("collective", True), ("compute", False)],
-    ids=["gloo", "mailbox", "compute"],
-)
-def test_a_killed_rank_is_named_with_host_and_phase(tmp_path: Path, how: str, backend: bool) -> None:
-    result = run(3, "die", tmp_path, how, backend=backend)
+@pytest.mark.parametrize("backend", [False, True], ids=["gloo", "mailbox"])
+def test_a_killed_rank_is_named_with_host_and_phase(tmp_path: Path, backend: bool) -> None:
+    result = run(3, "die", tmp_path, "collective", backend=backend)
     assert KILLED in result.errors[1]
     for rank in (0, 2):
         message, seconds = stopped(result, tmp_path, rank)
@@ -59,31 +58,31 @@ def test_a_killed_rank_is_named_with_host_and_phase(tmp_path: Path, how: str, ba
 
 @pytest.mark.parametrize("backend", [False, True], ids=["gloo", "mailbox"])
 def test_a_hanging_rank_ends_the_run(tmp_path: Path, backend: bool) -> None:
-    result = run(3, "hang", tmp_path, "collective", backend=backend, hang_timeout=1.5)
+    result = run(3, "hang", tmp_path, "collective", backend=backend, hang_timeout=1.0)
     for rank in (0, 2):
         message, seconds = stopped(result, tmp_path, rank)
-        assert 1.5 < seconds < 11.5
+        assert 1 < seconds < 11
         assert f"rank 1 on host {socket.gethostname()} (process {pid_of(tmp_path, 1)})" in message
         assert "in phase 'generate'" in message and "optimizer step 3" in message
-        assert "hang_timeout is 1.5 s" in message
+        assert "hang_timeout is 1 s" in message
     message, seconds = stopped(result, tmp_path, 1)
     assert seconds < 14, "the one that hangs ends too"
-    assert "hang_timeout is 1.5 s" in message
+    assert "hang_timeout is 1 s" in message
 
 
 def test_a_stopped_process_counts_as_hanging(tmp_path: Path) -> None:
-    result = run(2, "hang", tmp_path, "exchange", "stop", hang_timeout=1.5)
+    result = run(2, "hang", tmp_path, "exchange", "stop", hang_timeout=1.0)
     message, seconds = stopped(result, tmp_path, 0)
     assert seconds < 12
     assert "rank 1 on host" in message and "in phase 'generate'" in message
 
 
 def test_a_run_that_stands_still_ends(tmp_path: Path) -> None:
-    result = run(2, "stand_still", tmp_path, hang_timeout=1.5)
+    result = run(2, "stand_still", tmp_path, hang_timeout=1.0)
     for rank in (0, 1):
         message, seconds = stopped(result, tmp_path, rank)
         assert seconds < 12
-        assert "no rank has moved for 1.5 s" in message
+        assert "no rank has moved for 1 s" in message
         assert "rank 0 on host" in message and "rank 1 on host" in message
         assert "in phase 'update'" in message
 
@@ -117,15 +116,17 @@ def test_without_a_shared_file_system_the_phase_is_said_to_be_unknown(tmp_path: 
 
 
 def test_without_a_shared_file_system_a_hang_names_the_hosts(tmp_path: Path) -> None:
-    result = run(2, "hang", tmp_path, "exchange", shared=False, hang_timeout=1.5)
+    result = run(2, "hang", tmp_path, "exchange", shared=False, hang_timeout=1.0)
     message, seconds = stopped(result, tmp_path, 0)
     assert seconds < 12
     assert "one of these does not come: rank 1 on host" in message and "last phase unknown" in message
 
 
-def test_the_checkpoints_stay_whole(tmp_path: Path) -> None:
+def test_a_rank_that_computes_stops_and_the_checkpoints_stay_whole(tmp_path: Path) -> None:
     result = run(2, "die_while_another_saves", tmp_path)
-    assert KILLED in result.errors[0] and "phase 'save'" in result.output[0]
+    message, seconds = stopped(result, tmp_path, 0)
+    assert KILLED in result.errors[0] and seconds < 10
+    assert "rank 1 ended without a word" in message and "in phase 'save'" in message
     latest = CheckpointStore(tmp_path / "run").latest()
     assert latest is not None and latest.name == "checkpoint-1"
     assert (latest / "weights").read_text() == "whole"
@@ -148,3 +149,45 @@ def test_a_run_that_ends_well_leaves_its_last_heartbeats(tmp_path: Path) -> None
 def test_heartbeats_that_cannot_be_written_do_not_stop_a_run(tmp_path: Path) -> None:
     (tmp_path / "heartbeat").write_text("a file in the way")
     assert [value["message"] for value in run(2, "work", tmp_path).check()] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "blamed"),
+    [
+        ("rank 0 stops because rank 2 failed: ValueError: no data in shard 7", [2]),
+        ("rank 0 stops in all_reduce float32 64 SUM because rank 1 ended without a word (killed, or ...?)", [1]),
+        ("rank 0 stops because rank 1 has finished while other ranks still work", [1]),
+        ("the ranks lost step with each other: rank 0 at 'sum', rank 1 at 'barrier', rank 2 at 'sum'", [1, 2]),
+        ("rank 0 stops in recv because rank 3 did not get there within 60 s", [3]),
+        ("rank 0 stops in send because its connection to rank 2 broke ([Errno 32] Broken pipe)", [2]),
+        ("rank 0: summing gradients over 4 ranks failed: timeout", []),
+        ("rank 0 stops because rank 7 failed: of another run", []),
+    ],
+)
+def test_whom_a_message_blames(text: str, blamed: list[int]) -> None:
+    members = [Member(rank, "host", 10 + rank, "machine", 1, 0.0) for rank in range(4)]
+    seen = LastSeen(None, members, 0)
+    assert seen.blamed(text) == blamed
+    explained = seen.explain(text)
+    assert explained.splitlines()[1:] == [
+        f"  rank {rank} on host host (process {10 + rank}): its last phase is unknown, no heartbeats are written"
+        for rank in blamed
+    ]
+    assert seen.explain(explained) == explained
+
+
+def test_why_a_rank_has_ended(tmp_path: Path) -> None:
+    members = [Member(rank, "host", 10 + rank, "machine", 1, 0.0) for rank in range(2)]
+    seen = LastSeen(tmp_path, members, 0)
+    beat = Beat(1, "host", 11, "update", 3, 1.5, None, "a.py:1 (f)", 0.5, "running", "", 4, 100.0)
+    assert seen.ended(members[1]) == "rank 1 ended without a word (killed, or out of memory?)"
+    for state, error, expected in [
+        ("running", "", "rank 1 ended without a word (killed, or out of memory?)"),
+        ("failed", "ValueError: no", "rank 1 failed: ValueError: no"),
+        ("stopped", "rank 0 failed: ValueError: no", "rank 0 failed: ValueError: no"),
+        ("finished", "", "rank 1 has finished while other ranks still work"),
+    ]:
+        write_beat(tmp_path, replace(beat, state=state, error=error))
+        assert seen.ended(members[1]) == expected
+    write_beat(tmp_path, replace(beat, pid=99))  # left by an earlier run
+    assert seen.read(members[1]) is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from alignment.errors import CheckpointError, ModelError
@@ -22,13 +21,11 @@ def test_a_disk_that_refuses_the_next_checkpoint_leaves_the_last(tmp_path: Path,
     assert message.startswith(f"CheckpointError: cannot write {tmp_path / 'run' / 'checkpoint-4'}: "), message
     assert "File too large; the file is larger than allowed: raise `ulimit -f`" in message
     assert result["latest"] == "checkpoint-2"
-    assert not [name for name in result["entries"] if name.startswith(".")], "leftovers"
+    assert not [name for name in result["entries"] if name.startswith(".writing")], "leftovers"
 
 
 def test_a_full_device(tmp_path: Path) -> None:
-    """The kernel's own refusal (``/dev/full``) through each way of writing that a checkpoint uses."""
-    from safetensors.numpy import save_file
-
+    """The kernel's own refusal (``/dev/full``), as it is and behind another exception."""
     store = CheckpointStore(tmp_path)
     with store.writing(1) as folder:
         (folder / "model.bin").write_text("whole")
@@ -37,17 +34,13 @@ def test_a_full_device(tmp_path: Path) -> None:
         (folder / "model.bin").symlink_to("/dev/full")
         (folder / "model.bin").write_text("more")
 
-    def through_safetensors(folder: Path) -> None:
-        (folder / "model.safetensors").symlink_to("/dev/full")
-        save_file({"weight": np.zeros(100_000, np.float32)}, str(folder / "model.safetensors"))
-
     def through_a_message(folder: Path) -> None:
         try:
             plain(folder)
         except OSError as error:
             raise ModelError(f"cannot save the model: {error}") from error
 
-    for write in (plain, through_safetensors, through_a_message):
+    for write in (plain, through_a_message):
         refusal = pytest.raises(CheckpointError, match=r"checkpoint-2: No space left.*; the disk is full: free some")
         with refusal, store.writing(2) as folder:
             write(folder)
@@ -63,8 +56,6 @@ def test_other_errors_of_a_save_keep_their_own_message(tmp_path: Path) -> None:
 
 
 def test_a_read_only_folder(tmp_path: Path) -> None:
-    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
-        folder.chmod(0o755)  # pytest's own are for their owner alone
     (messages,) = run_ranks(1, disk_jobs.write_where_it_is_forbidden, str(tmp_path), "sft")
     assert len(messages) == 2
     for message in messages:
