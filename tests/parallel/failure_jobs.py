@@ -172,3 +172,32 @@ def work(world: World, folder: Path) -> None:
     if world.is_main:
         world.phase("save", 3)
         time.sleep(0.5)
+
+
+HANGING_REWARD = """import os
+import time
+
+
+def wait_for_a_service(prompts, responses, **row):
+    if os.environ["PADDLE_TRAINER_ID"] == "1":
+        time.sleep(60)
+    return [float(len(response)) for response in responses]
+"""
+
+
+def ppo_with_a_reward_that_hangs(folder: str) -> None:
+    """A whole PPO run whose reward function never returns on rank 1."""
+    import paddle
+
+    from alignment.ppo.run_ppo import main
+    from tests.training.disk_jobs import write_arguments
+
+    paddle.set_device("cpu")
+    ready, reward = Path(folder, "ready"), Path(folder, "hanging_reward.py")
+    if os.environ["PADDLE_TRAINER_ID"] == "0":
+        write_arguments("ppo", Path(folder))
+        reward.write_text(HANGING_REWARD)
+        ready.write_text("")
+    while not ready.exists():
+        time.sleep(0.05)
+    main([str(Path(folder, "ppo.json")), f"reward={reward}:wait_for_a_service", "hang_timeout=3"])

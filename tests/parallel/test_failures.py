@@ -151,6 +151,16 @@ def test_heartbeats_that_cannot_be_written_do_not_stop_a_run(tmp_path: Path) -> 
     assert [value["message"] for value in run(2, "work", tmp_path).check()] == [None, None]
 
 
+def test_a_reward_function_that_hangs_is_named_in_a_whole_run(tmp_path: Path) -> None:
+    result = try_ranks(2, failure_jobs.ppo_with_a_reward_that_hangs, str(tmp_path), timeout=60)
+    for rank, text in ((0, result.errors[0]), (1, result.output[1])):
+        assert f"rank {rank} stops because rank 1 on host {socket.gethostname()}" in text, text
+        assert "in phase 'reward_scores'" in text and "optimizer step 0" in text
+        assert f"at {tmp_path / 'hanging_reward.py'}:7 (wait_for_a_service)" in text
+        assert "rank 0 has waited" in text and "(hang_timeout is 3 s) for it" in text
+    assert KILLED in result.errors[1] and "RankFailure" in result.errors[0]
+
+
 @pytest.mark.parametrize(
     ("text", "blamed"),
     [
