@@ -97,7 +97,7 @@ class LastSeen:
             return text
         blamed = [self._members[rank] for rank in self.blamed(text)[:_SHOWN]]
         self._let_them_speak(blamed)
-        return "\n  ".join([text, *(self._last_seen(member) for member in blamed)])
+        return "\n  ".join([text, *(self._last_seen(member, text) for member in blamed)])
 
     def unknown(self) -> str:
         """Why a rank's last phase is not known."""
@@ -105,11 +105,12 @@ class LastSeen:
             return "no heartbeats are written"
         return f"{self._folder} on {self._me.host} has no heartbeat of it"
 
-    def _last_seen(self, member: Member) -> str:
+    def _last_seen(self, member: Member, text: str) -> str:
         beat = self.read(member)
         if beat is None:
             return f"{member}: its last phase is unknown, {self.unknown()}"
-        because = f", and {beat.state}: {beat.error.splitlines()[0]}" if beat.error else ""
+        error = (beat.error.splitlines() or [""])[0]
+        because = f", and {beat.state}: {error}" if error and error not in text else ""
         return f"{member} was {beat.describe(self.age(member, beat))}{because}"
 
     def _let_them_speak(self, members: list[Member]) -> None:

@@ -212,7 +212,7 @@ def verify(path: str | Path, *, read_files: bool = True) -> dict:
 
     Raises:
         FormatError: another version of this toolkit wrote it, in a layout that this one does not read.
-        CheckpointError: naming the first file that is missing, cut short or changed.
+        CheckpointError: naming the first file that is missing, cut short, changed or unreadable.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -242,9 +242,13 @@ def verify(path: str | Path, *, read_files: bool = True) -> dict:
         if found != size:
             raise CheckpointError(f"{folder}: {name} has {found} bytes, {size} were written")
         if read_files:
-            with open(file, "rb") as handle:
-                if _digest(handle).hexdigest() != digest:
-                    raise CheckpointError(f"{folder}: {name} has changed since it was written (SHA-256 differs)")
+            try:
+                with open(file, "rb") as handle:
+                    found_digest = _digest(handle).hexdigest()
+            except OSError as error:
+                raise CheckpointError(f"{folder}: {name} cannot be read ({error.strerror or error})") from error
+            if found_digest != digest:
+                raise CheckpointError(f"{folder}: {name} has changed since it was written (SHA-256 differs)")
     return manifest
 
 

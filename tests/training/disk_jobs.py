@@ -10,8 +10,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from alignment.errors import AlignmentError
-from alignment.training.checkpoint import CheckpointStore
+from alignment.errors import AlignmentError, CheckpointError
+from alignment.training.checkpoint import CheckpointStore, verify
 from tests.tiny import WORDS, copy_rows, tiny_model_dir, write_jsonl
 
 LARGEST_FILE = 20_000  # bytes: enough for metrics, too little for the tiny model
@@ -70,7 +70,9 @@ def fill_the_disk(stage: str, folder: str) -> dict[str, Any]:
 
 
 def give_up_roots_rights() -> None:
-    """Take the right to write anywhere (CAP_DAC_OVERRIDE) from this thread, as other users have not got it either."""
+    """Take the rights to write and read anything (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH) from this thread, as other
+    users have not got them either.
+    """
     if os.getuid() != 0:
         return
     header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
@@ -79,7 +81,7 @@ def give_up_roots_rights() -> None:
     if libc.capget(header, data) != 0:
         raise OSError(ctypes.get_errno(), "capget")
     words = list(struct.unpack("6I", data.raw))
-    words[0] &= ~(1 << 1)
+    words[0] &= ~(1 << 1 | 1 << 2)
     if libc.capset(header, struct.pack("6I", *words)) != 0:
         raise OSError(ctypes.get_errno(), "capset")
 
@@ -108,3 +110,24 @@ def write_where_it_is_forbidden(folder: str, stage: str) -> list[str]:
     except AlignmentError as error:
         messages.append(f"{type(error).__name__}: {error}")
     return messages
+
+
+def read_what_cannot_be_read(folder: str) -> list[str]:
+    """As a user without rights: find the newest checkpoint where a file of the newest one cannot be read.
+
+    Returns:
+        The name of the checkpoint found, and the error of the other.
+    """
+    store = CheckpointStore(folder)
+    for step in (1, 2):
+        with store.writing(step) as target:
+            (target / "weights").write_text("whole")
+    (store.path(2) / "weights").chmod(0)
+    give_up_roots_rights()
+    latest = store.latest()
+    assert latest is not None
+    try:
+        verify(store.path(2))
+    except CheckpointError as error:
+        return [latest.name, str(error)]
+    return [latest.name]

@@ -63,6 +63,11 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
         assert "Permission denied; permission denied: choose an output_dir that you may write to" in message
 
 
+def test_a_checkpoint_that_cannot_be_read_is_named_and_the_one_before_used(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, disk_jobs.read_what_cannot_be_read, str(tmp_path))
+    assert found == ["checkpoint-1", f"{tmp_path / 'checkpoint-2'}: weights cannot be read (Permission denied)"]
+
+
 def test_metrics_on_a_full_disk(tmp_path: Path) -> None:
     import resource
 
