@@ -97,6 +97,29 @@ def test_ranks_that_never_come_to_the_end_of_a_step_end_with_their_launcher(tmp_
         assert log_of(tmp_path, 1).count("rank 1 stops because its launcher") == 2, "said at once and at the end"
 
 
+def test_processes_that_tokenise_end_with_a_killed_rank(tmp_path: Path) -> None:
+    program = tmp_path / "tokenise.py"
+    program.write_text(
+        "import os, pathlib, time\n"
+        "from alignment.ppo.data.workers import encode_all\n"
+        "def encode(sample):\n"
+        f"    pathlib.Path({str(tmp_path)!r}, f'pid-{{os.getpid()}}').write_text(str(os.getpid()))\n"
+        "    time.sleep(1)\n"
+        "encode_all(encode, range(20000), num_proc=2, show_progress=False)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    process = subprocess.Popen([sys.executable, str(program)], env=environment, start_new_session=True)
+    try:
+        wait_until(lambda: len(pids_of(tmp_path)) == 2, 60, "the workers did not start")
+        process.kill()
+        process.wait()
+        wait_until(lambda: not any(map(is_alive, pids_of(tmp_path))), 5, "workers are left")
+    finally:
+        for pid in [process.pid, *pids_of(tmp_path)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_a_killed_rank_of_a_real_run(tmp_path: Path) -> None:
     """SFT with two ranks; the second is killed between two checkpoints."""
