@@ -18,7 +18,7 @@ from alignment.arguments.values import LATEST
 from alignment.errors import ArgumentsError, DataError
 
 #: What an output_dir may hold without counting as an earlier run.
-_HARMLESS = {"log", "logs", "runs", "vdl_log", "arguments.json", "data_mixture.json"}
+_HARMLESS = {"heartbeat", "log", "logs", "runs", "vdl_log", "arguments.json", "data_mixture.json"}
 
 
 class Problems:

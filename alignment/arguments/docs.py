@@ -95,8 +95,6 @@ def _effect(spec: Spec) -> str:
         texts.append("With one process none.")
     if spec.together:
         texts.append(f"With several: {spec.together}.")
-    elif spec.alone:
-        texts.append("With several: not available yet.")
     return " ".join(texts)
 
 

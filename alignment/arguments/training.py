@@ -39,6 +39,9 @@ class RunFields:
     resume_from_checkpoint: str | None = argument(
         None, "Continue from this checkpoint folder; true: from the newest one in output_dir.", parse=values.read_resume
     )
+    allow_changed_arguments: bool = argument(
+        False, "Resume although arguments differ that make it another run (docs/resume.md)."
+    )
     dry_run: bool = argument(False, "Print the resolved arguments and the derived sizes, then stop.")
     plugins: list[str] = argument(
         [], "Modules or .py files (here or beside the JSON file) to import first: own data sets, rewards."
@@ -191,6 +194,12 @@ class ParallelFields:
         False,
         "Split activations between tensor-parallel layers along the sequence; needs tensor_parallel_degree.",
         alone=ONE_PROCESS,
+    )
+    hang_timeout: float = argument(
+        1800.0,
+        "A process that keeps the others waiting for longer than this in one phase fails the run; 0: never.",
+        ge=0,
+        unit="seconds",
     )
     pipeline_parallel_config: str = argument(
         "", "Options of the pipeline.", no_effect="shapes travel with every pass, so the pipeline needs no options"

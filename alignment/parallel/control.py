@@ -11,6 +11,7 @@ mixing their data.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import selectors
 import socket
@@ -23,6 +24,7 @@ from alignment.errors import AlignmentError
 
 _HEADER = struct.Struct("!Q")
 _DATA, _FAILURE, _GOODBYE = "data", "failure", "goodbye"
+_PEEK_BYTES = 1 << 16
 
 
 class RankFailure(AlignmentError):
@@ -146,6 +148,10 @@ class ControlChannel:
         host: address under which the others reach rank 0.
         token: secret of the job; connections that do not show it are dropped.
         port: port of rank 0's server; None on rank 0, which chooses a free one (``self.port``).
+
+    Attributes:
+        waiting: label of the exchange that this rank waits in, or None.
+        exchanges: how many it has come through.
     """
 
     def __init__(self, rank: int, size: int, host: str, token: str, port: int | None = None) -> None:
@@ -164,6 +170,10 @@ class ControlChannel:
         self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._connection.sendall(token.encode() + rank.to_bytes(8, "big"))
         self._open = True
+        self.waiting: str | None = None
+        self.exchanges = 0
+        self._sending = threading.Lock()
+        self._aborted: str | None = None
 
     def exchange(self, label: str, value: object, only_first: bool = False) -> Any:
         """Give ``value``, wait for every rank however late, and return all ranks' values in rank order.
@@ -175,10 +185,14 @@ class ControlChannel:
         """
         if not self._open:
             raise RankFailure(f"rank {self.rank}: the control channel is closed")
+        self.waiting = label
         try:
-            _send(self._connection, (_DATA, label, value, only_first))
+            with self._sending:
+                _send(self._connection, (_DATA, label, value, only_first))
             kind, payload = _receive(self._connection)
         except (OSError, EOFError) as error:
+            if self._aborted is not None:
+                raise RankFailure(f"rank {self.rank} stops because {self._aborted}") from error
             # A failure message may lie unread behind a broken pipe.
             try:
                 kind, payload = _receive(self._connection)
@@ -188,9 +202,49 @@ class ControlChannel:
                     f"rank {self.rank} lost its connection to rank 0 while at {label!r} ({error}); "
                     "rank 0 has probably ended: see its log"
                 ) from error
+        finally:
+            self.waiting = None
         if kind == _FAILURE:
             raise RankFailure(f"rank {self.rank} stops because {payload}")
+        self.exchanges += 1
         return payload
+
+    def peek_failure(self) -> str | None:
+        """Say why the run has failed, without waiting and without taking the message away, or return None.
+
+        For a thread beside the one that makes the exchanges. While that one waits in an exchange it hears of failures
+        itself, and this returns None.
+        """
+        if not self._open or self.waiting is not None:
+            return None
+        try:
+            head = self._connection.recv(_PEEK_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            return f"rank 0 ended without a word ({error})" if self._open else None
+        if not head:
+            return "rank 0 ended without a word (killed, or out of memory?)" if self._open else None
+        if len(head) < _HEADER.size:
+            return None
+        (size,) = _HEADER.unpack_from(head)
+        if len(head) - _HEADER.size < size:
+            return None if size < _PEEK_BYTES - _HEADER.size else "another rank failed: see the other ranks' logs"
+        kind, payload = pickle.loads(head[_HEADER.size : _HEADER.size + size])
+        return str(payload) if kind == _FAILURE else None
+
+    def abort(self, reason: str) -> None:
+        """Give up for a thread that waits in :meth:`exchange`: it raises ``RankFailure`` with ``reason`` there, and so
+        do the other ranks.
+        """
+        self._aborted = reason
+        if self._open and self._sending.acquire(timeout=1.0):
+            try:
+                _try_send(self._connection, (_GOODBYE, "", reason))
+            finally:
+                self._sending.release()
+        with contextlib.suppress(OSError):  # closed in the meantime
+            self._connection.shutdown(socket.SHUT_RDWR)
 
     def close(self, failure: str | None = None) -> None:
         """Leave. With ``failure`` the others stop at their next meeting with that text; further calls do nothing."""
@@ -201,4 +255,4 @@ class ControlChannel:
         self._connection.close()
         if self._server is not None:
             # Rank 0 stays until the others have left (or have been told why), but not for ever.
-            self._server.join(timeout=10)
+            self._server.join(timeout=10 if self._aborted is None else 2)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import paddle
 
     from alignment.parallel.groups import Groups
+    from alignment.parallel.monitor import Monitor
 
 T = TypeVar("T")
 
@@ -49,12 +50,14 @@ class World:
         local_rank: this process among those of its host.
         channel: the meeting place; None in a run of one process.
         groups: fleet's process groups; None in a run of one process.
+        monitor: the heartbeat of this process, told of each :meth:`phase`; None without one.
     """
 
     topology: Topology = field(default_factory=Topology)
     local_rank: int = 0
     channel: ControlChannel | None = None
     groups: Groups | None = None
+    monitor: Monitor | None = None
 
     @property
     def rank(self) -> int:
@@ -75,6 +78,11 @@ class World:
     def processes(self) -> int:
         """The number of processes."""
         return self.topology.processes
+
+    def phase(self, name: str, step: int | None = None) -> None:
+        """Note what this rank does from now on (cheap), for the message that the others print should it fail here."""
+        if self.monitor is not None:
+            self.monitor.phase(name, step)
 
     @property
     def is_main(self) -> bool:
@@ -214,13 +222,14 @@ class World:
         self.channel = None
 
 
-def init_world(topology: Topology | None = None) -> World:
+def init_world(topology: Topology | None = None, patience: float = 1800.0) -> World:
     """Join the run that ``paddle.distributed.launch`` started, or be a run of one.
 
     Reads ``PADDLE_TRAINERS_NUM``, ``PADDLE_TRAINER_ID`` and ``PADDLE_RANK_IN_NODE``. Call it before models load.
 
     Args:
         topology: the layout; plain data parallelism over all processes if not given.
+        patience: seconds that a CPU process waits in a collective for one that lives but is late.
 
     Raises:
         AlignmentError: when the variables are inconsistent or the process groups cannot be made.
@@ -240,7 +249,7 @@ def init_world(topology: Topology | None = None) -> World:
     from alignment.parallel.groups import Groups
 
     try:
-        hcg = _init_fleet(topology)
+        hcg = _init_fleet(topology, patience)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
         raise AlignmentError(f"rank {rank} of {size} could not join the process group: {error}") from error
     store = core.create_or_get_global_tcp_store()
@@ -257,7 +266,7 @@ def init_world(topology: Topology | None = None) -> World:
     return world
 
 
-def _init_fleet(topology: Topology) -> Any:
+def _init_fleet(topology: Topology, patience: float) -> Any:
     """Start fleet with the topology's degrees and return its groups."""
     import logging
 
@@ -265,7 +274,7 @@ def _init_fleet(topology: Topology) -> Any:
 
     from alignment.parallel import cpu_backend
 
-    cpu_backend.apply()
+    cpu_backend.apply(patience=patience)
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {
         "dp_degree": topology.data_size // topology.sharding,

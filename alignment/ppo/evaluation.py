@@ -15,6 +15,7 @@ from alignment.ppo.generation.sampler import SamplingSettings
 from alignment.ppo.rewards import RewardResult
 from alignment.ppo.rollout import Rollout
 from alignment.ppo.statistics import Statistics
+from alignment.training.checkpoint import disk_errors
 from alignment.training.order import rank_slice
 
 SAMPLES_FILE = "eval_samples.jsonl"
@@ -65,7 +66,7 @@ class Evaluator:
             table.extend(records[: self.table_rows])
             self._count(mode, records, statistics)
             if self.world.is_main:
-                with open(self.path, "a", encoding="utf-8") as file:
+                with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         if self.world.is_main:
             self.write(sample_table(table, step))
@@ -77,7 +78,8 @@ class Evaluator:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        with disk_errors(self.path):
+            self.path.write_text("".join(kept), encoding="utf-8")
 
     def _answers(self, mode: str, settings: SamplingSettings, step: int) -> list[dict[str, Any]]:
         share = rank_slice(np.arange(len(self.prompts)), self.world.rank, self.world.size)

@@ -21,7 +21,7 @@ from alignment.log import get_logger
 from alignment.parallel import World
 from alignment.ppo.algorithms.advantages import RunningMoments
 from alignment.ppo.algorithms.kl import AdaptiveKLController, FixedKLController
-from alignment.ppo.dataflow import PPO_ITERATION, PhaseTimer
+from alignment.ppo.dataflow import PPO_ITERATION, ModelCall, PhaseTimer
 from alignment.ppo.evaluation import Evaluator
 from alignment.ppo.experience import assemble_experience, describe_experience, summed_k1
 from alignment.ppo.generation.engine import GenerationPrompt
@@ -41,6 +41,7 @@ from alignment.training.checkpoint import CheckpointStore
 from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt, resume_command
 from alignment.training.metrics import MetricWriter
 from alignment.training.output import on_main, publishing
+from alignment.training.resume import save_arguments
 
 # Evaluation draws from a stream of its own, the same at every evaluation.
 EVALUATION_SEED_OFFSET = 0x5EED
@@ -174,7 +175,7 @@ class PPOTrainer:
     def iterate(self) -> None:
         """One iteration of the dataflow, then evaluation and checkpoint when due."""
         before = self.state.global_step
-        PPO_ITERATION.run(self.functions, {"prompts": self._next_prompts()}, self.timer)
+        PPO_ITERATION.run(self.functions, {"prompts": self._next_prompts()}, self.timer, self._on_phase)
         self.state.rollouts += 1
         self._write_rows()
         improved = self._due(self.args.evaluation_strategy, self.args.eval_steps, before) and self._improves()
@@ -182,6 +183,9 @@ class PPOTrainer:
         keep_best = improved and self.args.load_best_model_at_end
         if keep_best or self._due(self.args.save_strategy, self.args.save_steps, before):
             self.save_checkpoint(best=improved)
+
+    def _on_phase(self, call: ModelCall) -> None:
+        self.world.phase(call.name, self.state.global_step)
 
     def _goes_on(self) -> bool:
         # An update that stops early takes fewer steps than planned: then the prompts, not the steps, end the run.
@@ -364,6 +368,7 @@ class PPOTrainer:
         if not self.args.do_eval or not self.eval_prompts or self.evaluated_at == self.state.global_step:
             return {}
         self.evaluated_at = self.state.global_step
+        self.world.phase("evaluate", self.state.global_step)
         started = time.monotonic()
         self._awake(("actor",), self._refresh)
         values = self._awake(("actor", "reward"), self.evaluator.run, self.state.global_step)
@@ -378,12 +383,15 @@ class PPOTrainer:
         Args:
             best: whether it is the best one so far, which is never pruned.
         """
+        self.world.phase("save", self.state.global_step)
         self.state.prompt_position = self.prompt_stream.position
         self.state.ptx_position = self.ptx.stream.position if self.ptx else 0
         self.state.kl_controller = self.kl_controller.state_dict()
         self.state.reward_moments = self.moments.state_dict() if self.moments else {}
         with on_main(self.world, lambda: self.store.writing(self.state.global_step, best=best)) as folder:
             save_state(folder, self.state, self.roles.actor.engine, self.roles.critic.engine, self.save_extras)
+            if self.world.is_main:
+                save_arguments(folder, self.args, self.world)
         self.world.barrier()
         self.saved_at = self.state.global_step
 
@@ -420,6 +428,7 @@ class PPOTrainer:
             get_logger().info("the best policy is that of step %d; loading %s", self.state.best_step, best)
             self.roles.actor.engine.load_weights(best / "policy")
             self.roles.critic.engine.load_weights(best / "value")
+        self.world.phase("save", self.state.global_step)
         for name, engine in (("policy", self.roles.actor.engine), ("value", self.roles.critic.engine)):
             with on_main(self.world, lambda name=name: publishing(Path(self.args.output_dir) / name)) as target:
                 engine.save_weights(target)

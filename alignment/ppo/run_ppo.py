@@ -65,11 +65,14 @@ def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
     from alignment import runtime
     from alignment.training.checkpoint import CheckpointStore
     from alignment.training.output import prepare_output_dir
+    from alignment.training.resume import check_resumable
     from alignment.training.runner import describe_run, main_first
 
     check_models(args, world.topology)
     store = CheckpointStore(args.output_dir, args.save_total_limit)
     resume_path = None if args.dry_run else prepare_output_dir(args, world, store)
+    check_resumable(args, world, resume_path)
+    world.phase("data")
     data = main_first(world, lambda: load_data(args, show_progress=world.is_main))
     sizes = args.derive_sizes(len(data.train), world.size)
     if args.dry_run:
@@ -78,6 +81,7 @@ def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
         return 0
     describe_run(args, world, data, sizes)
     runtime.seed_everything(args.seed)
+    world.phase("models")
     return build_trainer(args, world, data, sizes, argv).train(resume_path)
 
 

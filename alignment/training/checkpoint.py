@@ -26,13 +26,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from alignment import __version__
 from alignment.errors import CheckpointError
 from alignment.log import get_logger
 
 MANIFEST = "manifest.json"
+#: How the files of a checkpoint are laid out, and the layouts that this version reads.
+FORMAT = 1
+READABLE_FORMATS = (1,)
 BEST = "best_checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".writing-checkpoint-"
+
+
+class FormatError(CheckpointError):
+    """A whole checkpoint, but of a version of this toolkit that lays its files out differently."""
 
 
 class CheckpointStore:
@@ -103,12 +111,17 @@ class CheckpointStore:
     def latest(self) -> Path | None:
         """The newest complete checkpoint, its files read and compared with its manifest; damaged ones are named in a
         warning and skipped.
+
+        Raises:
+            FormatError: the newest complete one was written by another version, which is no reason to go back.
         """
         for leftover in self._leftovers():
             get_logger().warning("%s is a checkpoint that was never finished; it is ignored", leftover)
         for step in reversed(self.steps()):
             try:
                 verify(self.path(step))
+            except FormatError:
+                raise
             except CheckpointError as error:
                 get_logger().warning("skipping a damaged checkpoint: %s", error)
                 continue
@@ -138,6 +151,9 @@ class CheckpointStore:
             path = self.path(step)
             try:
                 verify(path, read_files=False)
+            except FormatError as error:
+                get_logger().warning("another version's checkpoint is left as it is: %s", error)
+                continue
             except CheckpointError as error:
                 get_logger().warning("a damaged checkpoint is left as it is: %s", error)
                 continue
@@ -171,8 +187,8 @@ class CheckpointStore:
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Flush every file under ``folder`` to the disk and write ``manifest.json``: ``{"step", "files": {path: {"size",
-    "sha256"}}}``.
+    """Flush every file under ``folder`` to the disk and write ``manifest.json``: ``{"format", "version", "step",
+    "files": {path: {"size", "sha256"}}}``.
     """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -182,7 +198,7 @@ def write_manifest(folder: Path, step: int) -> None:
             digest = _digest(handle)
             os.fsync(handle.fileno())
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-    write_json(folder / MANIFEST, {"format": 1, "step": step, "files": files})
+    write_json(folder / MANIFEST, {"format": FORMAT, "version": __version__, "step": step, "files": files})
     for inner in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
         _sync_folder(inner)
 
@@ -195,13 +211,21 @@ def verify(path: str | Path, *, read_files: bool = True) -> dict:
         read_files: read every file and compare its SHA-256; otherwise sizes only.
 
     Raises:
-        CheckpointError: naming the first file that is missing, cut short or changed.
+        FormatError: another version of this toolkit wrote it, in a layout that this one does not read.
+        CheckpointError: naming the first file that is missing, cut short, changed or unreadable.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {folder}")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        layout = int(manifest.get("format", 1))
+        if layout not in READABLE_FORMATS:
+            raise FormatError(
+                f"{folder} was written by version {manifest.get('version', 'unknown')} of this toolkit in checkpoint "
+                f"format {layout}; this is version {__version__}, which reads {', '.join(map(str, READABLE_FORMATS))}. "
+                "Resume it with that version, or start a new run from its model"
+            )
         files = manifest["files"].items()
         entries = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files]
     except FileNotFoundError:
@@ -218,9 +242,13 @@ def verify(path: str | Path, *, read_files: bool = True) -> dict:
         if found != size:
             raise CheckpointError(f"{folder}: {name} has {found} bytes, {size} were written")
         if read_files:
-            with open(file, "rb") as handle:
-                if _digest(handle).hexdigest() != digest:
-                    raise CheckpointError(f"{folder}: {name} has changed since it was written (SHA-256 differs)")
+            try:
+                with open(file, "rb") as handle:
+                    found_digest = _digest(handle).hexdigest()
+            except OSError as error:
+                raise CheckpointError(f"{folder}: {name} cannot be read ({error.strerror or error})") from error
+            if found_digest != digest:
+                raise CheckpointError(f"{folder}: {name} has changed since it was written (SHA-256 differs)")
     return manifest
 
 
@@ -284,16 +312,37 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
+    """Say in a :class:`CheckpointError` what to do when the disk refuses ``path``; other errors pass."""
     try:
         yield
-    except OSError as error:
+    except CheckpointError:
+        raise
+    except Exception as problem:
+        error = _refusal(problem)
+        if error is None:
+            raise
         cures = {
             errno.ENOSPC: "the disk is full: free some space, choose another output_dir, or lower save_total_limit",
             errno.EDQUOT: "your disk quota is used up: free some space or choose another output_dir",
             errno.EROFS: "the file system is read-only: choose an output_dir that can be written",
             errno.EACCES: "permission denied: choose an output_dir that you may write to",
             errno.EPERM: "permission denied: choose an output_dir that you may write to",
+            errno.EFBIG: "the file is larger than allowed: raise `ulimit -f`, or choose another file system",
             errno.ENOTDIR: "a part of the path is a file: choose another output_dir",
         }
         cure = cures.get(error.errno or 0, "check the disk")
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {cure}") from error
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {cure}") from problem
+
+
+def _refusal(problem: BaseException | None) -> OSError | None:
+    """The operating system's error behind an exception, if there is one."""
+    while problem is not None:
+        if isinstance(problem, OSError):
+            return problem
+        # safetensors writes in Rust and has the number in its text alone.
+        found = re.search(r"\(os error (\d+)\)", str(problem)) if type(problem).__name__ == "SafetensorError" else None
+        if found:
+            number = int(found.group(1))
+            return OSError(number, os.strerror(number))
+        problem = problem.__cause__
+    return None

@@ -33,6 +33,7 @@ from alignment.training.metrics import MetricWriter
 from alignment.training.nonfinite import dump_batches, nonfinite
 from alignment.training.order import TrainingOrder, micro_batches, rank_slice
 from alignment.training.output import on_main, publishing
+from alignment.training.resume import save_arguments
 from alignment.training.stage import Batch, Progress, Stage
 from alignment.training.stats import Stats, finite_or_none, from_json, merge, merge_ranks, to_json
 
@@ -123,6 +124,7 @@ class StageTrainer:
         """
         assert self.order is not None and self.train_rows is not None and self.writer is not None
         stage, engine = self.stage, self.stage.engine
+        self.world.phase("train", step)
         mine = rank_slice(self.order.batch(step), self.world.rank, self.world.size)
         batches = [
             stage.collate([self.train_rows[int(i)] for i in rows])
@@ -176,6 +178,7 @@ class StageTrainer:
                 f"{self.stage.name}: there is no evaluation data (eval_datasets, dev.json, eval_split_ratio)"
             )
         begin = time.monotonic()
+        self.world.phase("evaluate", self.progress.step)
         engine, stage = self.stage.engine, self.stage
         engine.model.eval()
         mine = rank_slice(np.arange(len(self.eval_rows)), self.world.rank, self.world.size)
@@ -277,6 +280,7 @@ class StageTrainer:
         if args.save_strategy != "no" and self._saved_step != progress.step and progress.step > start:
             self.save_checkpoint()
         final = progress.eval_metrics
+        self.world.phase("save", progress.step)
         if args.load_best_model_at_end and progress.best_step >= 0:
             if progress.best_step != progress.step:
                 best = self.store.path(progress.best_step)
@@ -324,6 +328,7 @@ class StageTrainer:
         """Write ``checkpoint-{step}``: model files, and in ``trainer/`` optimizer, position and arguments."""
         begin = time.monotonic()
         progress = self.progress
+        self.world.phase("save", progress.step)
         window = merge_ranks(self.world, progress.window)
         with on_main(self.world, lambda: self.store.writing(progress.step, best=best)) as folder:
             self.stage.save(folder)
@@ -345,7 +350,7 @@ class StageTrainer:
         state["rng"] = {"kind": "counter", "seed": self.args.seed, "next_step": progress.step}
         state["world_size"], state["total_steps"] = self.world.size, self.total_steps
         write_json(folder / STATE_FILE, state)
-        write_json(folder / "trainer" / "arguments.json", self.args.to_dict())
+        save_arguments(folder, self.args, self.world)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Put everything back as :meth:`save_checkpoint` found it.

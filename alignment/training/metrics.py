@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from alignment.errors import ArgumentsError, CheckpointError, nearest
 from alignment.log import get_logger
 from alignment.parallel import World
+from alignment.training.checkpoint import disk_errors
 
 METRICS_FILE = "metrics.jsonl"
 BACKENDS = ("visualdl", "tensorboard", "wandb", "none", "all")
@@ -227,10 +228,11 @@ class MetricWriter:
                 bad.append(name)
         if bad:
             row["nonfinite"] = bad
-        self._file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
-        for backend in self._backends:
-            backend.scalars(step, scalars)
+        with disk_errors(self.path):
+            self._file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
+            self._file.flush()
+            for backend in self._backends:
+                backend.scalars(step, scalars)
         if not echo:
             return
         if self._bar is not None:
@@ -284,7 +286,8 @@ class MetricWriter:
         self._active = False
         if self._bar is not None:
             self._bar.close()
-        self._file.close()
+        with disk_errors(self.path):
+            self._file.close()
         for backend in self._backends:
             backend.close()
 

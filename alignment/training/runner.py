@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from alignment.arguments import Arguments
 from alignment.log import get_logger
 from alignment.parallel import World, init_world
+from alignment.parallel.monitor import Monitor
 from alignment.ppo.data import PromptTemplate, check_same
 from alignment.training.checkpoint import write_json
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LOG_WIDTH = 160
+FOR_EVER = 1e6  # seconds; what a socket can still count
 
 
 @dataclass
@@ -41,7 +43,8 @@ class Data:
 
 
 def run_stage(argv: list[str], parse: Callable[[list[str]], Any], body: Callable[[Any, World, list[str]], int]) -> int:
-    """Parse, load plug-ins, join the run, and call ``body(args, world, argv)``; a failing rank tells the others.
+    """Parse, load plug-ins, join the run, and call ``body(args, world, argv)``; a failing rank tells the others, which
+    stop (:mod:`alignment.parallel.monitor`).
 
     Returns:
         The exit status of ``body``.
@@ -52,8 +55,9 @@ def run_stage(argv: list[str], parse: Callable[[list[str]], Any], body: Callable
 
         load_plugins(args.plugins)
     use_device(args)
-    world = init_world(args.topology())
-    with world.guard():
+    world = init_world(args.topology(), patience=args.hang_timeout or FOR_EVER)
+    heartbeats = None if args.dry_run else Path(args.output_dir) / "heartbeat"
+    with world.guard(), Monitor(world, heartbeats, hang_timeout=args.hang_timeout):
         args.report()
         code = body(args, world, argv)
     world.close()
@@ -96,6 +100,7 @@ def train_stage(
     from alignment.training.checkpoint import CheckpointStore
     from alignment.training.loop import StageTrainer
     from alignment.training.output import prepare_output_dir
+    from alignment.training.resume import check_resumable
 
     store = CheckpointStore(args.output_dir, args.save_total_limit)
     resume = None if args.dry_run else prepare_output_dir(args, world, store)
@@ -104,8 +109,10 @@ def train_stage(
     if found is not None:
         check_layout(found.config, world.topology, f"{role} {source}")
     args.check_context(model_context_length(source), f"model {source}")
+    check_resumable(args, world, resume)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or source, role=f"{role}'s tokenizer")
     template = stage_template(args, tokenizer, source)
+    world.phase("data")
     data = main_first(world, lambda: build_data(args, tokenizer, template, show_progress=world.is_main))
     sizes = args.derive_sizes(len(data.train), world.size) if data.train is not None else None
     if args.dry_run:
@@ -115,6 +122,7 @@ def train_stage(
     describe_run(args, world, data, sizes)
 
     runtime.seed_everything(args.seed)
+    world.phase("models")
     model = load_model()
     settings = OptimizerSettings(**args.optimizer(sizes.total_steps)) if sizes is not None else None
     engine = Engine(role, model, world, settings, recompute=args.recompute)

@@ -52,6 +52,8 @@ COMMON = {
     "disable_tqdm": False,
     "dataloader_drop_last": False,
     "resume_from_checkpoint": None,
+    "allow_changed_arguments": False,
+    "hang_timeout": 1800.0,
     "report_to": ["visualdl"],
     "recompute": False,
     "bf16": False,

@@ -255,7 +255,7 @@ def test_bad_command_lines(words: list[str], part: str) -> None:
         (["policy/"], False),
         (["notes.txt"], False),
         ([], True),
-        ([".cache/", "runs/", "log/", "train.log", "arguments.json"], True),
+        ([".cache/", "runs/", "log/", "heartbeat/", "train.log", "arguments.json"], True),
     ],
 )
 def test_an_output_dir_of_an_earlier_run(content: list[str], ok: bool, tmp_path: Path) -> None:

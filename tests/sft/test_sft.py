@@ -108,6 +108,7 @@ def test_it_learns_and_leaves_everything_behind(model_dir: Path, data_dir: Path,
     assert {p.name for p in (out / "checkpoint-192" / "trainer").iterdir()} == {
         "arguments.json",
         "optimizer.safetensors",
+        "origin.json",
         "state.json",
     }
     assert all((value == weights(out / "checkpoint-192")[name]).all() for name, value in weights(out).items())

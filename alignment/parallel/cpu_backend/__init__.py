@@ -36,7 +36,7 @@ from alignment.parallel.cpu_backend.patches import PATCHES, Patch, install
 if TYPE_CHECKING:
     from alignment.parallel.cpu_backend.rendezvous import Backend
 
-__all__ = ["PATCHES", "TESTED_VERSIONS", "Patch", "apply", "is_active", "leave", "patch_table"]
+__all__ = ["PATCHES", "TESTED_VERSIONS", "Patch", "apply", "fail", "is_active", "leave", "patch_table"]
 
 TESTED_VERSIONS = ("3.3.1",)
 PATIENCE = 1800.0
@@ -102,6 +102,15 @@ def leave(failure: str | None = None) -> None:
     backend = _backend()
     if backend is not None and backend.mailbox is not None:
         backend.mailbox.leave(failure)
+
+
+def fail(reason: str) -> None:
+    """Make a thread that waits for another rank give up with ``reason``, and :func:`leave` pass it on. Does nothing
+    when not active.
+    """
+    backend = _backend()
+    if backend is not None and backend.mailbox is not None:
+        backend.mailbox.fail(reason)
 
 
 def patch_table() -> str:

@@ -165,6 +165,13 @@ class Mailbox:
         """Return the next announcement on ``channel``, whoever sends it; raises as :meth:`receive`."""
         return self.receive(_ANYONE, ANNOUNCEMENT, channel, label)
 
+    def fail(self, reason: str) -> None:
+        """Make every present and later :meth:`receive` and :meth:`send` raise ``RankFailure`` with ``reason``."""
+        with self._state:
+            if self._failure is None:
+                self._failure = reason
+        self._wake()
+
     def leave(self, failure: str | None = None, linger: float | None = None) -> None:
         """Say goodbye and close; further calls do nothing.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +21,7 @@ from alignment.log import get_logger, say_once
 # every worker from loading a tokenizer (and Paddle with it) and the samples from being copied.
 _JOB: dict[str, Any] = {}
 _MIN_PARALLEL = 256
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def encode_all(
@@ -69,7 +72,8 @@ def _in_processes(encode: Callable[[Any], Any], samples: Sequence[Any], num_proc
     with _job(encode, samples), warnings.catch_warnings():
         # Forking beside other threads is safe here: the workers run Python and the tokenizer alone.
         warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-        with ProcessPoolExecutor(num_proc, mp_context=multiprocessing.get_context("fork")) as pool:
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(num_proc, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
             chunks = [(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
             starts = {pool.submit(_encode_chunk, start, stop): start for start, stop in chunks}
             for future in as_completed(starts):
@@ -77,6 +81,15 @@ def _in_processes(encode: Callable[[Any], Any], samples: Sequence[Any], num_proc
                 done[starts[future] : starts[future] + len(found)] = found
                 bar.update(len(found))
     return done
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this worker when its parent is killed: it would wait for work for ever, and keep the run's
+    connections open, so that the other ranks would not notice.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 @contextmanager
