@@ -97,20 +97,23 @@ class Dataflow:
         values: Mapping[str, Any],
         timer: PhaseTimer,
         on_phase: Callable[[ModelCall], None] | None = None,
+        first: str | None = None,
     ) -> dict[str, Any]:
         """Run the calls in order.
 
         Args:
             functions: by the call's name.
-            values: the inputs by name.
+            values: the inputs by name; with ``first``, what the calls from there on need.
             timer: gets each phase's seconds.
             on_phase: called before each phase (residency, heartbeats).
+            first: name of the call to begin with (an iteration that is taken up again); ``None`` for all.
 
         Returns:
             All values by name.
         """
         known = dict(values)
-        for call in self.calls:
+        begin = [call.name for call in self.calls].index(first) if first is not None else 0
+        for call in self.calls[begin:]:
             if on_phase is not None:
                 on_phase(call)
             started = time.perf_counter()

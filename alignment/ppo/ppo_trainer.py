@@ -9,7 +9,7 @@ import functools
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from alignment.ppo.experience import assemble_experience, describe_experience, s
 from alignment.ppo.generation.engine import GenerationPrompt
 from alignment.ppo.generation.layouts import RolloutEngine
 from alignment.ppo.generation.sampler import SamplingSettings
+from alignment.ppo.halfway import HalfUsed, load_half_used
 from alignment.ppo.invariants import MovementCheck
 from alignment.ppo.ptx import PtxStream
 from alignment.ppo.rewards import RewardResult
@@ -35,7 +36,7 @@ from alignment.ppo.rollout import Experience, Rollout, join_rollouts
 from alignment.ppo.state import PPOState, load_state, save_state
 from alignment.ppo.statistics import Statistics
 from alignment.ppo.streams import IndexStream
-from alignment.ppo.update import PPOUpdater
+from alignment.ppo.update import Position, PPOUpdater
 from alignment.training.best import best_metric, is_better
 from alignment.training.checkpoint import CheckpointStore
 from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt, resume_command
@@ -96,7 +97,10 @@ class PPOTrainer:
         self.state, self.timer, self.pending = PPOState(), PhaseTimer(), Statistics()
         self.rollout_stats, self.rows, self.tokens_waiting = Statistics(), [], 0
         self.evaluated_at = self.saved_at = -1
-        self.reshard_bytes = 0
+        self.reshard_bytes = self.evaluation_bytes = 0
+        self.interrupt = Interrupt()
+        self.half_used: HalfUsed | None = None
+        self.first_step, self.begin, self.update_began = 0, None, 0.0
         self.kl_controller: FixedKLController = (
             AdaptiveKLController(args.kl_coeff, args.kl_target, args.kl_horizon)
             if args.adaptive_kl
@@ -159,12 +163,12 @@ class PPOTrainer:
             engine.check_same_on_all_ranks()
         self._begin()
         try:
-            with Interrupt() as interrupt:
+            with self.interrupt:
                 if self.state.global_step == 0 or not self.args.do_train:
                     self._evaluate()
                 while self.args.do_train and self._goes_on():
                     self.iterate()
-                    if self.world.any(interrupt.requested):
+                    if self.world.any(self.interrupt.requested):
                         return self._stop_early()
                 if self.args.do_train:
                     self._finish()
@@ -173,15 +177,27 @@ class PPOTrainer:
         return 0
 
     def iterate(self) -> None:
-        """One iteration of the dataflow, then evaluation and checkpoint when due."""
-        before = self.state.global_step
-        PPO_ITERATION.run(self.functions, {"prompts": self._next_prompts()}, self.timer, self._on_phase)
+        """One iteration of the dataflow, or what is left of it after a restart, then evaluation and checkpoint when
+        due. When the run is interrupted in the middle of the update, the rest is left in ``half_used``.
+        """
+        half, self.half_used, self.evaluation_bytes = self.half_used, None, 0
+        before = self.first_step = self.state.global_step if half is None else half.first_step
+        self.begin = None if half is None else half.position
+        if half is None:
+            values, first = {"prompts": self._next_prompts()}, None
+        else:
+            values, first = {"experience": half.experience}, "update"
+            self.rollout_stats, self.rows = half.rollout_stats, half.rows
+        PPO_ITERATION.run(self.functions, values, self.timer, self._on_phase, first)
+        if self.half_used is not None:
+            return
         self.state.rollouts += 1
         self._write_rows()
         improved = self._due(self.args.evaluation_strategy, self.args.eval_steps, before) and self._improves()
         # the best model must be on the disk to be loaded at the end, whether or not a save is due
         keep_best = improved and self.args.load_best_model_at_end
-        if keep_best or self._due(self.args.save_strategy, self.args.save_steps, before):
+        # checkpoints of steps inside the update are there already
+        if keep_best or self._due(self.args.save_strategy, self.args.save_steps, self.state.global_step - 1):
             self.save_checkpoint(best=improved)
 
     def _on_phase(self, call: ModelCall) -> None:
@@ -214,12 +230,13 @@ class PPOTrainer:
         self.timer.count_tokens("generate", float(rollout.response_len.sum()))
         return rollout
 
-    def _refresh(self) -> None:
-        """Bring the rollout model's weights up to date, where it is not the actor itself."""
+    def _refresh(self) -> int:
+        """Bring the rollout model's weights up to date, where it is not the actor itself; returns the bytes moved."""
         moved = self.generator.refresh()
         if moved is not None:
             self.timer.add("reshard", moved.seconds)
             self.reshard_bytes += moved.nbytes
+        return moved.nbytes if moved is not None else 0
 
     def _timed_tokens(self, phase: str, rollout: Rollout | None, function: Callable[[Rollout], Any]) -> Any:
         if rollout is None:
@@ -270,11 +287,14 @@ class PPOTrainer:
             )
 
     def _update(self, experience: Experience) -> None:
-        self.timer.count_tokens("update", float(experience.rollout.lengths.sum()) * self.args.update_iters)
-        self.updater.run(experience, self.state.rollouts, self.state.global_step, self._after_step)
+        if self.begin is None:
+            self.timer.count_tokens("update", float(experience.rollout.lengths.sum()) * self.args.update_iters)
+        self.update_began = time.perf_counter()
+        on_step = functools.partial(self._after_step, experience)
+        self.updater.run(experience, self.state.rollouts, self.state.global_step, on_step, self.begin)
 
-    def _after_step(self, stats: Statistics) -> bool:
-        """Take in one optimizer step's figures; returns whether the run goes on."""
+    def _after_step(self, experience: Experience, stats: Statistics, after: Position | None) -> bool:
+        """Take in one optimizer step's figures, and save when due; returns whether the update goes on."""
         self.state.global_step += 1
         step = self.state.global_step
         self.pending.merge(self.rollout_stats)
@@ -288,7 +308,26 @@ class PPOTrainer:
         if step % self.args.logging_steps == 0 or step >= self.sizes.total_steps:
             self.rows.append((step, self.pending))
             self.pending = Statistics()
-        return step < self.sizes.total_steps
+        if step >= self.sizes.total_steps:
+            return False
+        if after is None:
+            return True  # what is due is done behind the update
+        half = HalfUsed(experience, after, self.first_step, self.rollout_stats, self.rows)
+        if self.args.save_strategy == "steps" and step % self.args.save_steps == 0:
+            self._save_in_update(half)
+        if self.world.any(self.interrupt.requested):
+            self.half_used = half
+            return False
+        return True
+
+    def _save_in_update(self, half: HalfUsed) -> None:
+        """Save between two optimizer steps of one update, without counting the time as the update's."""
+        started = time.perf_counter()
+        self.timer.add("update", started - self.update_began)
+        self.save_checkpoint(half_used=half)
+        self.world.phase("update", self.state.global_step)
+        # the dataflow adds the whole call's time at its end
+        self.timer.add("update", self.update_began - time.perf_counter())
 
     def _write_rows(self) -> None:
         """Write the iteration's rows now that its update has been timed; the timings go into the last one."""
@@ -313,6 +352,7 @@ class PPOTrainer:
             self.world,
             self.sizes.total_steps,
             start_step=self.state.global_step,
+            last_row=self.half_used.first_step if self.half_used is not None else None,
             bar_keys=BAR_KEYS,
         )
         self.writer.advance(self.state.global_step)
@@ -326,7 +366,7 @@ class PPOTrainer:
             self.args.sample_table_rows,
             self.writer.write,
         )
-        self.evaluator.drop_after(self.state.global_step if self.state.rollouts else -1)
+        self.evaluator.drop_after(self.state.global_step or -1)
         if self.state.global_step == 0:
             engines = {"actor": self.roles.actor.engine, "critic": self.roles.critic.engine}
             engines["reference"] = self.roles.reference.engine
@@ -343,7 +383,9 @@ class PPOTrainer:
         return {**modes, "greedy": base.as_greedy()}
 
     def _due(self, strategy: str, every: int, before: int) -> bool:
-        """Whether a boundary lies between ``before`` and now; saving and evaluating happen between rollouts."""
+        """Whether a boundary lies between ``before`` and now. Evaluating happens between rollouts, saving also inside
+        an update (:meth:`_after_step`).
+        """
         now = self.state.global_step
         if strategy == "steps":
             return now // every > before // every
@@ -370,26 +412,33 @@ class PPOTrainer:
         self.evaluated_at = self.state.global_step
         self.world.phase("evaluate", self.state.global_step)
         started = time.monotonic()
-        self._awake(("actor",), self._refresh)
+        self.evaluation_bytes = self._awake(("actor",), self._refresh)
         values = self._awake(("actor", "reward"), self.evaluator.run, self.state.global_step)
         seconds = time.monotonic() - started
         self.writer.pause(seconds)
         self.writer.log(self.state.global_step, {**values, "eval/runtime_seconds": seconds}, epoch=self._epoch())
         return values
 
-    def save_checkpoint(self, best: bool = False) -> None:
+    def save_checkpoint(self, best: bool = False, half_used: HalfUsed | None = None) -> None:
         """Write ``checkpoint-N``.
 
         Args:
             best: whether it is the best one so far, which is never pruned.
+            half_used: the rollout in work, in the middle of its update; the timer has its seconds so far.
         """
         self.world.phase("save", self.state.global_step)
         self.state.prompt_position = self.prompt_stream.position
         self.state.ptx_position = self.ptx.stream.position if self.ptx else 0
         self.state.kl_controller = self.kl_controller.state_dict()
         self.state.reward_moments = self.moments.state_dict() if self.moments else {}
+        self.state.evaluated_at, self.state.pending = self.evaluated_at, asdict(self.pending)
+        self.state.timer = asdict(self.timer)
+        # what the evaluation has moved since the update is moved again after a restart
+        self.state.reshard_bytes = self.reshard_bytes - self.evaluation_bytes
+        self.state.rng = {"kind": "counter", "seed": self.args.seed}
         with on_main(self.world, lambda: self.store.writing(self.state.global_step, best=best)) as folder:
-            save_state(folder, self.state, self.roles.actor.engine, self.roles.critic.engine, self.save_extras)
+            engines = self.roles.actor.engine, self.roles.critic.engine
+            save_state(folder, self.state, *engines, self.save_extras, half_used)
             if self.world.is_main:
                 save_arguments(folder, self.args, self.world)
         self.world.barrier()
@@ -403,7 +452,12 @@ class PPOTrainer:
         self.kl_controller.load_state_dict(self.state.kl_controller)
         if self.moments is not None and self.state.reward_moments:
             self.moments.load_state_dict(self.state.reward_moments)
-        get_logger().info("resumed from %s (optimizer step %d)", path, self.state.global_step)
+        self.half_used = load_half_used(path / "trainer")
+        self.pending, self.timer = Statistics(**self.state.pending), PhaseTimer(**self.state.timer)
+        self.reshard_bytes, self.evaluated_at = self.state.reshard_bytes, self.state.evaluated_at
+        self.saved_at = self.state.global_step
+        where = ", in the middle of an update" if self.half_used is not None else ""
+        get_logger().info("resumed from %s (optimizer step %d%s)", path, self.state.global_step, where)
         if self.state.global_step > self.sizes.total_steps:
             raise AlignmentError(
                 f"{path} is at optimizer step {self.state.global_step}, beyond the {self.sizes.total_steps} of this "
@@ -412,7 +466,8 @@ class PPOTrainer:
 
     def _stop_early(self) -> int:
         if self.saved_at != self.state.global_step:
-            self.save_checkpoint()
+            self.save_checkpoint(half_used=self.half_used)
+        self._write_rows()  # those of an unfinished update; a resumed run writes them again
         command = resume_command(self.argv, world_size=self.world.processes)
         get_logger().warning("stopped at step %d and saved; go on with:\n  %s", self.state.global_step, command)
         return EXIT_INTERRUPTED

@@ -1,4 +1,10 @@
-"""A PPO run's state on disk: ``checkpoint-N/{policy,value,trainer}``."""
+"""A PPO run's state on disk: ``checkpoint-N/{policy,value,trainer}``.
+
+There is no state of random number generators in it, because none has any: every random number follows from a key. The
+sampler's is (seed, prompt's number, answer's number, position), the order of a pass over a rollout (seed, rollout's
+number, pass), the order of prompts and supervised rows (seed, epoch). So a run draws the same numbers after a restart
+and on any layout; the positions below are all there is to remember.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +12,33 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from alignment.errors import CheckpointError
 from alignment.ppo.engine import Engine
+from alignment.ppo.halfway import HalfUsed, save_half_used
 
 STATE_FILE = "trainer_state.json"
 
 
 @dataclass
 class PPOState:
-    """Where a run stands, between two rollouts.
+    """Where a run stands. In the middle of an update there is a :class:`~alignment.ppo.halfway.HalfUsed` besides.
 
     Attributes:
         global_step: optimizer steps taken (early-stopped ones counted as far as they went).
-        rollouts: iterations done.
+        rollouts: iterations done; the number of the rollout in work.
         prompt_position: position in the stream of prompts.
         ptx_position: position in the stream of supervised rows.
         kl_controller: its state.
         reward_moments: of the score normaliser.
         best_value: the best ``metric_for_best_model`` so far, or ``None``.
         best_step: the step it was reached at, -1 before.
+        evaluated_at: the step of the last evaluation, -1 before.
+        pending: figures of optimizer steps since the last row (:class:`~alignment.ppo.statistics.Statistics`).
+        timer: seconds and tokens of phases since the last row (:class:`~alignment.ppo.dataflow.PhaseTimer`).
+        reshard_bytes: bytes moved into the rollout layout since the last row.
+        rng: what the random numbers follow from, for people and other tools.
     """
 
     global_step: int = 0
@@ -36,10 +49,20 @@ class PPOState:
     reward_moments: dict[str, float] = field(default_factory=dict)
     best_value: float | None = None
     best_step: int = -1
+    evaluated_at: int = -1
+    pending: dict[str, dict[str, float]] = field(default_factory=dict)
+    timer: dict[str, dict[str, float]] = field(default_factory=dict)
+    reshard_bytes: int = 0
+    rng: dict[str, Any] = field(default_factory=dict)
 
 
 def save_state(
-    folder: Path, state: PPOState, actor: Engine, critic: Engine, save_extras: Callable[[Path], None]
+    folder: Path,
+    state: PPOState,
+    actor: Engine,
+    critic: Engine,
+    save_extras: Callable[[Path], None],
+    half_used: HalfUsed | None = None,
 ) -> None:
     """Write everything that a run needs to go on; every process calls it, the main one writes.
 
@@ -49,6 +72,7 @@ def save_state(
         actor: to ``policy/``.
         critic: to ``value/``.
         save_extras: writes tokenizer and template into a model's folder.
+        half_used: the rollout in work, in the middle of an update.
     """
     trainer, main = folder / "trainer", actor.world.is_main
     for name, engine in (("policy", actor), ("value", critic)):
@@ -60,6 +84,8 @@ def save_state(
     if main:
         trainer.mkdir()
         (trainer / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+        if half_used is not None:
+            save_half_used(trainer, half_used)
     actor.save_state(trainer / "actor_optimizer.safetensors")
     critic.save_state(trainer / "critic_optimizer.safetensors")
 

@@ -30,6 +30,17 @@ EARLY_STOP_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
+class Position:
+    """A place in the update: before the row ``rows`` of the pass ``number`` (both 0-based, in the order of that pass).
+
+    Counted in rows of all ranks, so it means the same on any layout and with any batch size.
+    """
+
+    number: int = 0
+    rows: int = 0
+
+
+@dataclass(frozen=True)
 class Window:
     """One optimizer step's rows.
 
@@ -39,6 +50,7 @@ class Window:
         answers: rows with at least one response token, on all ranks.
         rows: rows on all ranks.
         first_pass: whether nothing was learnt from this rollout before (first window of the first pass).
+        after: where the next window begins; ``None`` behind the last one.
     """
 
     mine: Experience
@@ -46,13 +58,16 @@ class Window:
     answers: int
     rows: int
     first_pass: bool
+    after: Position | None
 
     def denominator(self, mean: str) -> float:
         """What a loss of this window is divided by."""
         return float(max(1, self.tokens if mean == "token" else self.answers))
 
 
-def split_windows(experience: Experience, args: Any, world: World, rollout_number: int) -> Iterator[Window]:
+def split_windows(
+    experience: Experience, args: Any, world: World, rollout_number: int, begin: Position | None = None
+) -> Iterator[Window]:
     """Shuffle the rows anew for each of ``update_iters`` passes and cut them into windows.
 
     Args:
@@ -60,6 +75,7 @@ def split_windows(experience: Experience, args: Any, world: World, rollout_numbe
         args: ``update_iters``, ``per_device_train_batch_size``, ``gradient_accumulation_steps``, ``seed``.
         world: how many ranks share a window.
         rollout_number: makes each rollout's orders its own.
+        begin: leave out what lies before; ``None`` for everything.
 
     Yields:
         Windows; the last of a pass may be smaller, and a rank's share of it empty.
@@ -67,10 +83,14 @@ def split_windows(experience: Experience, args: Any, world: World, rollout_numbe
     rows = len(experience)
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
     lengths = experience.rollout.response_len
-    for number in range(args.update_iters):
+    begin = begin or Position()
+    for number in range(begin.number, args.update_iters):
         order = np.random.default_rng([args.seed, 1, rollout_number, number]).permutation(rows)
-        for start in range(0, rows, size):
+        for start in range(begin.rows if number == begin.number else 0, rows, size):
             chosen = order[start : start + size]
+            after: Position | None = Position(number, start + size)
+            if start + size >= rows:
+                after = Position(number + 1) if number + 1 < args.update_iters else None
             mine = np.array_split(chosen, world.size)[world.rank]
             yield Window(
                 mine=experience.select(mine),
@@ -78,6 +98,7 @@ def split_windows(experience: Experience, args: Any, world: World, rollout_numbe
                 answers=int((lengths[chosen] > 0).sum()),
                 rows=len(chosen),
                 first_pass=number == 0 and start == 0,
+                after=after,
             )
 
 
@@ -118,7 +139,12 @@ class PPOUpdater:
         self.movement, self.check_ratio = movement, True
 
     def run(
-        self, experience: Experience, rollout_number: int, global_step: int, on_step: Callable[[Statistics], bool]
+        self,
+        experience: Experience,
+        rollout_number: int,
+        global_step: int,
+        on_step: Callable[[Statistics, Position | None], bool],
+        begin: Position | None = None,
     ) -> None:
         """Learn from one experience.
 
@@ -126,20 +152,22 @@ class PPOUpdater:
             experience: the rows of all ranks.
             rollout_number: of this experience, for the orders.
             global_step: optimizer steps taken so far in the run.
-            on_step: gets the statistics (over all ranks) of each optimizer step; returning ``False`` ends the update.
+            on_step: gets the statistics (over all ranks) of each optimizer step and where the update goes on
+                (``None``: it ends here); returning ``False`` ends the update.
+            begin: where it goes on after a restart; ``None`` for the start.
 
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite; the batch is dumped.
             InvariantError: the first step breaks an invariant.
         """
-        for window in split_windows(experience, self.args, self.world, rollout_number):
+        for window in split_windows(experience, self.args, self.world, rollout_number, begin):
             local = Statistics()
             self._critic_step(window, local, global_step)
             train_actor = global_step >= self.args.critic_warmup_steps
             stop = self._actor_step(window, local, global_step) if train_actor else False
             stats = local.over_ranks(self.world)
             global_step += 1
-            if not on_step(stats) or stop:
+            if not on_step(stats, None if stop else window.after) or stop:
                 break
 
     def _micro_batches(self, mine: Experience) -> list[Experience]:

@@ -137,6 +137,7 @@ class MetricWriter:
         total_steps: length of the bar.
         start_step: the step that the run resumes from; rows of later steps are removed from ``metrics.jsonl``. 0 starts
             the file anew.
+        last_row: remove rows of later steps than this instead: what follows is written again.
         bar_keys: names that the bar and the plain lines show; by default a bar shows the first four of a row and a
             line all. A row that has none of them (an evaluation's) is shown as if there were no choice.
         unit: what one step is called in the bar.
@@ -154,6 +155,7 @@ class MetricWriter:
         total_steps: int,
         *,
         start_step: int = 0,
+        last_row: int | None = None,
         bar_keys: tuple[str, ...] = (),
         unit: str = "step",
     ) -> None:
@@ -171,7 +173,7 @@ class MetricWriter:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            truncate_metrics(self.path, start_step)
+            truncate_metrics(self.path, (start_step or -1) if last_row is None else last_row)
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (lives as long as the run)
         except OSError as error:
             raise CheckpointError(
@@ -300,13 +302,13 @@ def format_seconds(seconds: float) -> str:
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Remove from a ``metrics.jsonl`` the rows after step ``last_step`` (all of them for 0) and a last line that was
+    """Remove from a ``metrics.jsonl`` the rows after step ``last_step`` (all of them for -1) and a last line that was
     cut short.
     """
     if not path.exists():
         return
     kept = []
-    if last_step > 0:
+    if last_step >= 0:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from alignment.training.checkpoint import write_json
 
 ARGUMENTS_FILE = "trainer/arguments.json"
 ORIGIN_FILE = "trainer/origin.json"
+MIXTURE_FILE = "data_mixture.json"  # in output_dir, and in the checkpoint's trainer/
 
 _ROWS = "the position in the data would mean other rows"
 _MODEL = "the saved weights or optimizer would not fit, or the model would be another one"
@@ -91,7 +93,7 @@ _WORDS = {"sft": "SFT", "reward": "reward-model training", "ppo": "PPO"}
 
 
 def save_arguments(folder: Path, args: Any, world: World) -> None:
-    """Write the arguments and the origin into a checkpoint that is being written.
+    """Write the arguments, the origin and the run's data mixture into a checkpoint that is being written.
 
     Args:
         folder: the checkpoint's temporary folder; its ``trainer/`` exists.
@@ -100,6 +102,9 @@ def save_arguments(folder: Path, args: Any, world: World) -> None:
     """
     write_json(folder / ARGUMENTS_FILE, args.to_dict())
     write_json(folder / ORIGIN_FILE, {"stage": args.STAGE, "version": __version__, "world_size": world.processes})
+    mixture = Path(args.output_dir) / MIXTURE_FILE
+    if mixture.exists():
+        shutil.copyfile(mixture, folder / "trainer" / MIXTURE_FILE)
 
 
 def check_resumable(args: Any, world: World, checkpoint: Path | None) -> None:

@@ -22,7 +22,7 @@ from alignment.ppo.models import load_causal_lm, load_score_model
 from alignment.ppo.roles import PolicyRole, ValueRole
 from alignment.ppo.rollout import Experience, Rollout
 from alignment.ppo.statistics import Statistics
-from alignment.ppo.update import PPOUpdater, split_windows
+from alignment.ppo.update import Position, PPOUpdater, Window, split_windows
 
 from .conftest import make_rollout
 
@@ -66,7 +66,7 @@ class Setup:
     def run(self, experience: Experience, global_step: int = 0) -> list[dict[str, float]]:
         rows: list[dict[str, float]] = []
 
-        def keep(stats: Statistics) -> bool:
+        def keep(stats: Statistics, after: Position | None) -> bool:
             rows.append(stats.result())
             return True
 
@@ -95,6 +95,32 @@ def test_windows_cover_every_row_once_a_pass_and_ranks_share_them(
     seen = [int(i) for window in single for i in window.mine.rollout.prompt_index]
     assert sorted(seen) == sorted(list(range(rows)) * passes)
     assert [window.first_pass for window in single].count(True) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 7), st.integers(1, 7), st.integers(1, 3), st.data())
+def test_an_update_goes_on_where_it_was_left(
+    rows: int, size: int, other: int, passes: int, data: st.DataObject
+) -> None:
+    rollout = make_rollout([(2, 1 + i % 3) for i in range(rows)])
+    zeros, flat = np.zeros((rows, rollout.width), np.float32), np.zeros(rows, np.float32)
+    experience = Experience(rollout, zeros, zeros, zeros, flat, {}, flat, zeros, zeros, zeros, zeros)
+
+    def windows(size: int, begin: Position | None = None) -> list[Window]:
+        args = make_args(update_iters=passes, per_device_train_batch_size=size)
+        return list(split_windows(experience, args, World(), 5, begin))
+
+    def indices(parts: list[Window]) -> list[list[int]]:
+        return [part.mine.rollout.prompt_index.tolist() for part in parts]
+
+    whole = windows(size)
+    assert whole[-1].after is None
+    left = data.draw(st.integers(0, len(whole) - 1))
+    begin = whole[left - 1].after if left else Position()
+    assert indices(windows(size, begin)) == indices(whole[left:])
+    assert [part.first_pass for part in windows(size, begin)] == [part.first_pass for part in whole[left:]]
+    # with another batch size the rows that are left and their order stay the same
+    assert sum(indices(windows(other, begin)), []) == sum(indices(whole[left:]), [])
 
 
 def test_passes_are_shuffled_afresh() -> None:

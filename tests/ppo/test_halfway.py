@@ -1,0 +1,166 @@
+"""Checkpoints in the middle of an update: a run goes on from them bit by bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alignment.cli import main
+from alignment.errors import CheckpointError
+from alignment.ppo.halfway import ARRAYS_FILE, TEXTS_FILE, HalfUsed, load_half_used, save_half_used
+from alignment.ppo.rollout import Experience
+from alignment.ppo.statistics import Statistics
+from alignment.ppo.update import Position
+from alignment.training.checkpoint import verify
+
+from .conftest import make_rollout
+
+# 8 prompts x 2 answers, 4 rows a step, 2 passes: 8 steps a rollout. Rows, evaluations and saves fall in between.
+RUN: dict[str, Any] = {
+    "num_return_sequences": 2, "max_steps": 19, "save_strategy": "steps", "save_steps": 1, "logging_steps": 3,
+    "evaluation_strategy": "steps", "eval_steps": 5, "adaptive_kl": True, "kl_target": 0.1, "kl_horizon": 100,
+    "lr_scheduler_type": "cosine",
+}  # fmt: skip
+
+
+def comparable(folder: Path) -> dict[str, Any]:
+    """What must be equal: metrics without times, samples, and the bytes of the final weights."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{key: value for key, value in row.items() if key != "time" and "second" not in key} for row in rows]
+    weights = {name: (folder / name / "model.safetensors").read_bytes() for name in ("policy", "value")}
+    return {"metrics": timeless, "samples": (folder / "eval_samples.jsonl").read_text(), **weights}
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    """Bit by bit."""
+    first, second = comparable(one), comparable(other)
+    assert first["metrics"] == second["metrics"]
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+@pytest.fixture(scope="module")
+def kept_runs() -> dict[str, Path]:
+    """The uninterrupted run, once."""
+    return {}
+
+
+@pytest.mark.parametrize("step", [1, 8, 10, 18])
+def test_a_run_goes_on_from_any_optimizer_step(
+    step: int, ppo_json: Callable[..., Path], tmp_path: Path, kept_runs: dict[str, Path], tmp_path_factory: Any
+) -> None:
+    if "whole" not in kept_runs:
+        assert main(["ppo", str(ppo_json("whole", **RUN))]) == 0
+        kept_runs["whole"] = Path(shutil.move(tmp_path / "whole", tmp_path_factory.mktemp("kept") / "whole"))
+    whole = kept_runs["whole"]
+    parts = tmp_path / "parts"
+    shutil.copytree(whole, parts, ignore=lambda _, names: [name for name in names if name.startswith("checkpoint-")])
+    shutil.copytree(whole / f"checkpoint-{step}", parts / f"checkpoint-{step}")
+    inside = step % 8 != 0
+    assert (parts / f"checkpoint-{step}" / "trainer" / TEXTS_FILE).exists() == inside
+    assert {f"trainer/{name}" in verify(parts / f"checkpoint-{step}")["files"] for name in (TEXTS_FILE, ARRAYS_FILE)} \
+        == {inside}  # fmt: skip
+    assert main(["ppo", str(ppo_json("parts", **RUN)), "resume_from_checkpoint=true"]) == 0
+    assert_equal(whole, parts)
+    for later in range(step + 1, 19):
+        trainers = [folder / f"checkpoint-{later}" / "trainer" for folder in (whole, parts)]
+        states = [json.loads((trainer / "trainer_state.json").read_text()) for trainer in trainers]
+        for state in states:
+            timer = state.pop("timer")
+            assert set(timer) == {"seconds", "tokens"} and all(value >= 0 for value in timer["seconds"].values())
+        assert states[0] == states[1]
+
+
+def test_ctrl_c_saves_after_the_optimizer_step(
+    ppo_json: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = tmp_path / "stopping.py"
+    reward.write_text(
+        "import os, signal\n"
+        "def stop(prompts, responses, **row):\n"
+        "    if os.path.exists(os.environ.get('STOP_NOW', '')):\n"
+        "        os.unlink(os.environ['STOP_NOW'])\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return [float(len(r) % 5) for r in responses]\n"
+    )
+    changes = {**RUN, "save_strategy": "no", "reward": f"{reward}:stop", "logging_steps": 1, "eval_steps": 100}
+    assert main(["ppo", str(ppo_json("whole", **changes))]) == 0
+    flag = tmp_path / "now"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STOP_NOW", str(flag))
+        flag.touch()
+        # the first evaluation asks the reward twice; it must be a rollout's turn
+        file = ppo_json("parts", do_eval=False, **changes)
+        assert main(["ppo", str(file)]) == 130
+    parts = tmp_path / "parts"
+    assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert len((parts / "metrics.jsonl").read_text().splitlines()) == 1, "the unfinished update's row is there"
+    assert "resume_from_checkpoint=true" in capsys.readouterr().err
+    assert main(["ppo", str(file), "resume_from_checkpoint=true"]) == 0
+    rows = {name: comparable_rows(tmp_path / name) for name in ("whole", "parts")}
+    assert rows["parts"] == rows["whole"]
+    weights = [(tmp_path / name / "policy" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+
+def comparable_rows(folder: Path) -> list[dict[str, Any]]:
+    """Training rows without times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in row.items() if key != "time" and "second" not in key}
+        for row in rows
+        if "train/reward" in row
+    ]
+
+
+def make_half_used() -> HalfUsed:
+    """Two rows of figures that cannot be mistaken for each other."""
+    rollout = make_rollout([(3, 2), (2, 0)])
+    rollout.finished = np.array([True, False])
+    rollout.prompts, rollout.responses = ["say \u00fc", "say\nnothing"], ["\u65e5\u672c", ""]
+    rollout.rows = [{"want": "a", "score": np.float32(0.5), "on": date(2020, 1, 2)}, {"ids": np.arange(3)}]
+    draw = np.random.default_rng(0)
+    names = ("logprobs", "ref_logprobs", "values", "kl", "rewards", "advantages", "returns")
+    figures = {name: draw.normal(size=(2, 2)).astype(np.float32) for name in names}
+    figures |= {name: draw.normal(size=2).astype(np.float32) for name in ("scores", "shaped_scores")}
+    experience = Experience(rollout, score_parts={"a/b|c": figures["scores"] + 1}, **figures)
+    stats, row = Statistics(), Statistics()
+    stats.add("train/reward", 1 / 3, 2)
+    row.maximum("train/ratio_max", 1.1)
+    row.set("train/actor_lr", 1e-3)
+    return HalfUsed(experience, Position(1, 4), 7, stats, [(8, row)])
+
+
+def test_a_half_used_rollout_comes_back_as_it_was(tmp_path: Path) -> None:
+    half = make_half_used()
+    assert load_half_used(tmp_path) is None
+    save_half_used(tmp_path, half)
+    back = load_half_used(tmp_path)
+    assert back is not None
+    assert (back.position, back.first_step, back.rollout_stats, back.rows) == (
+        half.position, half.first_step, half.rollout_stats, half.rows,
+    )  # fmt: skip
+    for one, other in ((half.experience, back.experience), (half.experience.rollout, back.experience.rollout)):
+        for name, value in vars(one).items():
+            if isinstance(value, np.ndarray):
+                found = getattr(other, name)
+                assert found.dtype == value.dtype and (found == value).all(), name
+    assert (back.experience.score_parts["a/b|c"] == half.experience.score_parts["a/b|c"]).all()
+    assert (back.experience.rollout.prompts, back.experience.rollout.responses) == (
+        half.experience.rollout.prompts, half.experience.rollout.responses,
+    )  # fmt: skip
+    assert back.experience.rollout.rows == [{"want": "a", "score": 0.5, "on": "2020-01-02"}, {"ids": [0, 1, 2]}]
+
+
+@pytest.mark.parametrize("missing", [TEXTS_FILE, ARRAYS_FILE])
+def test_a_missing_half_of_it_is_named(tmp_path: Path, missing: str) -> None:
+    save_half_used(tmp_path, make_half_used())
+    (tmp_path / missing).unlink()
+    with pytest.raises(CheckpointError, match="half-used rollout"):
+        load_half_used(tmp_path)
