@@ -1,10 +1,10 @@
 """A rollout in the middle of its update, on disk: what a checkpoint between two optimizer steps of one update holds
 beside the models.
 
-``trainer/rollout.safetensors`` has the arrays of the :class:`~alignment.ppo.rollout.Experience` (all data ranks' rows:
-they are the same on every process), ``trainer/rollout.json`` its texts, the position in its passes and the figures that
-wait to be logged. Nothing in it depends on the layout. The orders of the passes are not in it: they follow from the seed
-and the rollout's number.
+``trainer/rollout.safetensors`` has the arrays of the :class:`~alignment.ppo.rollout.Experience` (the rows of all data
+ranks: they are the same on every process), ``trainer/rollout.json`` its texts, the position in its passes and the
+figures that wait to be logged. Nothing in it depends on the layout. The orders of the passes are not in it: they follow
+from the seed and the rollout's number.
 """
 
 from __future__ import annotations

@@ -1,121 +1,188 @@
-"""Kill a run at random moments, resume it each time, and compare it with an uninterrupted run, bit by bit.
+"""Kill a PPO run at random moments, resume it each time, and compare it with an uninterrupted run, bit by bit.
 
-``python -m tests.e2e.chaos --kills 30`` (``make chaos``) prints a line for each kill and one JSON line at the end; the
-exit status is 1 when anything differs.
+``python -m tests.e2e.chaos`` (``make chaos``) does it on one process and on TP2 x PP2 (four processes; there either one
+of them dies, and the others have to stop by themselves, or all die at once). The moments are drawn in each phase of the
+run in turn: rollout, scoring, update, while a checkpoint is half-written, evaluation, and the very end. It prints a
+line for each kill and a JSON line for each layout; the exit status is 1 when anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.e2e import chaos_job
+from tests.e2e.chaos_job import Shot
+from tests.parallel.forked import try_ranks
+from tests.parallel.layouts import LAYOUTS, Layout
+
+CHAOS_LAYOUTS = ("1 process", "TP2 x PP2")
+# One kill in each of these in turn, in a fresh random order each time round; `finish` ends a run, so it is rarer.
+PHASES = ("rollout", "scoring", "update", "saving", "evaluation", "update", "saving")
+FINISHES = 10  # one in so many kills is in the last phase
+LONGEST = {"rollout": 0.1, "scoring": 0.02, "update": 0.1, "saving": 0.05, "evaluation": 0.2, "finish": 0.02}
+KILLED, HANGS = "ended without a result", "still running"
+TIMEOUT = 180.0
 
 
-def write_run(folder: Path, name: str, base: Path) -> Path:
-    """A PPO argument file that saves after every rollout and evaluates often; returns its path."""
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"say the word {i}"}) + "\n" for i in range(48)))
-    supervised = folder / "sft.jsonl"
-    supervised.write_text("".join(json.dumps({"src": f"say {i}", "tgt": "one two three"}) + "\n" for i in range(16)))
-    rewards = folder / "chaos_rewards.py"
-    rewards.write_text(
+class ChaosError(AssertionError):
+    """A run did not end as it should; the message has its output."""
+
+
+@dataclass
+class Tally:
+    """What happened on one layout.
+
+    Attributes:
+        phases: kills by phase.
+        everyone: how many of them killed all processes.
+        differing: what was not equal to the uninterrupted run.
+        runs: killed runs that came to their end.
+        rows: of ``metrics.jsonl`` that were compared in each.
+    """
+
+    phases: Counter[str] = field(default_factory=Counter)
+    everyone: int = 0
+    differing: list[str] = field(default_factory=list)
+    runs: int = 0
+    rows: int = 0
+
+
+def write_files(folder: Path) -> Path:
+    """A tiny model, prompts, supervised rows and a reward; returns ``folder``."""
+    from tests.tiny import tiny_model_dir, write_jsonl
+
+    tiny_model_dir(folder / "base", "qwen2")
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": f"say the word {i}"} for i in range(48)])
+    write_jsonl(folder / "sft.jsonl", [{"src": f"say {i}", "tgt": "one two three"} for i in range(16)])
+    (folder / "chaos_rewards.py").write_text(
         "def letters(prompts, responses, **row):\n    return [r.count('e') - 0.05 * len(r) for r in responses]\n"
     )
+    return folder
+
+
+def arguments(files: Path, output: Path, layout: Layout, epochs: int) -> list[str]:
+    """Four optimizer steps a rollout; rows, saves and evaluations at other distances, so that checkpoints lie at every
+    place of an update.
+    """
     values: dict[str, Any] = {
-        "actor_model_name_or_path": str(base), "train_datasets": f"jsonl::{prompts}",
-        "eval_datasets": f"jsonl:8/-1:{prompts}", "ptx_datasets": f"jsonl::{supervised}", "ptx_coeff": 0.5,
-        "reward": f"{rewards}:letters", "output_dir": str(folder / name), "max_src_len": 48, "max_dec_len": 24,
-        "per_device_prompt_batch_size": 16, "per_device_train_batch_size": 8, "update_iters": 2, "num_train_epochs": 12,
-        "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "normalize_reward": True, "normalize_advantage": True,
-        "adaptive_kl": True, "kl_target": 0.5, "kl_horizon": 500, "top_p": 1.0, "evaluation_strategy": "steps",
-        "eval_steps": 12, "save_strategy": "steps", "save_steps": 4, "save_total_limit": 2, "logging_steps": 1,
-        "report_to": "none", "disable_tqdm": True, "sample_table_rows": 2,
+        "actor_model_name_or_path": files / "base", "train_datasets": f"jsonl::{files / 'prompts.jsonl'}",
+        "eval_datasets": f"jsonl:8/-1:{files / 'prompts.jsonl'}", "ptx_datasets": f"jsonl::{files / 'sft.jsonl'}",
+        "ptx_coeff": 0.5, "reward": f"{files / 'chaos_rewards.py'}:letters", "output_dir": output, "max_src_len": 48,
+        "max_dec_len": 16, "per_device_prompt_batch_size": 16, "per_device_train_batch_size": 8, "update_iters": 2,
+        "num_train_epochs": epochs, "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "normalize_reward": "true",
+        "normalize_advantage": "true", "adaptive_kl": "true", "kl_target": 0.5, "kl_horizon": 500, "top_p": 1.0,
+        "lr_scheduler_type": "cosine", "evaluation_strategy": "steps", "eval_steps": 8, "save_strategy": "steps",
+        "save_steps": 3, "save_total_limit": 2, "logging_steps": 2, "report_to": "none", "disable_tqdm": "true",
+        "sample_table_rows": 2, "device": "cpu", "seed": 5,
     }  # fmt: skip
-    file = folder / f"{name}.json"
-    file.write_text(json.dumps(values))
-    return file
+    return [*(f"{key}={value}" for key, value in values.items()), *layout.arguments]
 
 
-def start(file: Path) -> subprocess.Popen:
-    """The run in a process group of its own, resuming where it can."""
-    log = open(file.with_suffix(".log"), "ab")  # noqa: SIM115  (the child keeps it)
-    command = [sys.executable, "-m", "alignment", "ppo", str(file), "resume_from_checkpoint=true"]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return subprocess.Popen(command, cwd=REPO, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-
-def lines(path: Path) -> int:
-    """Rows of a growing file."""
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def written(path: Path) -> int:
-    """When the file was last changed, in nanoseconds; 0 where there is none."""
-    return path.stat().st_mtime_ns if path.exists() else 0
-
-
-def comparable(folder: Path) -> dict[str, Any]:
+def comparable(output: Path) -> dict[str, Any]:
     """What must be equal: metrics without times, samples, and the bytes of the final weights."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     timeless = [{key: value for key, value in row.items() if key != "time" and "second" not in key} for row in rows]
-    weights = {name: (folder / name / "model.safetensors").read_bytes() for name in ("policy", "value")}
-    return {"metrics": timeless, "samples": (folder / "eval_samples.jsonl").read_text(), **weights}
+    weights = {name: (output / name / "model.safetensors").read_bytes() for name in ("policy", "value")}
+    return {"metrics": timeless, "samples": (output / "eval_samples.jsonl").read_text(), **weights}
+
+
+def draw_shots(count: int, layout: Layout, draw: random.Random) -> list[Shot]:
+    """Moments to kill at, each phase in turn."""
+    phases: list[str] = []
+    while len(phases) < count:
+        phases += draw.sample(PHASES, len(PHASES))
+        if len(phases) % FINISHES < len(PHASES):
+            phases.append("finish")
+    return [
+        Shot(
+            phase=phase,
+            entry=1 if phase in ("finish", "evaluation") else draw.randint(1, 3),
+            delay=draw.uniform(0.0, LONGEST[phase]),
+            rank=draw.randrange(layout.processes),
+            everyone=layout.processes > 1 and draw.random() < 0.5,
+        )
+        for phase in phases[:count]
+    ]
+
+
+def attempt(files: Path, output: Path, layout: Layout, epochs: int, shot: Shot | None) -> bool:
+    """Run, or go on running, until the end or the kill; returns whether it came to the end.
+
+    Raises:
+        ChaosError: it failed otherwise, or processes went on after one was killed.
+    """
+    words = [*arguments(files, output, layout, epochs), "resume_from_checkpoint=true"]
+    result = try_ranks(layout.processes, chaos_job.run, words, str(output), shot, timeout=TIMEOUT)
+    if not result.errors:
+        return True
+    told = "\n".join(f"rank {rank}: {text}\n{result.output.get(rank, '')}" for rank, text in result.errors.items())
+    if shot is None or KILLED not in result.errors.get(shot.rank, ""):
+        raise ChaosError(told)
+    if len(result.errors) < layout.processes or any(HANGS in text for text in result.errors.values()):
+        raise ChaosError(f"not all processes have stopped after {shot}:\n{told}")
+    return False
+
+
+def torment(layout_name: str, kills: int, epochs: int, seed: int = 0) -> Tally:
+    """Kill runs of one layout ``kills`` times, as many runs as that takes, and compare each with an uninterrupted one.
+
+    Raises:
+        ChaosError: a run failed by itself.
+    """
+    layout, tally = LAYOUTS[layout_name], Tally()
+    draw = random.Random(f"{seed} {layout_name}")
+    shots = draw_shots(kills, layout, draw)
+    with tempfile.TemporaryDirectory() as temporary:
+        files = write_files(Path(temporary))
+        if not attempt(files, files / "whole", layout, epochs, None):
+            raise ChaosError("the uninterrupted run was interrupted")
+        expected = comparable(files / "whole")
+        tally.rows = len(expected["metrics"])
+        while shots or tally.runs == 0:
+            output = files / f"killed-{tally.runs}"
+            while not attempt(files, output, layout, epochs, shots[0] if shots else None):
+                shot = shots.pop(0)
+                tally.phases[shot.phase] += 1
+                tally.everyone += shot.everyone
+                record = json.loads((files / chaos_job.KILLS_FILE).read_text().splitlines()[-1])
+                whom = "all processes" if shot.everyone else f"rank {shot.rank}"
+                print(
+                    f"{layout_name}, kill {tally.phases.total()}: {whom} in {shot.phase}, {record['line']}", flush=True
+                )
+            tally.runs += 1
+            found = comparable(output)
+            tally.differing += [f"{output.name}: {name}" for name in expected if expected[name] != found[name]]
+    return tally
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--kills", type=int, default=30, help="on each layout")
+    parser.add_argument("--layout", action="append", choices=CHAOS_LAYOUTS, help="default: each of them")
+    parser.add_argument("--epochs", type=int, default=6, help="of 3 rollouts each")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    from tests.tiny import tiny_model_dir
-
-    draw = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        base = tiny_model_dir(folder / "base", "qwen2")
-        whole = write_run(folder, "whole", base)
+    wrong = 0
+    for name in options.layout or CHAOS_LAYOUTS:
         began = time.monotonic()
-        if start(whole).wait() != 0:
-            print(whole.with_suffix(".log").read_text()[-3000:])
-            return 1
-        seconds = time.monotonic() - began
-        killed = write_run(folder, "killed", base)
-        metrics, done, kills = folder / "killed" / "metrics.jsonl", False, 0
-        while not done:
-            before = written(metrics)
-            process = start(killed)
-            if kills < options.kills:
-                # once the process works on its file, any moment: rollout, scoring, update, saving, evaluation
-                while process.poll() is None and written(metrics) == before:
-                    time.sleep(0.005)
-                time.sleep(draw.uniform(0.0, 2.5))
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    kills += 1
-                    print(f"kill {kills}: {lines(metrics)} rows written", flush=True)
-            status = process.wait()
-            done = status == 0
-            if status not in (0, -signal.SIGKILL):
-                print(killed.with_suffix(".log").read_text()[-3000:])
-                return 1
-        first, second = comparable(folder / "whole"), comparable(folder / "killed")
-        differing = [name for name in first if first[name] != second[name]]
-        rows = len(first["metrics"])
-    print(
-        json.dumps({"kills": kills, "rows": rows, "uninterrupted_seconds": round(seconds, 1), "differing": differing})
-    )
-    return 1 if differing or kills == 0 else 0
+        tally = torment(name, options.kills, options.epochs, options.seed)
+        seconds = round(time.monotonic() - began, 1)
+        kills = tally.phases.total()
+        row = {"layout": name, "kills": kills, "phases": dict(tally.phases), "all_killed": tally.everyone}
+        row |= {"runs": tally.runs, "rows": tally.rows, "seconds": seconds, "differing": tally.differing}
+        print(json.dumps(row), flush=True)
+        wrong += bool(tally.differing) or kills < options.kills
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""A run that moves from layout to layout, a checkpoint each time, is the run of one process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from alignment.training.checkpoint import verify
+from tests.parallel.forked import run_ranks
+from tests.parallel.layouts import LAYOUTS, Layout, Trace, _job, arguments, compare, make_files
+
+TOLERANCE = 1e-4
+# Where each layout goes on, and the optimizer step at which it hands over; PPO's odd steps lie inside an update.
+MOVES = [("1 process", 1), ("TP2", 3), ("PP2", 4), ("1 process", 6)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and data."""
+    return make_files(tmp_path_factory.mktemp("elastic"))
+
+
+def go(files: Path, stage: str, layout: Layout, output: Path, *extra: str) -> Trace:
+    """Run a stage into ``output``, saving at every optimizer step."""
+    words = [*arguments(files, stage, layout, output), "save_strategy=steps", "save_steps=1", *extra]
+    record = {"RECORD_FILE": str(output.parent / f"{output.name}-answers"), "RECORDED_RANKS": ""}
+    run_ranks(layout.processes, _job, stage, words, record, timeout=60)
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return Trace(rows, [], output)
+
+
+def weights(output: Path, stage: str) -> dict[str, np.ndarray]:
+    """The final models' tensors by file and name."""
+    folders = ("policy", "value") if stage == "ppo" else (".",)
+    return {
+        f"{folder}/{name}": tensor
+        for folder in folders
+        for name, tensor in load_file(output / folder / "model.safetensors").items()
+    }
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_run_moves_over_layouts(stage: str, files: Path) -> None:
+    whole = go(files, stage, LAYOUTS["1 process"], files / f"{stage}-whole")
+    output = files / f"{stage}-moved"
+    reached, resume = 0, ()
+    for name, last in MOVES:
+        moved = go(files, stage, LAYOUTS[name], output, *resume)
+        rows = [row["step"] for row in moved.rows if f"{'global_step' if stage == 'ppo' else 'train/loss'}" in row]
+        assert rows == [1, 2, 3, 4, 5, 6]
+        # what this layout did after the hand-over is thrown away
+        for step in range(last + 1, 7):
+            shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
+        handed = output / f"checkpoint-{last}"
+        origin = json.loads((handed / "trainer" / "origin.json").read_text())
+        assert origin["world_size"] == LAYOUTS[name].processes and last > reached
+        inside = "trainer/rollout.safetensors" in verify(handed)["files"]
+        assert inside == (stage == "ppo" and last % 2 == 1)
+        reached, resume = last, (f"resume_from_checkpoint={handed}",)
+    difference = compare(whole, moved)
+    assert difference.steps >= 6
+    assert difference.worst[0] <= TOLERANCE, difference.worst
+    one, other = weights(whole.output, stage), weights(output, stage)
+    assert one.keys() == other.keys()
+    far = {name: float(np.abs(one[name] - other[name]).max()) for name in one}
+    assert max(far.values()) <= TOLERANCE, max(far.items(), key=lambda item: item[1])
+    # and something was learnt that could have been lost
+    start = load_file(files / "model" / "model.safetensors")
+    prefix = "policy/" if stage == "ppo" else "./"
+    assert max(float(np.abs(one[prefix + name] - start[name]).max()) for name in start) > 10 * TOLERANCE
+
+
+def test_a_checkpoint_of_a_split_model_is_exported(files: Path, tmp_path: Path) -> None:
+    """Made by two tensor ranks, in the middle of an update: policy and value come out whole."""
+    from alignment.cli import main
+
+    output = tmp_path / "run"
+    go(files, "ppo", LAYOUTS["TP2"], output, "max_steps=2", "evaluation_strategy=no", "do_eval=false")
+    checkpoint = output / "checkpoint-1"
+    assert (checkpoint / "trainer" / "rollout.json").exists()
+    for name in ("policy", "value"):
+        words = ["--checkpoint", str(checkpoint), "--role", name, "--output", str(tmp_path / name)]
+        assert main(["export", *words]) == 0
+        saved, exported = (load_file(folder / "model.safetensors") for folder in (checkpoint / name, tmp_path / name))
+        assert saved.keys() == exported.keys()
+        assert all((saved[key] == exported[key]).all() for key in saved)
+        assert (tmp_path / name / "prompt_template.json").exists()
