@@ -452,6 +452,8 @@ class PPOTrainer:
         self.kl_controller.load_state_dict(self.state.kl_controller)
         if self.moments is not None and self.state.reward_moments:
             self.moments.load_state_dict(self.state.reward_moments)
+        if self.world.is_main:
+            self.store.remember_best(self.state.best_step)
         self.half_used = load_half_used(path / "trainer")
         self.pending, self.timer = Statistics(**self.state.pending), PhaseTimer(**self.state.timer)
         self.reshard_bytes, self.evaluated_at = self.state.reshard_bytes, self.state.evaluated_at

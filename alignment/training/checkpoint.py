@@ -132,6 +132,13 @@ class CheckpointStore:
         """Remember checkpoint ``step`` as the best one (in ``output_dir/best_checkpoint.json``)."""
         write_json(self.output_dir / BEST, {"step": step, "folder": f"checkpoint-{step}"})
 
+    def remember_best(self, step: int) -> None:
+        """As :meth:`mark_best`, where checkpoint ``step`` is here: for a run that was killed after a checkpoint got its
+        name and before it was marked, and that goes on from it.
+        """
+        if self.path(step).is_dir() and self.best() != self.path(step):
+            self.mark_best(step)
+
     def best(self) -> Path | None:
         """The best checkpoint's folder, or None where none was marked or it is gone."""
         try:
@@ -162,10 +169,10 @@ class CheckpointStore:
         removable = [path for path in complete[:-1] if path not in keep]
         for path in removable[: max(0, len(complete) - self.save_total_limit)]:
             # Out of sight first, so that a crash in the middle of deleting leaves no half checkpoint under a
-            # checkpoint's name.
+            # checkpoint's name; and not as "old", which would get its place back.
             with disk_errors(path):
-                doomed = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}old-", dir=self.output_dir))
-                os.rename(path, doomed / "old")
+                doomed = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}gone-", dir=self.output_dir))
+                os.rename(path, doomed / "gone")
                 shutil.rmtree(doomed)
 
     def _leftovers(self) -> list[Path]:

@@ -383,6 +383,8 @@ class StageTrainer:
         # The window holds all ranks' sums; one rank takes them on.
         saved.window = from_json(saved.window) if self.world.rank == 0 else {}  # type: ignore[arg-type]
         self.progress, self._saved_step = saved, saved.step
+        if self.world.is_main:
+            self.store.remember_best(saved.best_step)
         get_logger().info("resuming from %s: step %d of %d", folder, saved.step, self.total_steps)
         if saved.step >= self.total_steps > 0:
             get_logger().warning(

@@ -1,4 +1,6 @@
-"""A run that is killed and resumed again and again ends with the same bits; `make chaos` does it thirty times."""
+"""A run that is killed and resumed again and again ends with the same bits; `make chaos` does it thirty times on each
+layout.
+"""
 
 from __future__ import annotations
 
@@ -8,5 +10,9 @@ from tests.e2e import chaos
 
 
 @pytest.mark.slow
-def test_killed_runs_end_like_uninterrupted_ones() -> None:
-    assert chaos.main(["--kills", "4"]) == 0
+@pytest.mark.parametrize(("layout", "kills"), [("1 process", 4), ("TP2 x PP2", 3)])
+def test_killed_runs_end_like_uninterrupted_ones(layout: str, kills: int) -> None:
+    tally = chaos.torment(layout, kills, epochs=2)
+    assert tally.differing == []
+    assert tally.phases.total() == kills
+    assert tally.rows >= 12 and tally.runs >= 1

@@ -59,8 +59,10 @@ def test_a_run_moves_over_layouts(stage: str, files: Path) -> None:
         handed = output / f"checkpoint-{last}"
         origin = json.loads((handed / "trainer" / "origin.json").read_text())
         assert origin["world_size"] == LAYOUTS[name].processes and last > reached
-        inside = "trainer/rollout.safetensors" in verify(handed)["files"]
-        assert inside == (stage == "ppo" and last % 2 == 1)
+        held = set(verify(handed)["files"])
+        assert {"trainer/arguments.json", "trainer/data_mixture.json"} <= held
+        assert any(name.endswith("prompt_template.json") for name in held)
+        assert ("trainer/rollout.safetensors" in held) == (stage == "ppo" and last % 2 == 1)
         reached, resume = last, (f"resume_from_checkpoint={handed}",)
     difference = compare(whole, moved)
     assert difference.steps >= 6

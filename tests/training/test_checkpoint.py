@@ -203,3 +203,31 @@ def test_publishing_replaces_a_model_and_its_stale_shards(tmp_path: Path) -> Non
         (folder / "config.json").write_text("half")
         raise ValueError
     assert (tmp_path / "config.json").read_text() == "new"
+
+
+def test_a_crash_in_the_middle_of_pruning_brings_nothing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path, save_total_limit=1)
+    write(store, 1)
+    with monkeypatch.context() as patch:
+
+        def die(path: Path, **options: object) -> None:
+            next(path.rglob("model.bin")).unlink()
+            raise KeyboardInterrupt
+
+        patch.setattr("alignment.training.checkpoint.shutil.rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            write(store, 2)
+    assert store.steps() == [2] and len(list(tmp_path.glob(".writing-*"))) == 1
+    write(store, 3)
+    assert store.steps() == [3] and not list(tmp_path.glob(".writing-*"))
+
+
+def test_a_best_checkpoint_that_was_not_yet_marked_is_remembered(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, save_total_limit=1)
+    write(store, 1, best=True)
+    write(store, 2)  # killed before it was marked
+    store.remember_best(7)
+    assert store.best() == store.path(1), "there is no checkpoint 7"
+    store.remember_best(2)
+    write(store, 3)
+    assert store.best() == store.path(2) and store.steps() == [2, 3]
