@@ -48,9 +48,13 @@ def weights(output: Path, stage: str) -> dict[str, np.ndarray]:
 def test_a_run_moves_over_layouts(stage: str, files: Path) -> None:
     whole = go(files, stage, LAYOUTS["1 process"], files / f"{stage}-whole")
     output = files / f"{stage}-moved"
-    reached, resume = 0, ()
+    shutil.copytree(whole.output, output)  # the first stretch is the same run
+    reached, moved = 0, Trace(whole.rows, [], output)
     for name, last in MOVES:
-        moved = go(files, stage, LAYOUTS[name], output, *resume)
+        if reached:
+            moved = go(
+                files, stage, LAYOUTS[name], output, f"resume_from_checkpoint={output / f'checkpoint-{reached}'}"
+            )
         rows = [row["step"] for row in moved.rows if f"{'global_step' if stage == 'ppo' else 'train/loss'}" in row]
         assert rows == [1, 2, 3, 4, 5, 6]
         # what this layout did after the hand-over is thrown away
@@ -63,7 +67,7 @@ def test_a_run_moves_over_layouts(stage: str, files: Path) -> None:
         assert {"trainer/arguments.json", "trainer/data_mixture.json"} <= held
         assert any(name.endswith("prompt_template.json") for name in held)
         assert ("trainer/rollout.safetensors" in held) == (stage == "ppo" and last % 2 == 1)
-        reached, resume = last, (f"resume_from_checkpoint={handed}",)
+        reached = last
     difference = compare(whole, moved)
     assert difference.steps >= 6
     assert difference.worst[0] <= TOLERANCE, difference.worst
@@ -92,3 +96,30 @@ def test_a_checkpoint_of_a_split_model_is_exported(files: Path, tmp_path: Path) 
         assert saved.keys() == exported.keys()
         assert all((saved[key] == exported[key]).all() for key in saved)
         assert (tmp_path / name / "prompt_template.json").exists()
+
+
+def interrupted(words: list[str]) -> int:
+    """One rank's share of a run that is asked to stop; its exit status."""
+    import paddle
+
+    from alignment.ppo.run_ppo import main
+
+    paddle.set_device("cpu")
+    return main(words)
+
+
+def test_one_interrupted_rank_makes_all_save_after_the_optimizer_step(files: Path, tmp_path: Path) -> None:
+    reward = tmp_path / "stopping.py"
+    reward.write_text(
+        "import os, signal\n"
+        "def stop(prompts, responses, **row):\n"
+        "    if os.environ['PADDLE_TRAINER_ID'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [float(len(r)) for r in responses]\n"
+    )
+    output = tmp_path / "run"
+    words = [*arguments(files, "ppo", LAYOUTS["TP2"], output), f"reward={reward}:stop", "do_eval=false"]
+    words.append("evaluation_strategy=no")
+    assert run_ranks(2, interrupted, words, timeout=60) == [130, 130]
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert "trainer/rollout.safetensors" in verify(output / "checkpoint-1")["files"]
