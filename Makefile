@@ -46,7 +46,8 @@ test: $(READY)
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow $(ARGS)
 
-# Kill a run thirty times, resume it each time, and compare it with an uninterrupted one bit by bit (about 8 minutes).
+# Kill a run thirty times on one process and thirty on TP2 x PP2, resume it each time, and compare it with an
+# uninterrupted one bit by bit (about 8 minutes).
 chaos: $(READY)
 	$(RUN) -m tests.e2e.chaos $(ARGS)
 

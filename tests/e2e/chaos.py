@@ -44,6 +44,7 @@ class Tally:
     Attributes:
         phases: kills by phase.
         everyone: how many of them killed all processes.
+        stop_seconds: how long it took at most until all had stopped after one was killed.
         differing: what was not equal to the uninterrupted run.
         runs: killed runs that came to their end.
         rows: of ``metrics.jsonl`` that were compared in each.
@@ -51,6 +52,7 @@ class Tally:
 
     phases: Counter[str] = field(default_factory=Counter)
     everyone: int = 0
+    stop_seconds: float = 0.0
     differing: list[str] = field(default_factory=list)
     runs: int = 0
     rows: int = 0
@@ -148,12 +150,16 @@ def torment(layout_name: str, kills: int, epochs: int, seed: int = 0) -> Tally:
         expected = comparable(files / "whole")
         tally.rows = len(expected["metrics"])
         while shots or tally.runs == 0:
+            if tally.runs > kills + 1:
+                raise ChaosError(f"the runs end before this moment comes: {shots[0]}")
             output = files / f"killed-{tally.runs}"
             while not attempt(files, output, layout, epochs, shots[0] if shots else None):
                 shot = shots.pop(0)
                 tally.phases[shot.phase] += 1
                 tally.everyone += shot.everyone
                 record = json.loads((files / chaos_job.KILLS_FILE).read_text().splitlines()[-1])
+                if layout.processes > 1 and not shot.everyone:
+                    tally.stop_seconds = max(tally.stop_seconds, time.time() - record["time"])
                 whom = "all processes" if shot.everyone else f"rank {shot.rank}"
                 print(
                     f"{layout_name}, kill {tally.phases.total()}: {whom} in {shot.phase}, {record['line']}", flush=True
@@ -179,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = round(time.monotonic() - began, 1)
         kills = tally.phases.total()
         row = {"layout": name, "kills": kills, "phases": dict(tally.phases), "all_killed": tally.everyone}
+        row["longest_stop_seconds"] = round(tally.stop_seconds, 1)
         row |= {"runs": tally.runs, "rows": tally.rows, "seconds": seconds, "differing": tally.differing}
         print(json.dumps(row), flush=True)
         wrong += bool(tally.differing) or kills < options.kills

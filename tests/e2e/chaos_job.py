@@ -96,7 +96,8 @@ def _half_written(output: Path) -> bool:
 def _kill(output: Path, shot: Shot, line: str) -> None:
     half_written = [path.name for path in output.glob(".writing-checkpoint-*")]
     with open(output.parent / KILLS_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps({**asdict(shot), "line": line, "half_written": half_written}) + "\n")
+        record = {**asdict(shot), "line": line, "half_written": half_written, "time": time.time()}
+        file.write(json.dumps(record) + "\n")
     if shot.everyone:
         for beat in (output / "heartbeat").glob("rank-*.json"):
             pid = json.loads(beat.read_text())["pid"]
