@@ -14,7 +14,8 @@ Three things follow from *private* (copy on write):
   that were trained are the process's; the cache's stale copies of them are free for the system to take.)
 
 The files have no names: they are unlinked while they are made (``O_TMPFILE`` where the file system has it), so nothing
-is left of them when the process ends, however it ends, SIGKILL and loss of power included.
+is left of them when the process ends, however it ends, SIGKILL and loss of power included. A disk that fails while
+pages are read from it ends the process with SIGBUS, as with every mapped file.
 
 Only whole pages inside a tensor move. What lies in the first and last page of a tensor (less than 8 KiB of it, so most
 norms and biases) always stays; so do buffers that are no parameters.

@@ -84,7 +84,7 @@ class _Bucket:
             self.device._slice(place, place + int(tensor.size))._share_buffer_to(tensor)
 
     def give_up(self) -> None:
-        """Take the block from every tensor. Reading one now is an error in Paddle, never a wrong value."""
+        """Take the block from every tensor. An operator that is given one of them now raises."""
         for tensor in self.tensors:
             tensor._clear_data()
         self.device = None
