@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from alignment.arguments import device, limits
+from alignment.arguments.layout import topology_of
 from alignment.arguments.sizes import Sizes, supervised_sizes
 from alignment.arguments.spec import Spec, specs
 from alignment.arguments.training import TrainingFields
 from alignment.log import say_once
+from alignment.parallel.topology import Topology
 
 #: Accepted keys whose values are neither written nor shown.
 SECRETS = frozenset({"wandb_api_key", "aistudio_token"})
@@ -133,12 +135,20 @@ class Arguments(TrainingFields):
 
         Args:
             num_rows: rows of the training set after filtering (packed rows with ``zero_padding``); prompts in PPO.
-            world_size: processes.
+            world_size: data ranks.
 
         Raises:
             ArgumentsError: there is nothing to train on.
         """
         return supervised_sizes(self, num_rows, world_size)
+
+    def topology(self) -> Topology:
+        """How the run's processes share models and data; see :func:`alignment.arguments.layout.topology_of`.
+
+        Raises:
+            ArgumentsError: the degrees do not fit the number of processes.
+        """
+        return topology_of(self)
 
     def optimizer(self, total_steps: int) -> dict[str, Any]:
         """Return the fields of the engine's ``OptimizerSettings`` as a dict.

@@ -135,15 +135,33 @@ def _check_precision(args: Arguments, problems: Problems) -> None:
 
 
 def _check_processes(args: Arguments, problems: Problems) -> None:
-    processes = device.world_size()
-    for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
-        degree = getattr(args, name)
-        if processes > 1 and degree > 1:
-            problems.add(
-                f"{name} {degree} with {processes} processes is not available yet in this version; data "
-                "parallelism is: set it to 1",
-                name,
-            )
+    if device.world_size() == 1:
+        return
+    degrees = ("tensor_parallel_degree", "pipeline_parallel_degree", "sharding_parallel_degree")
+    if args.sharding_parallel_degree > 1 and not args.sharding:
+        problems.add(
+            f"sharding_parallel_degree is {args.sharding_parallel_degree}, but sharding says nothing to share; set "
+            "sharding to stage1, stage2 or stage3",
+            "sharding_parallel_degree",
+        )
+    if args.sequence_parallel and args.tensor_parallel_degree < 2:
+        problems.add(
+            "sequence_parallel splits what tensor-parallel ranks share; set tensor_parallel_degree to 2 or more",
+            "sequence_parallel",
+        )
+    if "stage3" in args.sharding and args.pipeline_parallel_degree > 1:
+        problems.add(
+            "sharding stage3 with a pipeline would gather every stage's parameters for each micro batch; use stage1 or "
+            "stage2 with pipeline_parallel_degree > 1",
+            "sharding",
+            "pipeline_parallel_degree",
+        )
+    if "offload" in args.sharding:
+        args.notes.append("sharding's offload is not used: offload_level says what leaves the device's memory")
+    try:
+        args.topology()
+    except ArgumentsError as error:
+        problems.add(str(error), *degrees)
 
 
 def _check_folders(args: Arguments, problems: Problems) -> None:

@@ -10,7 +10,7 @@ from alignment.arguments import values
 from alignment.arguments.base import Arguments, parsed_datasets
 from alignment.arguments.sizes import Sizes, ppo_sizes
 from alignment.arguments.spec import argument, read_int
-from alignment.arguments.training import SCHEDULERS, dataset_argument
+from alignment.arguments.training import ONE_PROCESS, SCHEDULERS, dataset_argument
 
 
 @dataclass
@@ -86,9 +86,10 @@ class RolloutFields:
     )
     eval_mode: str | None = argument(
         None,
-        "Reference: an extra copy of the models for rollouts.",
+        "The rollout's layout; empty: that of the training; tensor_parallel: pipeline stages put together; single: "
+        "tensor ranks too, one whole actor per process.",
         choices=("", "single", "tensor_parallel"),
-        no_effect="the models that are trained also generate, so no copy is needed",
+        alone=ONE_PROCESS,
     )
     eval_temperature: float = argument(1.0, "Temperature of the sampled evaluation; 0: greedy only.", ge=0)
     eval_num_samples: int | None = argument(None, "Evaluation prompts used.", ge=1, unit="prompts", derived="all")

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 class Sizes:
     """Derived sizes of a run.
 
-    "Global" counts over all processes; a step is one optimizer step (in PPO: of actor and critic).
+    "Global" counts over all data ranks; a step is one optimizer step (in PPO: of actor and critic).
 
     Attributes:
         stage: ``"sft"``, ``"reward"`` or ``"ppo"``.
         rows: training rows (PPO: prompts).
-        world_size: processes.
+        world_size: data ranks: processes that work on rows of their own.
         epochs: passes over the data that ``total_steps`` make.
         rows_per_step: global rows of a full step.
-        micro_batches_per_step: micro batches of a full step, per process.
+        micro_batches_per_step: micro batches of a full step, per data rank.
         steps_per_epoch: steps of one epoch; a partial last one counts.
         total_steps: steps of the run.
         warmup_steps: of these, steps in which the learning rate rises.
@@ -78,7 +78,7 @@ class Sizes:
         name = "prompts" if self.stage == "ppo" else "rows"
         entries = [
             (f"training {name}", f"{self.rows:,}"),
-            ("processes", f"{self.world_size:,}"),
+            ("data ranks", f"{self.world_size:,}"),
         ]
         if self.stage == "ppo":
             entries += [
@@ -90,7 +90,7 @@ class Sizes:
             ]
         entries += [
             ("rows per optimizer step", f"{self.rows_per_step:,}"),
-            ("micro batches per step and process", f"{self.micro_batches_per_step:,}"),
+            ("micro batches per step and data rank", f"{self.micro_batches_per_step:,}"),
             ("optimizer steps per epoch", f"{self.steps_per_epoch:,}"),
             ("optimizer steps", f"{self.total_steps:,} ({self.epochs:.4g} epochs, {self.warmup_steps:,} of warm-up)"),
             ("tokens per optimizer step", f"at most {self.tokens_per_step:,}"),

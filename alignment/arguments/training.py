@@ -18,7 +18,6 @@ INTERVALS = ("no", "steps", "epoch")
 NO_HALF_ON_CPU = "Paddle has no half-precision kernels on CPUs; everything is computed in float32"
 NO_KERNELS_ON_CPU = "the fused kernels need a GPU"
 ONE_PROCESS = "no effect with one process"
-DATA_PARALLEL_ONLY = "sharding is not available yet in this version; the processes run plain data parallelism"
 
 
 @dataclass
@@ -162,34 +161,39 @@ class PrecisionFields:
 
 @dataclass
 class ParallelFields:
-    """Several processes. In this version: data parallelism."""
+    """Several processes, started with ``paddle.distributed.launch``."""
 
     GROUP = "Parallelism"
 
     sharding: str = argument(
         "",
-        "Optimizer sharding: stage1, stage2 or stage3, the latter two with offload.",
+        "What data ranks share of a model's training state: stage1 optimizer, stage2 gradients too, stage3 parameters "
+        "too.",
         parse=values.read_sharding,
         alone=ONE_PROCESS,
-        together=DATA_PARALLEL_ONLY,
     )
     sharding_parallel_degree: int = argument(
         -1,
-        "Processes that share one optimizer.",
+        "Data ranks that share one optimizer.",
         ge=-1,
         neutral=(0, 1),
         aliases=("sharding_degree",),
+        derived="with sharding: all that tensor and pipeline parallelism leave",
         alone=ONE_PROCESS,
-        together=DATA_PARALLEL_ONLY,
     )
     tensor_parallel_degree: int = argument(
-        -1, "Processes that share each layer.", ge=-1, neutral=(0, 1), alone=ONE_PROCESS
+        -1, "Processes that share each layer's matrices.", ge=-1, neutral=(0, 1), alone=ONE_PROCESS
     )
     pipeline_parallel_degree: int = argument(
-        -1, "Processes that share the layers.", ge=-1, neutral=(0, 1), alone=ONE_PROCESS
+        -1, "Pipeline stages, each of which holds some of the layers.", ge=-1, neutral=(0, 1), alone=ONE_PROCESS
+    )
+    sequence_parallel: bool = argument(
+        False,
+        "Split activations between tensor-parallel layers along the sequence; needs tensor_parallel_degree.",
+        alone=ONE_PROCESS,
     )
     pipeline_parallel_config: str = argument(
-        "", "Options of the pipeline.", no_effect="there is no pipeline in this version"
+        "", "Options of the pipeline.", no_effect="shapes travel with every pass, so the pipeline needs no options"
     )
 
 

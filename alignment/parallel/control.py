@@ -56,6 +56,7 @@ class _Round:
 
     labels: dict[int, str] = field(default_factory=dict)
     values: dict[int, Any] = field(default_factory=dict)
+    only_first: bool = False
 
 
 class _Server(threading.Thread):
@@ -98,11 +99,12 @@ class _Server(threading.Thread):
             for key, _ in selector.select():
                 rank = key.data
                 try:
-                    kind, label, value = _receive(connections[rank])
+                    kind, label, value, *options = _receive(connections[rank])
                 except (OSError, EOFError, pickle.UnpicklingError):
                     kind, label, value = _GOODBYE, "", f"rank {rank} ended without a word (killed, or out of memory?)"
                 if kind == _DATA:
                     current.labels[rank], current.values[rank] = label, value
+                    current.only_first = bool(options and options[0])
                 else:
                     selector.unregister(connections[rank])
                     connections.pop(rank).close()
@@ -120,9 +122,10 @@ class _Server(threading.Thread):
                 current = _Round()
             elif len(current.values) == self._size:
                 values = [current.values[rank] for rank in range(self._size)]
+                only_first = current.only_first
                 current = _Round()
-                for connection in connections.values():
-                    _try_send(connection, (_DATA, values))
+                for rank, connection in connections.items():
+                    _try_send(connection, (_DATA, None if only_first and rank else values))
         selector.close()
 
 
@@ -162,8 +165,10 @@ class ControlChannel:
         self._connection.sendall(token.encode() + rank.to_bytes(8, "big"))
         self._open = True
 
-    def exchange(self, label: str, value: object) -> list[Any]:
+    def exchange(self, label: str, value: object, only_first: bool = False) -> Any:
         """Give ``value``, wait for every rank however late, and return all ranks' values in rank order.
+
+        With ``only_first`` (the same on every rank) only rank 0 gets the values, the others None.
 
         Raises:
             RankFailure: when another rank failed, vanished, finished, or stands at a different ``label``.
@@ -171,7 +176,7 @@ class ControlChannel:
         if not self._open:
             raise RankFailure(f"rank {self.rank}: the control channel is closed")
         try:
-            _send(self._connection, (_DATA, label, value))
+            _send(self._connection, (_DATA, label, value, only_first))
             kind, payload = _receive(self._connection)
         except (OSError, EOFError) as error:
             # A failure message may lie unread behind a broken pipe.

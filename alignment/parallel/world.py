@@ -1,15 +1,18 @@
-"""`World`: the processes of a run and what they do together. Data parallelism only.
+"""`World`: the processes of a run and what they do together.
 
 A run of one process never touches ``paddle.distributed``. With several (``python -m paddle.distributed.launch
---nproc_per_node N``) Paddle's process group (gloo on CPUs, nccl on GPUs) carries the gradients; everything small goes
-through :class:`~alignment.parallel.control.ControlChannel`.
+--nproc_per_node N``) fleet's process groups (gloo on CPUs, nccl on GPUs) carry gradients, parameters and activations;
+everything small goes through :class:`~alignment.parallel.control.ControlChannel`.
 
-    world = init_world()
+    world = init_world(topology)
     with world.guard():            # an exception here reaches the other ranks by name instead of leaving them waiting
         ...
-        total = world.sum(count)   # float, int or numpy array
+        total = world.sum(count)   # over data ranks: float, int or numpy array
         parts = world.all_gather_object(anything)
     world.close()
+
+Algorithms think in **data ranks** (``rank``, ``size``): which rows are whose. Processes that hold parts of one model
+(tensor parallelism, pipelines) share a data rank, work on the same rows and come to the same figures.
 """
 
 from __future__ import annotations
@@ -20,19 +23,21 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from alignment.errors import AlignmentError
 from alignment.parallel.control import ControlChannel, RankFailure
+from alignment.parallel.topology import Topology
 
 if TYPE_CHECKING:
     import paddle
 
+    from alignment.parallel.groups import Groups
+
 T = TypeVar("T")
-BUCKET_ELEMENTS = 16 * 1024 * 1024  # float32 elements of one gradient bucket: 64 MiB
 
 
 @dataclass(eq=False)
@@ -40,43 +45,95 @@ class World:
     """The processes of this run, seen from one of them.
 
     Attributes:
-        rank: this process, 0-based.
-        size: number of processes.
+        topology: how they share models and data.
         local_rank: this process among those of its host.
         channel: the meeting place; None in a run of one process.
+        groups: fleet's process groups; None in a run of one process.
     """
 
-    rank: int = 0
-    size: int = 1
+    topology: Topology = field(default_factory=Topology)
     local_rank: int = 0
     channel: ControlChannel | None = None
+    groups: Groups | None = None
+
+    @property
+    def rank(self) -> int:
+        """The data rank of this process: which rows it works on."""
+        return self.topology.data_rank
+
+    @property
+    def size(self) -> int:
+        """The number of data ranks."""
+        return self.topology.data_size
+
+    @property
+    def process(self) -> int:
+        """This process, 0-based."""
+        return self.topology.process
+
+    @property
+    def processes(self) -> int:
+        """The number of processes."""
+        return self.topology.processes
 
     @property
     def is_main(self) -> bool:
         """Whether this process speaks, writes and saves for the run."""
-        return self.rank == 0
+        return self.process == 0
 
-    def all_gather_object(self, value: T, label: str = "all_gather_object") -> list[T]:
-        """Return every rank's ``value`` (any picklable object) in rank order. Waits for late ranks without limit.
+    def all_processes(self, value: T, label: str = "all_processes") -> list[T]:
+        """Return every process's ``value`` (any picklable object) in order. Waits for late ones without limit.
 
         Raises:
-            RankFailure: when another rank failed or ended.
+            RankFailure: when another process failed or ended.
         """
         if self.channel is None:
             return [value]
         return self.channel.exchange(label, value)
 
+    def gather_to_main(self, value: T, label: str = "gather_to_main") -> list[T] | None:
+        """As :meth:`all_processes`, but only process 0 gets the values, the others None."""
+        if self.channel is None:
+            return [value]
+        return self.channel.exchange(label, value, only_first=True)
+
+    def all_gather_object(self, value: T, label: str = "all_gather_object") -> list[T]:
+        """Return every data rank's ``value`` (any picklable object) in rank order. Waits for late ranks without limit.
+
+        Processes that share a data rank must give the same value; the first one's is taken.
+
+        Raises:
+            RankFailure: when another process failed or ended.
+        """
+        if self.channel is None:
+            return [value]
+        if not self.topology.splits_model:
+            return self.channel.exchange(label, value)
+        chosen = self.topology.representatives()
+        values = self.channel.exchange(label, value if self.process in chosen else None)
+        return [values[process] for process in chosen]
+
+    def data_peers(self, value: T, label: str = "data_peers") -> list[T]:
+        """Return the values of the processes that hold the same part of the model, in the order of data ranks."""
+        values = self.all_processes(value, label)
+        return [values[process] for process in self.topology.data_peers()]
+
+    def model_peers(self, value: T, label: str = "model_peers") -> list[T]:
+        """Return the values of the processes of this data rank, stage by stage, in each by tensor rank."""
+        values = self.all_processes(value, label)
+        return [values[process] for process in self.topology.model_peers()]
+
     def broadcast_object(self, value: T, src: int = 0) -> T:
-        """Return rank ``src``'s ``value`` on every rank."""
-        return self.all_gather_object(value if self.rank == src else None, f"broadcast_object from {src}")[src]  # type: ignore[return-value]
+        """Return process ``src``'s ``value`` on every process."""
+        return self.all_processes(value if self.process == src else None, f"broadcast_object from {src}")[src]  # type: ignore[return-value]
 
     def barrier(self) -> None:
-        """Wait until every rank is here, however late it is."""
-        self.all_gather_object(None, "barrier")
+        """Wait until every process is here, however late it is."""
+        self.all_processes(None, "barrier")
 
     def sum(self, value: T) -> T:
-        """Sum a number or a numpy array over all ranks, in rank order (the same bits on every rank), in float64 where
-        it is floating.
+        """Sum a number or a numpy array over all data ranks, in rank order (the same bits on every rank), in float64
+        where it is floating.
 
         Args:
             value: ``float``, ``int`` or ``np.ndarray`` of the same shape and dtype on every rank.
@@ -96,66 +153,36 @@ class World:
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on any rank."""
-        return any(self.all_gather_object(bool(flag), "any"))
+        """Whether ``flag`` is true in any process."""
+        return any(self.all_processes(bool(flag), "any"))
 
     def sum_gradients(self, parameters: Sequence[paddle.Tensor]) -> None:
-        """Replace each parameter's gradient by its sum over all ranks.
+        """Replace each parameter's gradient by its sum over all data ranks.
 
         Gradients travel in flat float32 buckets and come back in their own dtype. A gradient that is missing here but
         present on another rank counts as zero; one that is missing everywhere stays missing.
 
         Args:
-            parameters: the same parameters in the same order on every rank.
+            parameters: the same parameters in the same order on every process that holds this part of the model.
 
         Raises:
-            RankFailure: when another rank failed before, or Paddle's process group fails.
+            RankFailure: when another process failed before, or Paddle's process group fails.
         """
-        if self.channel is None:
+        if self.groups is None:
             return
         import paddle
 
-        has = np.array([p.grad is not None for p in parameters], dtype=np.int64)
-        # The exchange is the meeting too: gloo's 30 seconds start when everyone is here.
-        anywhere = np.sum(self.all_gather_object(has, "sum_gradients"), axis=0) > 0
-        with paddle.no_grad():
-            self._sum_buckets([p for p, some in zip(parameters, anywhere, strict=True) if some])
-
-    def _sum_buckets(self, todo: list[paddle.Tensor]) -> None:
-        import paddle
-        import paddle.distributed as dist
-
-        start = 0
-        while start < len(todo):
-            stop, elements = start, 0
-            while stop < len(todo) and (stop == start or elements + todo[stop].size <= BUCKET_ELEMENTS):
-                elements += int(todo[stop].size)
-                stop += 1
-            bucket = todo[start:stop]
-            flat = paddle.concat(
-                [
-                    p.grad.astype("float32").flatten() if p.grad is not None else paddle.zeros([int(p.size)], "float32")
-                    for p in bucket
-                ]
-            )
-            if start:
-                self.barrier()
-            try:
-                dist.all_reduce(flat)
-            except (RuntimeError, OSError) as error:
-                raise RankFailure(
-                    f"rank {self.rank}: summing gradients over {self.size} ranks failed: {error}"
-                ) from error
-            offset = 0
-            for p in bucket:
-                size = int(p.size)
-                piece = flat[offset : offset + size].reshape(p.shape).astype(p.dtype)
-                if p.grad is None:
-                    p.grad = piece
-                else:
-                    paddle.assign(piece, p.grad)
-                offset += size
-            start = stop
+        has = np.array([p.grad is not None for p in parameters], dtype=bool)
+        # The exchange is the meeting too: a collective's patience starts when everyone is here.
+        peers = self.data_peers(has, "sum_gradients")
+        if self.size == 1:
+            return
+        anywhere = np.any(np.stack(peers), axis=0)
+        todo = [p for p, some in zip(parameters, anywhere, strict=True) if some]
+        for p in todo:
+            if p.grad is None:
+                p.grad = paddle.zeros_like(p)
+        self.groups.sum_over_data([p.grad for p in todo])
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[World]:
@@ -168,7 +195,7 @@ class World:
             self.close()
             raise
         except BaseException as error:
-            self.close(f"rank {self.rank} failed: {type(error).__name__}: {error}")
+            self.close(f"rank {self.process} failed: {type(error).__name__}: {error}")
             raise
 
     def close(self, failure: str | None = None) -> None:
@@ -180,17 +207,23 @@ class World:
         if failure is None and not sys.exc_info()[0]:
             with contextlib.suppress(RankFailure):
                 self.channel.exchange("close", None)
+        from alignment.parallel import cpu_backend
+
         self.channel.close(failure)
+        cpu_backend.leave(failure)
         self.channel = None
 
 
-def init_world() -> World:
+def init_world(topology: Topology | None = None) -> World:
     """Join the run that ``paddle.distributed.launch`` started, or be a run of one.
 
     Reads ``PADDLE_TRAINERS_NUM``, ``PADDLE_TRAINER_ID`` and ``PADDLE_RANK_IN_NODE``. Call it before models load.
 
+    Args:
+        topology: the layout; plain data parallelism over all processes if not given.
+
     Raises:
-        AlignmentError: when the variables are inconsistent or the process group cannot be made.
+        AlignmentError: when the variables are inconsistent or the process groups cannot be made.
     """
     size = _env_int("PADDLE_TRAINERS_NUM", 1)
     rank = _env_int("PADDLE_TRAINER_ID", 0)
@@ -200,15 +233,16 @@ def init_world() -> World:
         raise AlignmentError(
             f"PADDLE_TRAINER_ID={rank} does not fit PADDLE_TRAINERS_NUM={size}; use paddle.distributed.launch"
         )
+    topology = topology or Topology(size, rank)
 
-    import paddle.distributed as dist
     from paddle.base import core
 
-    if not dist.is_initialized():
-        try:
-            dist.init_parallel_env()
-        except (RuntimeError, OSError, ValueError, AssertionError) as error:
-            raise AlignmentError(f"rank {rank} of {size} could not join the process group: {error}") from error
+    from alignment.parallel.groups import Groups
+
+    try:
+        hcg = _init_fleet(topology)
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        raise AlignmentError(f"rank {rank} of {size} could not join the process group: {error}") from error
     store = core.create_or_get_global_tcp_store()
     if rank == 0:
         host, token = _own_address(), secrets.token_hex(16)
@@ -217,9 +251,46 @@ def init_world() -> World:
     else:
         host, port, token = bytes(store.get("alignment/control")).decode().split()
         channel = ControlChannel(rank, size, host, token, int(port))
-    world = World(rank, size, _env_int("PADDLE_RANK_IN_NODE", _env_int("PADDLE_LOCAL_RANK", rank)), channel)
+    local_rank = _env_int("PADDLE_RANK_IN_NODE", _env_int("PADDLE_LOCAL_RANK", rank))
+    world = World(topology, local_rank, channel, Groups(topology, hcg))
     world.barrier()
     return world
+
+
+def _init_fleet(topology: Topology) -> Any:
+    """Start fleet with the topology's degrees and return its groups."""
+    import logging
+
+    from paddle.distributed import fleet
+
+    from alignment.parallel import cpu_backend
+
+    cpu_backend.apply()
+    strategy = fleet.DistributedStrategy()
+    strategy.hybrid_configs = {
+        "dp_degree": topology.data_size // topology.sharding,
+        "mp_degree": topology.tensor,
+        "pp_degree": topology.pipeline,
+        "sharding_degree": topology.sharding,
+        "sep_degree": 1,
+        "order": ["dp", "pp", "sharding", "sep", "mp"],
+    }
+    strategy.pipeline_configs = {
+        "accumulate_steps": 1,
+        "micro_batch_size": 1,
+        # parts of one tensor are sent by each tensor rank and gathered behind the border
+        "enable_partial_send_recv": False,
+    }
+    # Micro batches differ in shape.
+    strategy.hybrid_configs["pp_configs"].enable_dynamic_shape = True
+    noisy = logging.getLogger("paddle.distributed.fleet")
+    level = noisy.level
+    noisy.setLevel(logging.WARNING)
+    try:
+        fleet.init(is_collective=True, strategy=strategy)
+    finally:
+        noisy.setLevel(level)
+    return fleet.get_hybrid_communicate_group()
 
 
 def _env_int(name: str, default: int) -> int:

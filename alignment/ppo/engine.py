@@ -1,23 +1,27 @@
-"""`Engine`: one model, wrapped for training or frozen: backward, one optimizer step, save, load.
+"""`Engine`: one model, or this process's part of it, wrapped for training or frozen: passes over micro batches, one
+optimizer step, save, load.
 
-    engine = Engine("actor", model, world, optimizer_settings(args, total_steps))   # trained
-    engine = Engine("reference", model, world)                                      # frozen: no gradients, eval mode
-    engine.backward(loss_sum / global_count)                                        # once per micro batch
-    result = engine.step()                                                          # StepResult(grad_norm,
-    learning_rate)
+    engine = Engine("actor", model, world, OptimizerSettings(**args.policy_optimizer(total_steps)))   # trained
+    engine = Engine("reference", model, world)                              # frozen: no gradients, eval mode
+    results = engine.train_pass(batches, rows_of, loss_of)                  # forward and backward of micro batches
+    result = engine.step()                                                  # StepResult(grad_norm, learning_rate)
 
-A loss handed to :meth:`Engine.backward` is already divided by the **global** count (tokens or pairs) of the whole
-optimizer step over all ranks and micro batches; therefore :meth:`Engine.step` *sums* gradients over ranks and never
-averages.
+Here the layouts end: whoever calls a pass says how a micro batch reads as :class:`~alignment.ppo.models.Rows` and what
+is computed from its final hidden states, and gets the same results on one process and on a pipeline.
+
+A loss is already divided by the **global** count (tokens or pairs) of the whole optimizer step over all ranks and micro
+batches; therefore :meth:`Engine.step` *sums* gradients over data ranks and never averages.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import paddle
@@ -25,8 +29,14 @@ from paddle import Tensor
 
 from alignment.errors import CheckpointError, InvariantError, NonFiniteError
 from alignment.parallel import World
+from alignment.parallel.sharding import Sharding
+from alignment.parallel.whole import Share, gather_whole
+from alignment.ppo.models import Piece, Rows, hidden_states, pieces_of, save_model, save_whole_model, ties_ends
 from alignment.training.schedule import learning_rate_at
 from alignment.training.weights import load_weights_into, some_names
+
+B = TypeVar("B")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -98,28 +108,38 @@ class Engine:
         recompute: bool = False,
     ) -> None:
         self.name, self.model, self.world, self.settings = name, model, world, optimizer
-        self.steps = 0
-        self._parameters: dict[str, Tensor] = {}
+        self.topology = world.topology
+        self.steps = self._awake = 0
         self._optimizer: Any = None
+        local = pieces_of(model, self.topology) if self.topology.splits_model else {}
+        named = dict(model.named_parameters())
+        self._pieces = {name: local.get(name, Piece(name)) for name in named}
+        trained = {n: p for n, p in named.items() if not p.stop_gradient} if optimizer is not None else {}
+        self._parameters = {self._pieces[n].name: p for n, p in trained.items()}
+        self._piece_of = {self._pieces[n].name: self._pieces[n] for n in named}
+        self._sharding: Sharding | None = None
+        if self.topology.sharding > 1 and world.groups is not None and (trained or self.topology.sharding_stage == 3):
+            shared = self._parameters or {self._pieces[n].name: p for n, p in named.items()}
+            self._sharding = Sharding(self.topology, world.groups.sharding, shared)
         if optimizer is None:
             for parameter in model.parameters():
                 parameter.stop_gradient = True
             model.eval()
             return
         model.train()
-        self._parameters = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
         if not self._parameters:
             raise ValueError(f"{name}: the model has no trainable parameters")
         if recompute:
             enable_recompute(model)
         decayed = {p.name for p in self._parameters.values() if p.ndim >= 2}
         low_precision = any(p.dtype in (paddle.float16, paddle.bfloat16) for p in self._parameters.values())
+        self._owned = self._sharding.owned if self._sharding is not None else self._parameters
         self._optimizer = paddle.optimizer.AdamW(
             learning_rate=optimizer.learning_rate_at(0),
             beta1=optimizer.adam_beta1,
             beta2=optimizer.adam_beta2,
             epsilon=optimizer.adam_epsilon,
-            parameters=list(self._parameters.values()),
+            parameters=list(self._owned.values()),
             weight_decay=optimizer.weight_decay,
             apply_decay_param_fun=decayed.__contains__,
             multi_precision=low_precision,
@@ -137,8 +157,80 @@ class Engine:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The trained parameters by structured name."""
+        """The trained parameters of this process, by their names in the whole model."""
         return self._parameters
+
+    # -- passes over micro batches
+
+    def train_pass(
+        self, batches: Sequence[B], rows: Callable[[B], Rows], loss: Callable[[Tensor, B], tuple[Tensor, R]]
+    ) -> list[R]:
+        """Forward and backward of micro batches; gradients add up until :meth:`step`.
+
+        Args:
+            batches: this data rank's micro batches; may be empty.
+            rows: how a micro batch reads.
+            loss: from the final hidden states ``[batch, seq, hidden]`` to a scalar, already divided by the global
+                denominator of the optimizer step, and a picklable result. With a pipeline it is called on the last
+                stage only.
+
+        Returns:
+            The results, in order, on every process of the data rank.
+        """
+        self._need_optimizer("train_pass")
+        results: list[R] = []
+        schedule = self._schedule
+        if batches and schedule is not None:
+            inputs = [rows(batch) for batch in batches]
+            results = schedule.train(
+                len(batches),
+                lambda number, received: hidden_states(self.model, inputs[number], received),
+                lambda number, hidden: loss(hidden, batches[number]),
+            )
+        elif batches:
+            for batch in batches:
+                value, result = loss(hidden_states(self.model, rows(batch)), batch)
+                value.backward()
+                results.append(result)
+        if self._sharding is not None and self.topology.sharding_stage >= 2:
+            self._reduce_to_owners()
+        return results
+
+    def infer_pass(self, batches: Sequence[B], rows: Callable[[B], Rows], compute: Callable[[Tensor, B], R]) -> list[R]:
+        """Forward of micro batches without gradient; as :meth:`train_pass`, with ``compute`` in place of the loss."""
+        if not batches:
+            return []
+        schedule = self._schedule
+        if schedule is not None:
+            inputs = [rows(batch) for batch in batches]
+            return schedule.infer(
+                len(batches),
+                lambda number, received: hidden_states(self.model, inputs[number], received),
+                lambda number, hidden: compute(hidden, batches[number]),
+            )
+        with paddle.no_grad():
+            return [compute(hidden_states(self.model, rows(batch)), batch) for batch in batches]
+
+    @property
+    def _schedule(self) -> Any:
+        return self.world.groups.schedule if self.world.groups is not None else None
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """With sharding stage 3 the parameters are whole inside and rest at their owners outside; every process of the
+        sharding group enters and leaves together. Without it nothing happens.
+        """
+        if self._sharding is None or self.topology.sharding_stage < 3:
+            yield
+            return
+        self._awake += 1
+        self._sharding.wake()
+        try:
+            yield
+        finally:
+            self._awake -= 1
+            if not self._awake:
+                self._sharding.rest()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss`` (a scalar already divided by the global denominator of the optimizer step)."""
@@ -167,34 +259,89 @@ class Engine:
         """
         self._need_optimizer("step")
         assert self.settings is not None
-        parameters = list(self._parameters.values())
-        self.world.sum_gradients(parameters)
-        norm = global_norm(parameters)
+        self._sum_gradients()
+        norm = self._gradient_norm()
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"{self.name}: the gradient norm of optimizer step {self.steps + 1} is {norm}; no weight was changed"
             )
         limit = self.settings.max_grad_norm
         if limit > 0 and norm > limit:
-            for parameter in parameters:
+            for parameter in self._owned.values():
                 if parameter.grad is not None:
                     parameter.grad.scale_(limit / norm)
         rate = self.settings.learning_rate_at(self.steps)
         self._optimizer.set_lr(rate)
         self._optimizer.step()
         self.clear_gradients()
+        if self._sharding is not None:
+            self._sharding.share_parameters()
         self.steps += 1
         return StepResult(norm, rate)
+
+    def _sum_gradients(self) -> None:
+        """Complete every gradient: over tensor ranks where sequence parallelism left partial sums, over the two places
+        of a tied embedding, over data ranks.
+        """
+        groups = self.world.groups
+        if groups is None:
+            return
+        if self.topology.sequence_parallel and groups.tensor is not None:
+            partial = [p for p in self._parameters.values() if getattr(p, "sequence_parallel", False)]
+            groups.sum_over_tensor_ranks([p.grad for p in partial if p.grad is not None])
+        tied = [name for name, piece in self._piece_of.items() if piece.duplicate] if self.topology.last_stage else []
+        groups.sum_over_ends(self._tied_gradient(tied))
+        if self._sharding is None:
+            self.world.sum_gradients(list(self._parameters.values()))
+            return
+        if self.topology.sharding_stage < 2:
+            self._reduce_to_owners()
+        if groups.replicas is not None:
+            groups.sum_over_replicas([p.grad for p in self._owned.values() if p.grad is not None])
+
+    def _tied_gradient(self, tied: list[str]) -> Tensor | None:
+        """The gradient of a tied embedding on the first and the last stage of a pipeline, else None."""
+        topology = self.topology
+        if topology.pipeline == 1 or not ties_ends(self.model):
+            return None
+        if topology.last_stage:
+            return self._parameters[tied[0]].grad
+        name = f"{self.model.base_model_prefix}.embed_tokens.weight"
+        return self._parameters[name].grad if topology.first_stage else None
+
+    def _reduce_to_owners(self) -> None:
+        assert self._sharding is not None
+        names = list(self._parameters)
+        here = np.array([self._parameters[name].grad is not None for name in names], dtype=bool)
+        anywhere = np.any(np.stack(self.world.data_peers(here, f"gradients of {self.name}")), axis=0)
+        self._sharding.reduce_gradients(dict(zip(names, anywhere, strict=True)))
+
+    def _gradient_norm(self) -> float:
+        """The global norm over all processes that share the model, each number counted once."""
+        topology = self.topology
+        if self._sharding is None and not topology.splits_model:
+            return global_norm(list(self._parameters.values()))
+        counted = [
+            p
+            for name, p in self._owned.items()
+            if not self._piece_of[name].duplicate
+            and (self._piece_of[name].axis is not None or topology.tensor_rank == 0)
+        ]
+        square = global_norm(counted) ** 2
+        everyone = self.world.all_processes((topology.replica, square), f"gradient norm of {self.name}")
+        return math.sqrt(sum(value for replica, value in everyone if replica == topology.replica))
 
     def parameter_fingerprints(self) -> dict[str, tuple[float, float]]:
         """Per parameter (trained or frozen, by structured name) ``(crc32 of its bytes, sum of its values)``: any
         changed bit changes it.
         """
         result = {}
-        for name, parameter in self.model.named_parameters():
-            array = np.ascontiguousarray(parameter.detach().numpy())
-            # bfloat16 comes as uint16 bit patterns: their sum is no value, but a checksum all the same.
-            result[name] = (float(zlib.crc32(array.view(np.uint8).reshape(-1))), float(array.sum(dtype=np.float64)))
+        with self.awake():
+            for local, parameter in self.model.named_parameters():
+                array = np.ascontiguousarray(parameter.detach().numpy())
+                # bfloat16 comes as uint16 bit patterns: their sum is no value, but a checksum all the same.
+                crc = float(zlib.crc32(array.view(np.uint8).reshape(-1)))
+                result[self._pieces[local].name] = (crc, float(array.sum(dtype=np.float64)))
         return result
 
     def check_same_on_all_ranks(self) -> None:
@@ -206,18 +353,18 @@ class Engine:
         if self.world.size == 1:
             return
         crc = 0
-        for parameter in self._parameters.values():
-            crc = zlib.crc32(np.ascontiguousarray(parameter.detach().numpy()).view(np.uint8).reshape(-1), crc)
-        everyone = self.world.all_gather_object(crc, f"weights of {self.name}")
+        with self.awake():
+            for parameter in self._parameters.values():
+                crc = zlib.crc32(np.ascontiguousarray(parameter.detach().numpy()).view(np.uint8).reshape(-1), crc)
+        everyone = self.world.data_peers(crc, f"weights of {self.name}")
         if len(set(everyone)) > 1:
             raise InvariantError(f"{self.name}: the ranks hold different weights (checksums {everyone})")
 
-    # -- state ---------------------------------------------------------------------------------------------------------
-    # ------------------
+    # -- state: whole tensors, whatever the layout
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"steps": int, "slots": {structured parameter name: {slot name: float array}}}``; the schedule needs only
-        ``steps``.
+        """``{"steps": int, "slots": {whole parameter name: {slot name: float array}}}`` of this process's part; the
+        schedule needs only ``steps``.
         """
         self._need_optimizer("state_dict")
         slots: dict[str, dict[str, np.ndarray]] = {}
@@ -227,7 +374,7 @@ class Engine:
         return {"steps": self.steps, "slots": slots}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, bit for bit.
+        """Restore what :meth:`state_dict` returned (or the whole model's slots), bit for bit.
 
         Raises:
             CheckpointError: when a trained parameter or slot is missing or has another shape.
@@ -235,8 +382,8 @@ class Engine:
         self._need_optimizer("load_state_dict")
         steps, saved = int(state["steps"]), state["slots"]
         if steps:
-            missing = sorted(set(self._parameters) - set(saved))
-            extra = sorted(set(saved) - set(self._parameters))
+            missing = sorted(set(self._owned) - set(saved))
+            extra = [] if self.topology.splits_model else sorted(set(saved) - set(self._parameters))
             if missing or extra:
                 raise CheckpointError(
                     f"{self.name}: the saved optimizer state belongs to another model: "
@@ -244,24 +391,38 @@ class Engine:
                 )
             for name, slot, tensor in self._slots():
                 value = saved[name].get(slot)
+                piece = self._slot_piece(name, tensor)
+                expected = piece.whole_shape(tensor.shape, self.topology)
+                if value is not None and list(np.shape(value)) == expected != list(tensor.shape):
+                    value = piece.cut(value, self.topology)
                 if value is None or list(np.shape(value)) != list(tensor.shape):
                     found = "nothing" if value is None else f"shape {list(np.shape(value))}"
                     raise CheckpointError(
-                        f"{self.name}: optimizer state {slot} of {name}: found {found}, expected shape {tensor.shape}"
+                        f"{self.name}: optimizer state {slot} of {name}: found {found}, expected shape {expected}"
                     )
                 tensor.set_value(value)
         self.steps = steps
 
+    def _slot_piece(self, name: str, tensor: Tensor) -> Piece:
+        """Moments are cut as their parameter is; the powers of beta are one number."""
+        same = list(tensor.shape) == list(self._parameters[name].shape)
+        return self._piece_of[name] if same else Piece(name)
+
     def save_state(self, file: str | Path) -> None:
-        """Write :meth:`state_dict` to one safetensors file."""
+        """Write the whole optimizer state to one safetensors file; every process calls it, the main one writes."""
         from safetensors.numpy import save_file
 
-        state = self.state_dict()
-        flat = {f"{name}|{slot}": value for name, slots in state["slots"].items() for slot, value in slots.items()}
-        save_file(flat, str(file), metadata={"format": "np", "steps": str(state["steps"]), "engine": self.name})
+        self._need_optimizer("save_state")
+        shares: dict[str, Share] = {}
+        for name, slot, tensor in self._slots() if self.steps else ():
+            axis = self._slot_piece(name, tensor).axis
+            shares[f"{name}|{slot}"] = Share(axis, tensor.numpy, int(tensor.size) * tensor.element_size())
+        flat = dict(gather_whole(self.world, shares))
+        if self.world.is_main:
+            save_file(flat, str(file), metadata={"format": "np", "steps": str(self.steps), "engine": self.name})
 
     def load_state(self, file: str | Path) -> None:
-        """Restore a file of :meth:`save_state`.
+        """Restore a file of :meth:`save_state`, whatever the layout that wrote it.
 
         Raises:
             CheckpointError: when the file is missing, cut short, or belongs to another model.
@@ -274,7 +435,8 @@ class Engine:
                 metadata = opened.metadata() or {}
                 for key in opened.keys():  # noqa: SIM118  (no mapping)
                     name, slot = key.rsplit("|", 1)
-                    slots.setdefault(name, {})[slot] = opened.get_tensor(key)
+                    if name in self._owned or not self.topology.splits_model:
+                        slots.setdefault(name, {})[slot] = opened.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.name}: cannot read the optimizer state {file}: {error}") from error
         if "steps" not in metadata:
@@ -282,10 +444,25 @@ class Engine:
         self.load_state_dict({"steps": int(metadata["steps"]), "slots": slots})
 
     def save_weights(self, folder: str | Path) -> None:
-        """Save the model in paddlenlp's layout (``from_pretrained`` opens it)."""
-        from alignment.ppo.models import save_model
+        """Save the whole model in paddlenlp's layout (``from_pretrained`` opens it); every process calls it, the main
+        one writes.
+        """
+        if not self.topology.splits_model:
+            with self.awake():
+                if self.world.is_main:
+                    save_model(self.model, str(folder))
+            return
+        with self.awake():
+            whole = dict(gather_whole(self.world, self._weight_shares()))
+        if self.world.is_main:
+            save_whole_model(self.model, str(folder), whole)
 
-        save_model(self.model, str(folder))
+    def _weight_shares(self) -> dict[str, Share]:
+        local = pieces_of(self.model, self.topology)
+        return {
+            local[name].name: Share(local[name].axis, tensor.numpy, int(tensor.size) * tensor.element_size())
+            for name, tensor in self.model.state_dict().items()
+        }
 
     def load_weights(self, folder: str | Path) -> None:
         """Put the weights of a folder of :meth:`save_weights` into the model, which keeps its optimizer.
@@ -293,7 +470,8 @@ class Engine:
         Raises:
             CheckpointError: when files are missing or cut short, or tensors are missing or have other shapes.
         """
-        load_weights_into(self.model, Path(folder), self.name)
+        with self.awake():
+            load_weights_into(self.model, Path(folder), self.name, self.topology)
 
     # -- details -------------------------------------------------------------------------------------------------------
     # ------------------
@@ -309,9 +487,9 @@ class Engine:
         """
         optimizer = self._optimizer
         block = paddle.static.default_main_program().global_block()
-        optimizer._create_accumulators(block, list(self._parameters.values()))
+        optimizer._create_accumulators(block, list(self._owned.values()))
         found = []
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._owned.items():
             for slot, by_parameter in optimizer._accumulators.items():
                 # With master weights Paddle files the slots under the master's name.
                 master = optimizer._master_weights.get(parameter.name)

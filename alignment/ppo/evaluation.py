@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from alignment.parallel import World
-from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
+from alignment.ppo.generation.engine import GenerationPrompt
 from alignment.ppo.generation.sampler import SamplingSettings
 from alignment.ppo.rewards import RewardResult
 from alignment.ppo.rollout import Rollout
@@ -25,7 +25,7 @@ class Evaluator:
 
     Args:
         prompts: all evaluation prompts; each rank answers its share.
-        engine: generates with the actor.
+        generate: answers prompts with the actor.
         modes: settings by the mode's name, ``"sampled"`` and ``"greedy"``; the seed is the evaluation's own, so that
             the draws are the same each time.
         score: gives a rollout's rewards.
@@ -38,7 +38,7 @@ class Evaluator:
     def __init__(
         self,
         prompts: Sequence[GenerationPrompt],
-        engine: GenerationEngine,
+        generate: Callable[[Sequence[GenerationPrompt], SamplingSettings], Rollout],
         modes: Mapping[str, SamplingSettings],
         score: Callable[[Rollout], RewardResult],
         world: World,
@@ -46,7 +46,7 @@ class Evaluator:
         table_rows: int,
         write: Callable[[str], None],
     ) -> None:
-        self.prompts, self.engine, self.modes, self.score = list(prompts), engine, dict(modes), score
+        self.prompts, self.generate, self.modes, self.score = list(prompts), generate, dict(modes), score
         self.world, self.path, self.table_rows, self.write = world, Path(output_dir) / SAMPLES_FILE, table_rows, write
 
     def run(self, step: int) -> dict[str, float]:
@@ -83,7 +83,7 @@ class Evaluator:
         share = rank_slice(np.arange(len(self.prompts)), self.world.rank, self.world.size)
         mine: list[dict[str, Any]] = []
         if len(share):
-            rollout = self.engine.generate([self.prompts[i] for i in share], settings)
+            rollout = self.generate([self.prompts[i] for i in share], settings)
             result = self.score(rollout)
             for i in range(len(rollout)):
                 mine.append(

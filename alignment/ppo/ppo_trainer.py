@@ -4,7 +4,10 @@ checkpoints.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from alignment.arguments import Sizes
-from alignment.errors import AlignmentError
+from alignment.errors import AlignmentError, InvariantError
 from alignment.log import get_logger
 from alignment.parallel import World
 from alignment.parallel.offload import Residency
@@ -22,7 +25,8 @@ from alignment.ppo.algorithms.kl import AdaptiveKLController, FixedKLController
 from alignment.ppo.dataflow import PPO_ITERATION, PhaseTimer
 from alignment.ppo.evaluation import Evaluator
 from alignment.ppo.experience import assemble_experience, describe_experience, summed_k1
-from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
+from alignment.ppo.generation.engine import GenerationPrompt
+from alignment.ppo.generation.layouts import RolloutEngine
 from alignment.ppo.generation.sampler import SamplingSettings
 from alignment.ppo.invariants import MovementCheck
 from alignment.ppo.ptx import PtxStream
@@ -37,7 +41,7 @@ from alignment.training.best import best_metric, is_better
 from alignment.training.checkpoint import CheckpointStore
 from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt, resume_command
 from alignment.training.metrics import MetricWriter
-from alignment.training.output import publishing
+from alignment.training.output import on_main, publishing
 
 # Evaluation draws from a stream of its own, the same at every evaluation.
 EVALUATION_SEED_OFFSET = 0x5EED
@@ -79,7 +83,7 @@ class PPOTrainer:
         world: World,
         roles: Roles,
         score: Callable[[Rollout], RewardResult],
-        generator: GenerationEngine,
+        generator: RolloutEngine,
         train_prompts: Any,
         eval_prompts: Sequence[GenerationPrompt],
         ptx_dataset: Any | None,
@@ -95,6 +99,7 @@ class PPOTrainer:
         self.state, self.timer, self.pending = PPOState(), PhaseTimer(), Statistics()
         self.rollout_stats, self.rows, self.tokens_waiting = Statistics(), [], 0
         self.evaluated_at = self.saved_at = -1
+        self.reshard_bytes = 0
         self.kl_controller: FixedKLController = (
             AdaptiveKLController(args.kl_coeff, args.kl_target, args.kl_horizon)
             if args.adaptive_kl
@@ -116,7 +121,7 @@ class PPOTrainer:
             seed=args.seed,
         )
         self.eval_prompts = list(eval_prompts)
-        self.functions: dict[str, Callable[..., Any]] = {
+        functions: dict[str, Callable[..., Any]] = {
             "generate": self._generate,
             "actor_logprobs": lambda rollout: self._timed_tokens("actor_logprobs", rollout, roles.actor.logprobs),
             "reference_logprobs": lambda rollout: self._timed_tokens(
@@ -127,6 +132,18 @@ class PPOTrainer:
             "advantages": self._experience,
             "update": self._update,
         }
+        self.functions = {
+            call.name: functools.partial(self._awake, call.roles, functions[call.name]) for call in PPO_ITERATION.calls
+        }
+
+    def _awake(self, names: Sequence[str], function: Callable[..., Any], *values: Any) -> Any:
+        """Call a phase's function while its models have their parameters (sharding stage 3 lets them rest between)."""
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                role = getattr(self.roles, name)
+                if role is not None:
+                    stack.enter_context(role.engine.awake())
+            return function(*values)
 
     # -- the loop
 
@@ -204,11 +221,19 @@ class PPOTrainer:
         return [as_prompt(self.train_prompts[rows[i]], first + int(i)) for i in share]
 
     def _generate(self, prompts: list[GenerationPrompt]) -> Rollout | None:
+        self._refresh()
         if not prompts:
             return None
         rollout = self.generator.generate(prompts, self.sampling, self.args.num_return_sequences)
         self.timer.count_tokens("generate", float(rollout.response_len.sum()))
         return rollout
+
+    def _refresh(self) -> None:
+        """Bring the rollout model's weights up to date, where it is not the actor itself."""
+        moved = self.generator.refresh()
+        if moved is not None:
+            self.timer.add("reshard", moved.seconds)
+            self.reshard_bytes += moved.nbytes
 
     def _timed_tokens(self, phase: str, rollout: Rollout | None, function: Callable[[Rollout], Any]) -> Any:
         if rollout is None:
@@ -225,6 +250,7 @@ class PPOTrainer:
         values: np.ndarray | None,
     ) -> Experience:
         """Gather every rank's rows, then compute rewards and advantages of all of them, on each rank alike."""
+        self._same_tokens(rollout)
         parts = self.world.all_gather_object((rollout, logprobs, ref_logprobs, scores, values))
         filled = [part for part in parts if part[0] is not None]
         whole = join_rollouts([part[0] for part in filled], self.generator.pad_id)
@@ -242,6 +268,20 @@ class PPOTrainer:
         self.tokens_waiting = int(whole.lengths.sum())
         self.kl_controller.update(float(summed_k1(experience).mean()), len(experience))
         return experience
+
+    def _same_tokens(self, rollout: Rollout | None) -> None:
+        """The processes that share a model must have sampled the same tokens.
+
+        Raises:
+            InvariantError: they have not.
+        """
+        if not self.world.topology.splits_model:
+            return
+        crc = 0 if rollout is None else zlib.crc32(np.ascontiguousarray(rollout.tokens).view(np.uint8).reshape(-1))
+        if len(set(self.world.model_peers(crc, "tokens of the rollout"))) > 1:
+            raise InvariantError(
+                f"data rank {self.world.rank}: the processes that share the actor sampled different tokens"
+            )
 
     def _update(self, experience: Experience) -> None:
         self.timer.count_tokens("update", float(experience.rollout.lengths.sum()) * self.args.update_iters)
@@ -270,6 +310,8 @@ class PPOTrainer:
             values: dict[str, float] = {**stats.result(), "global_step": step}
             if number == len(self.rows):
                 values.update(self.timer.drain())
+                if self.generator.resharder is not None:
+                    values["reshard/bytes"], self.reshard_bytes = float(self.reshard_bytes), 0
                 values.update(self.residency.drain() if self.residency is not None else {})
             self.writer.log(step, values, epoch=self._epoch())
         self.rows = []
@@ -291,7 +333,7 @@ class PPOTrainer:
         self.writer.advance(self.state.global_step)
         self.evaluator = Evaluator(
             self.eval_prompts,
-            self._evaluation_generator(),
+            functools.partial(self.generator.generate, batch_size=self.args.per_device_eval_batch_size),
             self._evaluation_modes(),
             self.score,
             self.world,
@@ -307,10 +349,6 @@ class PPOTrainer:
                 engines["reward"] = self.roles.reward.engine
             using = {"using": self.residency.using} if self.residency is not None else {}
             self.updater.check_first_step(MovementCheck(engines, **using))
-
-    def _evaluation_generator(self) -> GenerationEngine:
-        train, size = self.generator, self.args.per_device_eval_batch_size
-        return GenerationEngine(train.model, train.tokenizer, train.eos_ids, train.context_length, size)
 
     def _evaluation_modes(self) -> dict[str, SamplingSettings]:
         base, temperature = (
@@ -348,7 +386,8 @@ class PPOTrainer:
         self.evaluated_at = self.state.global_step
         started = time.monotonic()
         self._enter("evaluation")
-        values = self.evaluator.run(self.state.global_step)
+        self._awake(("actor",), self._refresh)
+        values = self._awake(("actor", "reward"), self.evaluator.run, self.state.global_step)
         seconds = time.monotonic() - started
         self.writer.pause(seconds)
         self.writer.log(self.state.global_step, {**values, "eval/runtime_seconds": seconds}, epoch=self._epoch())
@@ -364,10 +403,9 @@ class PPOTrainer:
         self.state.ptx_position = self.ptx.stream.position if self.ptx else 0
         self.state.kl_controller = self.kl_controller.state_dict()
         self.state.reward_moments = self.moments.state_dict() if self.moments else {}
-        if self.world.is_main:
-            self._enter("checkpoint")
-            with self.store.writing(self.state.global_step, best=best) as folder:
-                save_state(folder, self.state, self.roles.actor.engine, self.roles.critic.engine, self.save_extras)
+        self._enter("checkpoint")
+        with on_main(self.world, lambda: self.store.writing(self.state.global_step, best=best)) as folder:
+            save_state(folder, self.state, self.roles.actor.engine, self.roles.critic.engine, self.save_extras)
         self.world.barrier()
         self.saved_at = self.state.global_step
 
@@ -390,7 +428,7 @@ class PPOTrainer:
     def _stop_early(self) -> int:
         if self.saved_at != self.state.global_step:
             self.save_checkpoint()
-        command = resume_command(self.argv, world_size=self.world.size)
+        command = resume_command(self.argv, world_size=self.world.processes)
         get_logger().warning("stopped at step %d and saved; go on with:\n  %s", self.state.global_step, command)
         return EXIT_INTERRUPTED
 
@@ -406,10 +444,10 @@ class PPOTrainer:
             get_logger().info("the best policy is that of step %d; loading %s", self.state.best_step, best)
             self.roles.actor.engine.load_weights(best / "policy")
             self.roles.critic.engine.load_weights(best / "value")
-        if self.world.is_main:
-            for name, engine in (("policy", self.roles.actor.engine), ("value", self.roles.critic.engine)):
-                with publishing(Path(self.args.output_dir) / name) as target:
-                    engine.save_weights(target)
+        for name, engine in (("policy", self.roles.actor.engine), ("value", self.roles.critic.engine)):
+            with on_main(self.world, lambda name=name: publishing(Path(self.args.output_dir) / name)) as target:
+                engine.save_weights(target)
+                if self.world.is_main:
                     self.save_extras(target)
         self.world.barrier()
         get_logger().info("the policy is in %s, the value model in %s", *(

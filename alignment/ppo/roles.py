@@ -6,7 +6,9 @@ Only response positions are computed behind the backbone, and every figure is fl
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import paddle
@@ -14,8 +16,11 @@ from paddle import Tensor
 
 from alignment.ppo.algorithms.logprobs import token_logprobs, token_logprobs_and_entropy
 from alignment.ppo.engine import Engine
-from alignment.ppo.models import end_scores, final_hidden_states, lm_logits, score_tokens
-from alignment.ppo.rollout import Rollout, map_micro_batches
+from alignment.ppo.models import Rows, hidden_states, lm_logits, scores_of, take_end
+from alignment.ppo.rollout import Rollout, join_micro_batches, split_rollout
+
+B = TypeVar("B")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -71,23 +76,71 @@ class PolicyRole:
 
     def forward(self, rollout: Rollout, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """``(logprobs, entropy)``, both ``[B, R]`` float32, zero behind the ends; differentiable when the engine is
-        trainable.
+        trainable. For a model on one pipeline stage; :meth:`train` is for all.
         """
+        return self.of_hidden(hidden_states(self.engine.model, rows_of(rollout)), rollout, entropy_grad)
+
+    def of_hidden(self, hidden: Tensor, rollout: Rollout, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, from final hidden states ``[B, T, hidden]``."""
         positions = ResponsePositions.of(rollout)
         if not len(positions.labels):
             zeros = paddle.zeros(positions.shape, dtype="float32")
             return zeros, zeros
-        logits = self._logits(rollout, positions)
+        logits = self._logits(hidden, positions)
         logprobs, entropy = token_logprobs_and_entropy(
             logits, paddle.to_tensor(positions.labels), self.temperature, entropy_grad
         )
         return positions.spread(logprobs), positions.spread(entropy)
 
-    def negative_log_likelihood(self, input_ids: np.ndarray, labels: np.ndarray) -> tuple[Tensor, int]:
+    def train(
+        self,
+        parts: Sequence[B],
+        rollout_of: Callable[[B], Rollout],
+        loss: Callable[[Tensor, Tensor, B], tuple[Tensor, R]],
+        entropy_grad: bool = False,
+    ) -> list[R]:
+        """Forward and backward of micro batches.
+
+        Args:
+            parts: micro batches.
+            rollout_of: the rows of one.
+            loss: from ``(logprobs, entropy)`` and the micro batch to a scalar and a result; see
+                :meth:`Engine.train_pass`.
+            entropy_grad: whether the entropy is to be differentiated.
+
+        Returns:
+            The results.
+        """
+        return self.engine.train_pass(
+            parts,
+            lambda part: rows_of(rollout_of(part)),
+            lambda hidden, part: loss(*self.of_hidden(hidden, rollout_of(part), entropy_grad), part),
+        )
+
+    def train_supervised(
+        self, batches: Sequence[Mapping[str, np.ndarray]], loss: Callable[[Tensor, int, Any], tuple[Tensor, R]]
+    ) -> list[R]:
+        """Forward and backward of supervised micro batches (the ptx loss), at temperature 1.
+
+        Args:
+            batches: ``input_ids`` and ``labels`` ``[B, T]`` int64, right-padded; labels not shifted, -100 where there
+                is nothing to learn.
+            loss: from the summed next-token loss and the number of its tokens to a scalar and a result.
+
+        Returns:
+            The results.
+        """
+        return self.engine.train_pass(
+            batches,
+            lambda batch: Rows(batch["input_ids"]),
+            lambda hidden, batch: loss(*self.negative_log_likelihood(hidden, batch["labels"]), batch),
+        )
+
+    def negative_log_likelihood(self, hidden: Tensor, labels: np.ndarray) -> tuple[Tensor, int]:
         """Summed next-token loss on labelled tokens, at temperature 1.
 
         Args:
-            input_ids: ``[B, T]`` int64, right-padded.
+            hidden: ``[B, T, hidden]`` final hidden states.
             labels: ``[B, T]`` int64, not shifted, -100 where there is nothing to learn.
 
         Returns:
@@ -95,27 +148,26 @@ class PolicyRole:
         """
         row, column = np.nonzero(labels[:, 1:] != -100)
         if not len(row):
-            return paddle.zeros([]), 0
-        hidden = final_hidden_states(self.engine.model, paddle.to_tensor(input_ids))
-        index = paddle.to_tensor(row * input_ids.shape[1] + column)
+            return hidden.sum() * 0.0, 0
+        index = paddle.to_tensor(row * labels.shape[1] + column)
         logits = lm_logits(self.engine.model, paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), index))
         return -token_logprobs(logits, paddle.to_tensor(labels[row, column + 1])).sum(), len(row)
 
     def logprobs(self, rollout: Rollout) -> np.ndarray:
         """``[B, R]`` float32 without gradient, in micro batches."""
-        return map_micro_batches(rollout, self.micro_batch_size, self._logprobs_once, rollout.width)
 
-    def _logprobs_once(self, rollout: Rollout) -> np.ndarray:
-        positions = ResponsePositions.of(rollout)
-        if not len(positions.labels):
-            return np.zeros(positions.shape, dtype=np.float32)
-        with paddle.no_grad():
-            logits = self._logits(rollout, positions)
+        def compute(hidden: Tensor, part: Rollout) -> np.ndarray:
+            positions = ResponsePositions.of(part)
+            if not len(positions.labels):
+                return np.zeros(positions.shape, dtype=np.float32)
+            logits = self._logits(hidden, positions)
             flat = token_logprobs(logits, paddle.to_tensor(positions.labels), self.temperature)
             return positions.spread(flat).numpy()
 
-    def _logits(self, rollout: Rollout, positions: ResponsePositions) -> Tensor:
-        hidden = final_hidden_states(self.engine.model, paddle.to_tensor(rollout.tokens))
+        parts = split_rollout(rollout, self.micro_batch_size)
+        return join_micro_batches(self.engine.infer_pass(parts, rows_of, compute), rollout.width)
+
+    def _logits(self, hidden: Tensor, positions: ResponsePositions) -> Tensor:
         states = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), paddle.to_tensor(positions.states))
         return lm_logits(self.engine.model, states)
 
@@ -131,23 +183,30 @@ class ValueRole:
     def __init__(self, engine: Engine, micro_batch_size: int) -> None:
         self.engine, self.micro_batch_size = engine, micro_batch_size
 
-    def forward(self, rollout: Rollout) -> Tensor:
-        """``[B, R]`` float32, zero behind the ends; differentiable."""
+    def of_hidden(self, hidden: Tensor, rollout: Rollout) -> Tensor:
+        """``[B, R]`` float32, zero behind the ends, from final hidden states ``[B, T, hidden]``; differentiable."""
         positions = ResponsePositions.of(rollout)
-        scores = score_tokens(self.engine.model, paddle.to_tensor(rollout.tokens))
+        scores = scores_of(self.engine.model, hidden)
         if not len(positions.labels):
             return paddle.zeros(positions.shape, dtype="float32")
         flat = paddle.gather(scores.astype("float32").reshape([-1]), paddle.to_tensor(positions.states))
         return positions.spread(flat)
 
+    def train(
+        self, parts: Sequence[B], rollout_of: Callable[[B], Rollout], loss: Callable[[Tensor, B], tuple[Tensor, R]]
+    ) -> list[R]:
+        """Forward and backward of micro batches; ``loss`` gets the values ``[B, R]``, see :meth:`Engine.train_pass`."""
+        return self.engine.train_pass(
+            parts,
+            lambda part: rows_of(rollout_of(part)),
+            lambda hidden, part: loss(self.of_hidden(hidden, rollout_of(part)), part),
+        )
+
     def values(self, rollout: Rollout) -> np.ndarray:
         """``[B, R]`` float32 without gradient, in micro batches."""
-
-        def once(part: Rollout) -> np.ndarray:
-            with paddle.no_grad():
-                return self.forward(part).numpy()
-
-        return map_micro_batches(rollout, self.micro_batch_size, once, rollout.width)
+        parts = split_rollout(rollout, self.micro_batch_size)
+        pieces = self.engine.infer_pass(parts, rows_of, lambda hidden, part: self.of_hidden(hidden, part).numpy())
+        return join_micro_batches(pieces, rollout.width)
 
 
 class RewardRole:
@@ -172,10 +231,17 @@ class RewardRole:
             ``[B]`` float32.
         """
         parts = []
-        with paddle.no_grad():
-            for start in range(0, len(lengths), self.micro_batch_size):
-                some = lengths[start : start + self.micro_batch_size]
-                rows = tokens[start : start + self.micro_batch_size, : int(some.max())]
-                scores = end_scores(self.engine.model, paddle.to_tensor(np.ascontiguousarray(rows)), some)
-                parts.append(scores.astype("float32").numpy().reshape(-1))
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+        for start in range(0, len(lengths), self.micro_batch_size):
+            some = lengths[start : start + self.micro_batch_size]
+            parts.append((tokens[start : start + self.micro_batch_size, : int(some.max())], some))
+
+        def compute(hidden: Tensor, part: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+            return take_end(scores_of(self.engine.model, hidden), part[1]).astype("float32").numpy().reshape(-1)
+
+        scores = self.engine.infer_pass(parts, lambda part: Rows(part[0]), compute)
+        return np.concatenate(scores) if scores else np.zeros(0, dtype=np.float32)
+
+
+def rows_of(rollout: Rollout) -> Rows:
+    """A rollout as a model reads it."""
+    return Rows(rollout.tokens)

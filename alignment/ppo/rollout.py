@@ -7,7 +7,7 @@ ever inferred from token ids. A row is ``[prompt | response]``, padded on the ri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -190,20 +190,19 @@ def join_experiences(parts: Sequence[Experience], pad_id: int) -> Experience:
     return Experience(rollout=rollout, **joined)
 
 
-def map_micro_batches(
-    rollout: Rollout, size: int, function: Callable[[Rollout], np.ndarray], width: int | None = None
-) -> np.ndarray:
-    """Apply ``function`` to ``size`` rows at a time and join its ``[b]`` or ``[b, r]`` answers to ``[B]`` or
-    ``[B, width]``.
+def split_rollout(rollout: Rollout, size: int) -> list[Rollout]:
+    """Cut a rollout into micro batches of ``size`` rows, each as narrow as its rows allow."""
+    return [rollout.select(range(i, min(i + size, len(rollout)))) for i in range(0, len(rollout), size)]
+
+
+def join_micro_batches(pieces: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """Join the ``[b]`` or ``[b, r]`` float arrays of micro batches to ``[B]`` or ``[B, width]``.
 
     Args:
-        rollout: ``B`` rows.
-        size: rows of a micro batch.
-        function: gives one float array for the rows of a micro batch.
-        width: R of the result; the rollout's own when ``None``.
+        pieces: one array per micro batch; none gives ``[0, width]``.
+        width: R of the result.
     """
-    pieces = [function(rollout.select(range(i, min(i + size, len(rollout))))) for i in range(0, len(rollout), size)]
     if not pieces:
-        return np.zeros((0, width or rollout.width), dtype=np.float32)
-    joined = _join_arrays(pieces, 0)
-    return _pad_to(joined, width or rollout.width, 0) if joined.ndim == 2 else joined
+        return np.zeros((0, width), dtype=np.float32)
+    joined = _join_arrays(list(pieces), 0)
+    return _pad_to(joined, width, 0) if joined.ndim == 2 else joined

@@ -67,7 +67,7 @@ def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
     from alignment.training.output import prepare_output_dir
     from alignment.training.runner import describe_run, main_first
 
-    check_models(args)
+    check_models(args, world.topology)
     store = CheckpointStore(args.output_dir, args.save_total_limit)
     resume_path = None if args.dry_run else prepare_output_dir(args, world, store)
     data = main_first(world, lambda: load_data(args, show_progress=world.is_main))
@@ -81,26 +81,30 @@ def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
     return build_trainer(args, world, data, sizes, argv).train(resume_path)
 
 
-def check_models(args: PPOArguments) -> None:
+def check_models(args: PPOArguments, topology: Any) -> None:
     """Refuse folders that cannot be loaded and limits that do not fit, before anything heavy is read.
 
     Raises:
         AlignmentError: naming the key and what is wrong.
     """
-    from alignment.ppo.models import check_model_folder, model_context_length
+    from alignment.ppo.models import check_layout, check_model_folder, model_context_length
     from alignment.ppo.rewards import uses_model
 
-    folders = {"actor_model_name_or_path": args.actor_model_name_or_path}
+    folders: dict[str, str] = {"actor_model_name_or_path": args.actor_model_name_or_path}
     if uses_model(args.reward):
         if not args.reward_model_name_or_path:
             raise ArgumentsError(
                 "reward_model_name_or_path is missing: give a reward model, or a `reward` that needs none "
                 '("file.py:function", or the NAME of a registered one)'
             )
-        check_model_folder(args.reward_model_name_or_path, role="reward_model_name_or_path")
+        found = check_model_folder(args.reward_model_name_or_path, role="reward_model_name_or_path")
+        if found is not None:
+            check_layout(found.config, topology, f"reward_model_name_or_path={args.reward_model_name_or_path}")
     folders["reward_critic_model_name_or_path"] = critic_path(args)
     for key, path in folders.items():
-        check_model_folder(path, role=key)
+        found = check_model_folder(path, role=key)
+        if found is not None:
+            check_layout(found.config, topology, f"{key}={path}")
         args.check_context(model_context_length(path), f"{key}={path}")
 
 
@@ -206,6 +210,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     from alignment.ppo.dataflow import PPO_BETWEEN, PPO_ITERATION, optimizer_of
     from alignment.ppo.engine import Engine, OptimizerSettings
     from alignment.ppo.generation.engine import GenerationEngine
+    from alignment.ppo.generation.layouts import RolloutEngine
     from alignment.ppo.generation.stopping import eos_token_ids
     from alignment.ppo.models import load_causal_lm, load_score_model, model_context_length, save_tokenizer
     from alignment.ppo.ppo_trainer import PPOTrainer, Roles
@@ -217,7 +222,11 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     infer_rows = args.rollout_logprob_batch_size or args.per_device_train_batch_size
     rollout_rows = args.per_device_rollout_batch_size
     rollout_rows = args.per_device_train_batch_size if rollout_rows <= 0 else rollout_rows
-    model_options: dict[str, Any] = {"dtype": args.dtype, "config_overrides": model_flags(args)}
+    model_options: dict[str, Any] = {
+        "dtype": args.dtype,
+        "config_overrides": model_flags(args),
+        "topology": world.topology,
+    }
     actor_path = args.actor_model_name_or_path
 
     residency = build_residency(
@@ -253,12 +262,12 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     rewards = resolve_rewards(args.reward, scorer, Path(args.file).resolve().parent if args.file else None)
     get_logger().info("reward: %s", rewards)
 
-    generator = GenerationEngine(
-        actor.model,
-        data.tokenizer,
-        eos_token_ids(actor.model, data.tokenizer),
-        model_context_length(actor_path),
-        rollout_rows,
+    eos_ids, context = eos_token_ids(actor.model, data.tokenizer), model_context_length(actor_path)
+    generator = RolloutEngine(
+        actor,
+        world,
+        args.eval_mode or "",
+        lambda model, schedule: GenerationEngine(model, data.tokenizer, eos_ids, context, rollout_rows, schedule),
     )
 
     def save_extras(folder: Path) -> None:

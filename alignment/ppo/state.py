@@ -41,7 +41,7 @@ class PPOState:
 def save_state(
     folder: Path, state: PPOState, actor: Engine, critic: Engine, save_extras: Callable[[Path], None]
 ) -> None:
-    """Write everything that a run needs to go on.
+    """Write everything that a run needs to go on; every process calls it, the main one writes.
 
     Args:
         folder: an empty folder; it becomes a checkpoint when the caller renames it.
@@ -50,16 +50,18 @@ def save_state(
         critic: to ``value/``.
         save_extras: writes tokenizer and template into a model's folder.
     """
+    trainer, main = folder / "trainer", actor.world.is_main
     for name, engine in (("policy", actor), ("value", critic)):
         target = folder / name
-        target.mkdir()
+        if main:
+            target.mkdir()
+            save_extras(target)
         engine.save_weights(target)
-        save_extras(target)
-    trainer = folder / "trainer"
-    trainer.mkdir()
+    if main:
+        trainer.mkdir()
+        (trainer / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
     actor.save_state(trainer / "actor_optimizer.safetensors")
     critic.save_state(trainer / "critic_optimizer.safetensors")
-    (trainer / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
 
 def load_state(folder: Path, actor: Engine, critic: Engine) -> PPOState:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import paddle
+from paddle import Tensor
 
 from alignment.parallel import World
 from alignment.ppo.algorithms.losses import policy_loss, value_loss
@@ -20,7 +21,7 @@ from alignment.ppo.invariants import MovementCheck, check_first_pass
 from alignment.ppo.nonfinite import FiniteCheck
 from alignment.ppo.ptx import PtxStream
 from alignment.ppo.roles import PolicyRole, ValueRole
-from alignment.ppo.rollout import Experience
+from alignment.ppo.rollout import Experience, Rollout
 from alignment.ppo.statistics import Statistics
 
 # An update stops when its approximate KL passes this multiple of target_kl (the factor of TRL v1 and
@@ -141,18 +142,17 @@ class PPOUpdater:
             if not on_step(stats) or stop:
                 break
 
-    def _micro_batches(self, mine: Experience) -> Iterator[Experience]:
+    def _micro_batches(self, mine: Experience) -> list[Experience]:
+        """This rank's rows in micro batches; those without any response token teach nothing."""
         size = self.args.per_device_train_batch_size
-        for start in range(0, len(mine), size):
-            yield mine.select(range(start, min(start + size, len(mine))))
+        parts = [mine.select(range(start, min(start + size, len(mine)))) for start in range(0, len(mine), size)]
+        return [part for part in parts if part.rollout.response_len.any()]
 
     def _critic_step(self, window: Window, stats: Statistics, global_step: int) -> None:
-        args, engine = self.args, self.critic.engine
+        args = self.args
         denominator = window.denominator("token")
-        for part in self._micro_batches(window.mine):
-            if not part.rollout.response_len.any():
-                continue
-            values = self.critic.forward(part.rollout)
+
+        def loss_of(values: Tensor, part: Experience) -> tuple[Tensor, tuple[float, float, float]]:
             loss, clipped = value_loss(
                 values,
                 paddle.to_tensor(part.values),
@@ -162,10 +162,13 @@ class PPOUpdater:
                 denominator=denominator,
             )
             value = self.finite.require(float(loss), "critic loss", part, global_step)
-            engine.backward(loss * args.value_coeff)
-            stats.add("train/reward_critic_loss", value * denominator, float(part.mask.sum()))
-            stats.add("train/value_clip_fraction", float(clipped), float(part.mask.sum()))
-        result = engine.step()
+            return loss * args.value_coeff, (value, float(clipped), float(part.mask.sum()))
+
+        parts = self._micro_batches(window.mine)
+        for value, clipped, tokens in self.critic.train(parts, _rollout, loss_of):
+            stats.add("train/reward_critic_loss", value * denominator, tokens)
+            stats.add("train/value_clip_fraction", clipped, tokens)
+        result = self.critic.engine.step()
         stats.set("train/reward_critic_lr", result.learning_rate)
         stats.set("train/reward_critic_grad_norm", result.grad_norm)
         if self.movement is not None:
@@ -175,9 +178,7 @@ class PPOUpdater:
         """One optimizer step of the actor; returns whether the update is to stop because the policy moved too far."""
         engine = self.actor.engine
         tokens = float(window.mine.mask.sum()) if len(window.mine) else 0.0
-        for part in self._micro_batches(window.mine):
-            if part.rollout.response_len.any():
-                self._actor_backward(part, window, stats, global_step)
+        self._actor_backward(window, stats, global_step)
         if self.check_ratio and window.first_pass:
             self._check_ratio(stats)
         if self._moved_too_far(stats, tokens):
@@ -193,35 +194,41 @@ class PPOUpdater:
             self.movement.after_step("actor", result.learning_rate, result.grad_norm)
         return False
 
-    def _actor_backward(self, part: Experience, window: Window, stats: Statistics, global_step: int) -> None:
+    def _actor_backward(self, window: Window, stats: Statistics, global_step: int) -> None:
         args = self.args
-        logprobs, entropy = self.actor.forward(part.rollout, entropy_grad=args.entropy_coeff != 0.0)
-        mask = paddle.to_tensor(part.mask)
-        result = policy_loss(
-            logprobs,
-            paddle.to_tensor(part.logprobs),
-            paddle.to_tensor(part.advantages),
-            mask,
-            args.clip_range_ratio_low,
-            args.clip_range_ratio_high,
-            args.dual_clip,
-            args.policy_loss_mean,
-            window.denominator(args.policy_loss_mean),
-        )
-        loss, entropy_sum = result.loss, (entropy * mask).sum()
-        value = self.finite.require(float(loss), "actor loss", part, global_step)
-        if args.entropy_coeff:
-            loss = loss - args.entropy_coeff * entropy_sum / window.denominator("token")
-        self.actor.engine.backward(loss)
-        tokens, answers = float(part.mask.sum()), float((part.rollout.response_len > 0).sum())
-        weight = tokens if args.policy_loss_mean == "token" else answers
-        stats.add("train/actor_loss", value * window.denominator(args.policy_loss_mean), weight)
-        stats.add("train/entropy", float(entropy_sum), tokens)
-        stats.add("train/clip_fraction", float(result.clip_fraction), tokens)
-        stats.add("train/approx_kl", float(result.approx_kl), tokens)
-        stats.add("train/ratio_mean", float(result.ratio), tokens)
-        stats.maximum("train/ratio_max", float(result.max_ratio))
-        stats.maximum("train/ratio_error_max", float(result.max_ratio_error))
+
+        def loss_of(logprobs: Tensor, entropy: Tensor, part: Experience) -> tuple[Tensor, Statistics]:
+            mask = paddle.to_tensor(part.mask)
+            result = policy_loss(
+                logprobs,
+                paddle.to_tensor(part.logprobs),
+                paddle.to_tensor(part.advantages),
+                mask,
+                args.clip_range_ratio_low,
+                args.clip_range_ratio_high,
+                args.dual_clip,
+                args.policy_loss_mean,
+                window.denominator(args.policy_loss_mean),
+            )
+            loss, entropy_sum = result.loss, (entropy * mask).sum()
+            value = self.finite.require(float(loss), "actor loss", part, global_step)
+            if args.entropy_coeff:
+                loss = loss - args.entropy_coeff * entropy_sum / window.denominator("token")
+            tokens, answers = float(part.mask.sum()), float((part.rollout.response_len > 0).sum())
+            weight = tokens if args.policy_loss_mean == "token" else answers
+            figures = Statistics()
+            figures.add("train/actor_loss", value * window.denominator(args.policy_loss_mean), weight)
+            figures.add("train/entropy", float(entropy_sum), tokens)
+            figures.add("train/clip_fraction", float(result.clip_fraction), tokens)
+            figures.add("train/approx_kl", float(result.approx_kl), tokens)
+            figures.add("train/ratio_mean", float(result.ratio), tokens)
+            figures.maximum("train/ratio_max", float(result.max_ratio))
+            figures.maximum("train/ratio_error_max", float(result.max_ratio_error))
+            return loss, figures
+
+        parts = self._micro_batches(window.mine)
+        for figures in self.actor.train(parts, _rollout, loss_of, args.entropy_coeff != 0.0):
+            stats.merge(figures)
 
     def _check_ratio(self, stats: Statistics) -> None:
         dtype = str(next(iter(self.actor.engine.parameters.values())).dtype).split(".")[-1]
@@ -239,11 +246,20 @@ class PPOUpdater:
     def _ptx_backward(self, rows: int, stats: Statistics, global_step: int) -> None:
         assert self.ptx is not None
         window = self.ptx.take(rows, self.world)
-        for batch in window.micro_batches(self.args.per_device_train_batch_size):
-            total, count = self.actor.negative_log_likelihood(batch["input_ids"], batch["labels"])
-            if count == 0:
-                continue
-            loss = total / window.tokens
+        coefficient = self.args.ptx_coeff
+
+        def loss_of(total: Tensor, count: int, batch: dict[str, np.ndarray]) -> tuple[Tensor, tuple[float, int]]:
             value = self.finite.require(float(total), "ptx loss", batch, global_step)
-            self.actor.engine.backward(loss * self.args.ptx_coeff)
+            return total / window.tokens * coefficient, (value, count)
+
+        batches = [
+            batch
+            for batch in window.micro_batches(self.args.per_device_train_batch_size)
+            if (batch["labels"][:, 1:] != -100).any()
+        ]
+        for value, count in self.actor.train_supervised(batches, loss_of):
             stats.add("train/ptx_loss", value, count)
+
+
+def _rollout(part: Experience) -> Rollout:
+    return part.rollout

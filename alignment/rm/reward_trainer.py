@@ -15,7 +15,7 @@ from paddle import Tensor
 from alignment.parallel import World
 from alignment.ppo.data import collate_preference
 from alignment.ppo.engine import Engine
-from alignment.ppo.models import score_tokens, unwrap
+from alignment.ppo.models import Rows, scores_of, unwrap
 from alignment.rm.losses import first_differences, sequence_losses, token_losses
 from alignment.rm.metrics import pair_metrics
 from alignment.training.stage import Batch
@@ -68,13 +68,17 @@ class RewardStage:
         """Real tokens of both replies."""
         return int(batch["lengths"].sum())
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
+    def rows(self, batch: Batch) -> Rows:
+        """Both replies' tokens."""
+        return Rows(batch["input_ids"])
+
+    def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
         """Sum over pairs of the loss; stats: ``chosen`` and ``rejected`` ``[pairs]`` end scores (``raw`` too when
         normalising).
         """
         lengths = batch["lengths"]
         pairs = len(lengths) // 2
-        raw = score_tokens(self.engine.model, paddle.to_tensor(batch["input_ids"]), lengths, raw=True)
+        raw = scores_of(self.engine.model, hidden, raw=True)
         scores = self._inner.normalize(raw.unsqueeze(-1)).squeeze(-1)
         last = paddle.to_tensor(np.asarray(lengths, np.int64)[:, None] - 1)
         ends = paddle.take_along_axis(scores, last, axis=1).squeeze(1)

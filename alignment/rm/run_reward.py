@@ -47,6 +47,7 @@ def _run(args: RewardArguments, world: Any, argv: list[str]) -> int:
             dtype=args.dtype,
             config_overrides=model_flags(args),
             lora=lora_settings(args),
+            topology=world.topology,
             seed=args.seed,
             role="reward model",
         ),

@@ -43,6 +43,7 @@ def _run(args: SFTArguments, world: Any, argv: list[str]) -> int:
             dtype=args.dtype,
             config_overrides=model_flags(args),
             lora=lora_settings(args),
+            topology=world.topology,
             role="SFT model",
         ),
         make_stage=lambda engine, tokenizer, save: SFTStage(

@@ -14,7 +14,7 @@ from paddle import Tensor
 from alignment.ppo.algorithms.logprobs import token_logprobs
 from alignment.ppo.data import IGNORE_INDEX, collate_packed, collate_supervised
 from alignment.ppo.engine import Engine
-from alignment.ppo.models import final_hidden_states, lm_logits, packed_causal_logits
+from alignment.ppo.models import Rows, lm_logits
 from alignment.training.stage import Batch
 from alignment.training.stats import Stats
 
@@ -74,22 +74,19 @@ class SFTStage:
         """Real tokens."""
         return int(np.sum(batch["lengths"]))
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
+    def rows(self, batch: Batch) -> Rows:
+        """The tokens; of packed rows also which sample each belongs to."""
+        if not self.packed:
+            return Rows(batch["input_ids"])
+        return Rows(batch["input_ids"], batch["segment_ids"], batch["position_ids"])
+
+    def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
         """Sum of ``-log p`` over answer tokens; stats: ``nll``, ``answer_tokens``, ``correct`` (greedy token right)."""
         labels = shifted_labels(batch).reshape(-1)
         where = np.flatnonzero(labels != IGNORE_INDEX)
         index, targets = paddle.to_tensor(where), paddle.to_tensor(labels[where])
-        input_ids = paddle.to_tensor(batch["input_ids"])
-        model = self.engine.model
-        if self.packed:
-            logits = packed_causal_logits(
-                model, input_ids, paddle.to_tensor(batch["segment_ids"]), paddle.to_tensor(batch["position_ids"])
-            )
-            logits = paddle.gather(logits.reshape([-1, logits.shape[-1]]), index)
-        else:
-            # The vocabulary-wide head runs on answer positions only.
-            hidden = final_hidden_states(model, input_ids)
-            logits = lm_logits(model, paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), index))
+        # The vocabulary-wide head runs on answer positions only.
+        logits = lm_logits(self.engine.model, paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), index))
         loss_sum = -token_logprobs(logits, targets).sum()
         correct = int((logits.detach().argmax(axis=-1) == targets).astype("int64").sum())
         return loss_sum, {"nll": float(loss_sum), "answer_tokens": float(len(where)), "correct": float(correct)}

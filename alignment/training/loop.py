@@ -4,7 +4,7 @@ the stage.
 for step in range(...):
     micro batches of this rank            order.py: the same rows for any number of processes
     global count                          valid tokens or pairs of the whole step, over all ranks, before any backward
-    backward(loss_sum / global count)     once per micro batch
+    forward, backward of loss_sum / global count, once per micro batch
     step                                  engine.py: sum over ranks, clip, AdamW
     log, evaluate, save                   as the strategies say
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import paddle
+from paddle import Tensor
 
 from alignment.errors import ArgumentsError, CheckpointError, NonFiniteError
 from alignment.log import get_logger
@@ -31,7 +32,7 @@ from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt, resume_com
 from alignment.training.metrics import MetricWriter
 from alignment.training.nonfinite import dump_batches, nonfinite
 from alignment.training.order import TrainingOrder, micro_batches, rank_slice
-from alignment.training.output import publishing
+from alignment.training.output import on_main, publishing
 from alignment.training.stage import Batch, Progress, Stage
 from alignment.training.stats import Stats, finite_or_none, from_json, merge, merge_ranks, to_json
 
@@ -134,26 +135,27 @@ class StageTrainer:
             return 0, True
         # Random numbers (dropout) depend on seed, step and rank alone, so that a resumed run draws the same ones.
         paddle.seed(_step_seed(self.args.seed, step, self.world.rank))
-        parts: list[Stats] = []
-        loss_here = 0.0
-        for batch in batches:
-            loss_sum, stats = stage.loss(batch)
+
+        def loss_of(hidden: Tensor, batch: Batch) -> tuple[Tensor, tuple[float, Stats]]:
+            loss_sum, stats = stage.loss(hidden, batch)
             value = float(loss_sum)
             if not math.isfinite(value):
                 raise nonfinite(f"{stage.name}: the loss", value, step + 1, self._dump(step, [batch]))
-            loss_here += value
-            engine.backward(loss_sum / max(1, count))
-            parts.append(stats)
-        try:
-            result = engine.step()
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; this rank's batch is in {self._dump(step, batches)}") from error
+            return loss_sum / max(1, count), (value, stats)
+
+        with engine.awake():
+            results = engine.train_pass(batches, stage.rows, loss_of)
+            try:
+                result = engine.step()
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error}; this rank's batch is in {self._dump(step, batches)}") from error
+        loss_here, parts = sum(value for value, _ in results), [stats for _, stats in results]
         progress = self.progress
         progress.step = step + 1
         progress.window_steps += 1
         step_stats: Stats = {
             "loss/sum": loss_here / max(1, count),
-            "grad_norm/sum": result.grad_norm if self.world.is_main else 0.0,
+            "grad_norm/sum": result.grad_norm if self.world.rank == 0 else 0.0,
         }
         mine_stats = merge(parts)
         stage.after_step(mine_stats)
@@ -174,19 +176,24 @@ class StageTrainer:
                 f"{self.stage.name}: there is no evaluation data (eval_datasets, dev.json, eval_split_ratio)"
             )
         begin = time.monotonic()
-        model = self.stage.engine.model
-        model.eval()
-        parts: list[Stats] = []
+        engine, stage = self.stage.engine, self.stage
+        engine.model.eval()
         mine = rank_slice(np.arange(len(self.eval_rows)), self.world.rank, self.world.size)
+        batches = [
+            stage.collate([self.eval_rows[int(i)] for i in rows])
+            for rows in micro_batches(mine, self.args.per_device_eval_batch_size)
+        ]
+
+        def measure(hidden: Tensor, batch: Batch) -> Stats:
+            loss_sum, stats = stage.loss(hidden, batch)
+            return {"loss_sum": float(loss_sum), "count": float(stage.count(batch)), **stats}
+
         try:
-            with paddle.no_grad():
-                for rows in micro_batches(mine, self.args.per_device_eval_batch_size):
-                    batch = self.stage.collate([self.eval_rows[int(i)] for i in rows])
-                    loss_sum, stats = self.stage.loss(batch)
-                    parts.append({"loss_sum": float(loss_sum), "count": float(self.stage.count(batch)), **stats})
+            with engine.awake():
+                parts = engine.infer_pass(batches, stage.rows, measure)
         finally:
-            if self.stage.engine.trainable:
-                model.train()
+            if engine.trainable:
+                engine.model.train()
         stats = merge_ranks(self.world, merge(parts))
         seconds = time.monotonic() - begin
         metrics = {"loss": float(stats["loss_sum"]) / max(1.0, float(stats["count"])), **self.stage.metrics(stats)}
@@ -257,7 +264,7 @@ class StageTrainer:
         if self.progress.step > 0 and not self.store.path(self.progress.step).exists():
             self.save_checkpoint()
         if self.world.is_main:
-            command = resume_command(self.argv, world_size=self.world.size)
+            command = resume_command(self.argv, world_size=self.world.processes)
             if self.progress.step > 0:
                 saved = f"saved {self.store.path(self.progress.step)}"
                 self.writer.write(f"interrupted after step {self.progress.step}; {saved}. Continue with:\n  {command}")
@@ -276,10 +283,9 @@ class StageTrainer:
                 get_logger().info("the best model is that of step %d; loading %s", progress.best_step, best)
                 self.stage.engine.load_weights(best)
             final = progress.best_metrics
-        if self.world.is_main:
-            with publishing(self.output_dir) as folder:
-                self.stage.save(folder)
-            get_logger().info("the final model is in %s", self.output_dir)
+        with on_main(self.world, lambda: publishing(self.output_dir)) as folder:
+            self.stage.save(folder)
+        get_logger().info("the final model is in %s", self.output_dir)
         self.world.barrier()
         steps = progress.step - start
         self._write_results(
@@ -319,26 +325,27 @@ class StageTrainer:
         begin = time.monotonic()
         progress = self.progress
         window = merge_ranks(self.world, progress.window)
-        if self.world.is_main:
-            with self.store.writing(progress.step, best=best) as folder:
-                self.stage.save(folder)
+        with on_main(self.world, lambda: self.store.writing(progress.step, best=best)) as folder:
+            self.stage.save(folder)
+            if self.world.is_main:
                 (folder / "trainer").mkdir()
-                self.stage.engine.save_state(folder / OPTIMIZER_FILE)
-                state = {
-                    **asdict(progress),
-                    "window": to_json(window),
-                    "order": asdict(self.order) if self.order else None,
-                }
-                for name in ("eval_metrics", "best_metrics"):
-                    state[name] = finite_or_none(state[name])
-                state["rng"] = {"kind": "counter", "seed": self.args.seed, "next_step": progress.step}
-                state["world_size"], state["total_steps"] = self.world.size, self.total_steps
-                write_json(folder / STATE_FILE, state)
-                write_json(folder / "trainer" / "arguments.json", self.args.to_dict())
+            self.stage.engine.save_state(folder / OPTIMIZER_FILE)
+            if self.world.is_main:
+                self._write_state(folder, window)
         self.world.barrier()
         self._saved_step = progress.step
         if self.writer is not None:
             self.writer.pause(time.monotonic() - begin)
+
+    def _write_state(self, folder: Path, window: Stats) -> None:
+        progress = self.progress
+        state = {**asdict(progress), "window": to_json(window), "order": asdict(self.order) if self.order else None}
+        for name in ("eval_metrics", "best_metrics"):
+            state[name] = finite_or_none(state[name])
+        state["rng"] = {"kind": "counter", "seed": self.args.seed, "next_step": progress.step}
+        state["world_size"], state["total_steps"] = self.world.size, self.total_steps
+        write_json(folder / STATE_FILE, state)
+        write_json(folder / "trainer" / "arguments.json", self.args.to_dict())
 
     def load_checkpoint(self, folder: Path) -> None:
         """Put everything back as :meth:`save_checkpoint` found it.
@@ -369,7 +376,7 @@ class StageTrainer:
         self.stage.engine.load_weights(folder)
         self.stage.engine.load_state(folder / OPTIMIZER_FILE)
         # The window holds all ranks' sums; one rank takes them on.
-        saved.window = from_json(saved.window) if self.world.is_main else {}  # type: ignore[arg-type]
+        saved.window = from_json(saved.window) if self.world.rank == 0 else {}  # type: ignore[arg-type]
         self.progress, self._saved_step = saved, saved.step
         get_logger().info("resuming from %s: step %d of %d", folder, saved.step, self.total_steps)
         if saved.step >= self.total_steps > 0:

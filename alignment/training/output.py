@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,19 @@ def _wants_latest(value: object) -> bool:
 
 def _is_ours(path: Path) -> bool:
     return (path / MANIFEST).exists() or (path / "trainer").is_dir()
+
+
+@contextlib.contextmanager
+def on_main(world: World, make: Callable[[], contextlib.AbstractContextManager[Path]]) -> Iterator[Path]:
+    """Enter ``make()`` on the main process; the others get a path at which nothing is, and nothing must be written.
+
+    For saving together: every process takes part in gathering, the main one writes.
+    """
+    if world.is_main:
+        with make() as folder:
+            yield folder
+    else:
+        yield Path("only the main process writes")
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def run_stage(argv: list[str], parse: Callable[[list[str]], Any], body: Callable
 
         load_plugins(args.plugins)
     use_device(args)
-    world = init_world()
+    world = init_world(args.topology())
     with world.guard():
         args.report()
         code = body(args, world, argv)
@@ -87,10 +87,10 @@ def train_stage(
     from alignment import runtime
     from alignment.ppo.engine import Engine, OptimizerSettings
     from alignment.ppo.models import (
+        check_layout,
         check_model_folder,
         load_tokenizer,
         model_context_length,
-        save_model,
         save_tokenizer,
     )
     from alignment.training.checkpoint import CheckpointStore
@@ -100,7 +100,9 @@ def train_stage(
     store = CheckpointStore(args.output_dir, args.save_total_limit)
     resume = None if args.dry_run else prepare_output_dir(args, world, store)
     source = args.model_name_or_path
-    check_model_folder(source, role=role)
+    found = check_model_folder(source, role=role)
+    if found is not None:
+        check_layout(found.config, world.topology, f"{role} {source}")
     args.check_context(model_context_length(source), f"model {source}")
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or source, role=f"{role}'s tokenizer")
     template = stage_template(args, tokenizer, source)
@@ -120,9 +122,10 @@ def train_stage(
         engine.load_weights(args.lora_path)
 
     def save(folder: Path) -> None:
-        save_model(model, folder)
-        save_tokenizer(tokenizer, folder)
-        template.save(folder)
+        engine.save_weights(folder)
+        if world.is_main:
+            save_tokenizer(tokenizer, folder)
+            template.save(folder)
 
     stage = make_stage(engine, tokenizer, save)
     return StageTrainer(stage, args, world, data.train, data.evaluation, argv=argv, resume=resume).run()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from paddle import Tensor
 
     from alignment.ppo.engine import Engine
+    from alignment.ppo.models import Rows
 
 Batch = dict[str, np.ndarray]
 
@@ -41,8 +42,13 @@ class Stage(Protocol):
     def tokens(self, batch: Batch) -> int:
         """Real tokens that the model reads, for the rates."""
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
-        """The **sum** of the loss over the batch's :meth:`count`, and stats for metrics."""
+    def rows(self, batch: Batch) -> Rows:
+        """What the model reads of a batch."""
+
+    def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
+        """From final hidden states ``[rows, seq, hidden]``: the **sum** of the loss over the batch's :meth:`count`, and
+        stats for metrics.
+        """
 
     def after_step(self, stats: Stats) -> None:
         """Called on every rank after each optimizer step with this rank's stats of the step."""
@@ -54,7 +60,7 @@ class Stage(Protocol):
         """One readable text per row."""
 
     def save(self, folder: Path) -> None:
-        """Write the model, its tokenizer and its prompt template into ``folder``."""
+        """Write the model, its tokenizer and its prompt template into ``folder``; every process calls it."""
 
 
 @dataclass

@@ -9,10 +9,13 @@ from typing import Any
 import paddle
 
 from alignment.errors import AlignmentError, CheckpointError
+from alignment.parallel.topology import Topology
+from alignment.ppo.models import Piece, pieces_of
+from alignment.ppo.models.parts import belongs_elsewhere
 
 
-def load_weights_into(model: Any, folder: Path, name: str) -> None:
-    """Read ``folder``'s weight files and put every tensor into ``model``.
+def load_weights_into(model: Any, folder: Path, name: str, topology: Topology) -> None:
+    """Read ``folder``'s weight files and put every tensor into ``model``, of a divided model this process's part.
 
     Raises:
         CheckpointError: see :meth:`alignment.ppo.engine.Engine.load_weights`.
@@ -24,17 +27,26 @@ def load_weights_into(model: Any, folder: Path, name: str) -> None:
     is_adapter = (folder / "lora_config.json").exists()
     # An adapter's folder holds the adapter alone; what is frozen came with the base model.
     wanted = {key for key, tensor in own.items() if not tensor.stop_gradient} if is_adapter else set(inner.state_dict())
-    missing = sorted(key for key in wanted if key in own and key not in loaded)
+    pieces = pieces_of(model, topology) if topology.splits_model else {}
+    piece_of = {key: pieces.get(key, Piece(key)) for key in own}
+    missing = sorted(piece_of[key].name for key in wanted if key in own and piece_of[key].name not in loaded)
     if missing:
         raise CheckpointError(f"{name}: the weights in {folder} lack {some_names(missing)}")
-    for key, value in loaded.items():
-        if key not in own:
+    has = {piece.name for piece in piece_of.values()}
+    for key in loaded:
+        if key not in has and not (topology.splits_model and belongs_elsewhere(key, inner, topology)):
             raise CheckpointError(f"{name}: {folder} holds {key!r}, which this model has not")
-        if list(value.shape) != list(own[key].shape):
+    for local, tensor in own.items():
+        piece = piece_of[local]
+        if piece.name not in loaded:
+            continue
+        value = loaded[piece.name]
+        expected = piece.whole_shape(tensor.shape, topology)
+        if list(value.shape) != expected:
             raise CheckpointError(
-                f"{name}: {key} in {folder} has shape {list(value.shape)}, the model's is {list(own[key].shape)}"
+                f"{name}: {piece.name} in {folder} has shape {list(value.shape)}, the model's is {expected}"
             )
-        own[key].set_value(paddle.to_tensor(value).astype(own[key].dtype))
+        tensor.set_value(paddle.to_tensor(piece.cut(value, topology)).astype(tensor.dtype))
     if is_adapter and hasattr(inner, "set_normalizer"):
         # A score model's statistics are no trained weights; the adapter's folder keeps them in its config.
         config = json.loads((folder / "config.json").read_text())

@@ -35,8 +35,8 @@ def _args(cls: type, **values: Any) -> Any:
         ({"pipeline_parallel_degree": 2}, "pipeline_parallel_degree", "no effect with one process"),
         ({"sharding": "stage1"}, "sharding", "no effect with one process"),
         ({"sharding_parallel_degree": 4}, "sharding_parallel_degree", "no effect with one process"),
-        ({"eval_mode": "single"}, "eval_mode", "no copy is needed"),
-        ({"pipeline_parallel_config": "x"}, "pipeline_parallel_config", "no pipeline"),
+        ({"eval_mode": "single"}, "eval_mode", "no effect with one process"),
+        ({"pipeline_parallel_config": "x"}, "pipeline_parallel_config", "the pipeline needs no options"),
         ({"optim": "adafactor"}, "optim", "this toolkit's does not"),
         ({"device": "gpu"}, "device", "no GPU"),
     ],
@@ -77,11 +77,20 @@ def test_a_cpu_computes_in_float32() -> None:
     assert (args.on_cpu, args.dtype) == (True, "float32")
 
 
-def test_sharding_with_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
-    args = _args(PPOArguments, sharding="stage2", sharding_parallel_degree=2)
-    assert "plain data parallelism" in args.unused["sharding"]
-    assert args.unused["sharding"] == args.unused["sharding_parallel_degree"]
+def test_several_processes_make_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "8")
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "5")
+    layout = _args(PPOArguments, sharding="stage2", tensor_parallel_degree=2).topology()
+    assert (layout.tensor, layout.sharding, layout.sharding_stage, layout.data_size) == (2, 4, 2, 4)
+    assert (layout.tensor_rank, layout.sharding_rank, layout.data_rank) == (1, 2, 2)
+    layout = _args(PPOArguments, pipeline_parallel_degree=2).topology()
+    assert (layout.pipeline, layout.stage, layout.data_size, layout.data_rank) == (2, 1, 4, 2)
+
+
+def test_one_process_is_one_process_whatever_the_degrees() -> None:
+    args = _args(PPOArguments, sharding="stage1", tensor_parallel_degree=2)
+    assert args.topology().processes == 1
+    assert args.unused["sharding"] == args.unused["tensor_parallel_degree"] == "no effect with one process"
 
 
 @pytest.mark.parametrize(

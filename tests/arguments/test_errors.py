@@ -328,11 +328,20 @@ def test_a_mixture_by_name_has_no_evaluation_data_of_its_own() -> None:
     assert "do_eval is true, but there are no evaluation data" in message(SFT, values)
 
 
-@pytest.mark.parametrize("key", ["tensor_parallel_degree", "pipeline_parallel_degree"])
-def test_degrees_beyond_data_parallelism(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert getattr(from_dict(PPOArguments, {**PPO, key: 2}), key) == 2
-    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
-    assert f"{key} 2 with 2 processes is not available yet in this version; data parallelism is" in message(
-        PPOArguments, {key: 2}
-    )
-    from_dict(PPOArguments, {**PPO, key: 1})
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"tensor_parallel_degree": 3}, "= 3 processes (or a multiple of it) are needed, but the run has 4"),
+        ({"tensor_parallel_degree": 2, "pipeline_parallel_degree": 4}, "= 8 processes"),
+        ({"sharding": "stage1", "sharding_parallel_degree": 3}, "sharding_parallel_degree 3 = 3 processes"),
+        ({"sharding_parallel_degree": 2}, "sharding says nothing to share; set sharding to stage1, stage2 or stage3"),
+        ({"sequence_parallel": True}, "set tensor_parallel_degree to 2 or more"),
+        (
+            {"sharding": "stage3", "pipeline_parallel_degree": 2},
+            "sharding stage3 with a pipeline would gather every stage's parameters",
+        ),
+    ],
+)
+def test_layouts_that_cannot_be(values: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
+    assert text in message(PPOArguments, values)

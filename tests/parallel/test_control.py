@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignment.parallel import ControlChannel, RankFailure, World
+from alignment.parallel import ControlChannel, RankFailure, Topology, World
 
 
 def run_ranks(size: int, body: Callable[[World], Any]) -> list[Any]:
@@ -27,7 +27,7 @@ def run_ranks(size: int, body: Callable[[World], Any]) -> list[Any]:
         else:
             ready.wait(10)
             channel = ControlChannel(rank, size, "127.0.0.1", "token", ports[0])
-        world = World(rank, size, rank, channel)
+        world = World(Topology(size, rank), rank, channel)
         try:
             with world.guard():
                 results[rank] = body(world)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from alignment.parallel import World
 from alignment.ppo.dataflow import PPO_ITERATION, Dataflow, ModelCall, PhaseTimer
-from alignment.ppo.rollout import Rollout, join_rollouts, map_micro_batches
+from alignment.ppo.rollout import Rollout, join_micro_batches, join_rollouts, split_rollout
 from alignment.ppo.statistics import Statistics
 from alignment.ppo.streams import IndexStream
 
@@ -49,7 +49,7 @@ def test_an_empty_selection_is_an_empty_rollout() -> None:
     empty = make_rollout([(3, 2)]).select([])
     assert len(empty) == 0
     assert empty.mask.shape == (0, 1)
-    assert map_micro_batches(empty, 4, lambda part: part.mask, 5).shape == (0, 5)
+    assert join_micro_batches([part.mask for part in split_rollout(empty, 4)], 5).shape == (0, 5)
     with pytest.raises(ValueError, match="no rollout to join"):
         join_rollouts([], 0)
 
@@ -58,9 +58,12 @@ def test_an_empty_selection_is_an_empty_rollout() -> None:
 @given(row_lengths, st.integers(1, 5))
 def test_micro_batches_are_joined_to_the_whole_width(lengths: list, size: int) -> None:
     rollout = make_rollout(lengths)
-    result = map_micro_batches(rollout, size, lambda part: part.mask * part.prompt_len[:, None], rollout.width)
+    parts = split_rollout(rollout, size)
+    assert max(len(part) for part in parts) <= size
+    result = join_micro_batches([part.mask * part.prompt_len[:, None] for part in parts], rollout.width)
     np.testing.assert_array_equal(result, rollout.mask * rollout.prompt_len[:, None])
-    np.testing.assert_array_equal(map_micro_batches(rollout, size, lambda part: part.prompt_len), rollout.prompt_len)
+    lengths = join_micro_batches([part.prompt_len for part in parts], rollout.width)
+    np.testing.assert_array_equal(lengths, rollout.prompt_len)
 
 
 def test_ppos_dataflow_says_what_each_phase_needs() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from alignment.parallel import World
 from alignment.ppo.engine import Engine
-from alignment.ppo.models import causal_logits, load_causal_lm, load_score_model
+from alignment.ppo.models import causal_logits, final_hidden_states, load_causal_lm, load_score_model
 from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
 from alignment.ppo.rollout import Rollout
 
@@ -111,10 +111,11 @@ def test_the_reward_is_read_at_the_last_real_token(policy_dir: Path) -> None:
 def test_supervised_loss_counts_labels_only(policy: PolicyRole) -> None:
     ids = np.array([[5, 6, 7, 8], [9, 10, 1, 1]])
     labels = np.array([[-100, -100, 7, 8], [-100, 10, -100, -100]])
-    total, count = policy.negative_log_likelihood(ids, labels)
+    hidden = final_hidden_states(policy.engine.model, paddle.to_tensor(ids))
+    total, count = policy.negative_log_likelihood(hidden, labels)
     assert count == 3
     with paddle.no_grad():
         logits = causal_logits(policy.engine.model, paddle.to_tensor(ids), [4, 2]).numpy().astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert float(total) == pytest.approx(-(logprobs[0, 1, 7] + logprobs[0, 2, 8] + logprobs[1, 0, 10]), abs=1e-4)
-    assert policy.negative_log_likelihood(ids, np.full_like(labels, -100))[1] == 0
+    assert policy.negative_log_likelihood(hidden, np.full_like(labels, -100))[1] == 0

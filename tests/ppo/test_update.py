@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.errors import InvariantError, NonFiniteError
-from alignment.parallel import World
+from alignment.parallel import Topology, World
 from alignment.ppo.algorithms.advantages import RunningMoments
 from alignment.ppo.algorithms.kl import FixedKLController
 from alignment.ppo.engine import Engine, OptimizerSettings
@@ -87,7 +87,7 @@ def test_windows_cover_every_row_once_a_pass_and_ranks_share_them(
     single = list(split_windows(experience, make_args(
         update_iters=passes, per_device_train_batch_size=size * ranks, gradient_accumulation_steps=accumulation
     ), World(), 5))  # fmt: skip
-    shares = [list(split_windows(experience, args, World(rank, ranks), 5)) for rank in range(ranks)]
+    shares = [list(split_windows(experience, args, World(Topology(ranks, rank)), 5)) for rank in range(ranks)]
     for windows in zip(single, *shares, strict=True):
         whole, parts = windows[0], windows[1:]
         assert [i for part in parts for i in part.mine.rollout.prompt_index] == whole.mine.rollout.prompt_index.tolist()

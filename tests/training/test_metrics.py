@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from alignment.errors import ArgumentsError
-from alignment.parallel import World
+from alignment.parallel import Topology, World
 from alignment.training.metrics import MetricWriter, backend_names, format_seconds, read_metrics
 
 
@@ -61,7 +61,7 @@ def test_resume_cuts_rows_after_the_resumed_step(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    writer = MetricWriter(tmp_path / "run", arguments(report_to=["visualdl"]), World(rank=1, size=2), 10)
+    writer = MetricWriter(tmp_path / "run", arguments(report_to=["visualdl"]), World(Topology(2, 1)), 10)
     writer.advance(1, 5)
     writer.log(1, {"x": 1.0})
     writer.write("text")

@@ -7,6 +7,7 @@ sees that.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import paddle
 
 from alignment.errors import ModelError
+from alignment.ppo.generation.decoder import Decoder
 from alignment.ppo.generation.sampler import SamplingSettings, choose_tokens
 from alignment.ppo.rollout import Rollout, join_rollouts
 
@@ -48,12 +50,19 @@ class GenerationEngine:
         eos_ids: tokens that end an answer.
         context_length: the longest row that the model can take, or ``None`` for no limit.
         batch_size: answers that are generated together.
+        schedule: of the pipeline, where ``model`` is a stage; every process of it makes the same calls.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, eos_ids: Sequence[int], context_length: int | None, batch_size: int
+        self,
+        model: Any,
+        tokenizer: Any,
+        eos_ids: Sequence[int],
+        context_length: int | None,
+        batch_size: int,
+        schedule: Any = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.decoder = model, tokenizer, Decoder(model, schedule)
         self.eos_ids = tuple(int(i) for i in eos_ids)
         self.context_length, self.batch_size = context_length, max(1, batch_size)
         # Only Mistral's models have sliding windows that are in force; paddlenlp's code ignores them.
@@ -61,7 +70,11 @@ class GenerationEngine:
         self.window: int | None = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
 
     def generate(
-        self, prompts: Sequence[GenerationPrompt], settings: SamplingSettings, num_return_sequences: int = 1
+        self,
+        prompts: Sequence[GenerationPrompt],
+        settings: SamplingSettings,
+        num_return_sequences: int = 1,
+        batch_size: int | None = None,
     ) -> Rollout:
         """Answer each prompt ``num_return_sequences`` times.
 
@@ -69,6 +82,7 @@ class GenerationEngine:
             prompts: at least one.
             settings: limits and sampling.
             num_return_sequences: answers per prompt, beside each other in the result.
+            batch_size: answers that are generated together; the engine's own if not given.
 
         Returns:
             ``len(prompts) * num_return_sequences`` rows in the order of the prompts.
@@ -79,7 +93,7 @@ class GenerationEngine:
         self._check(prompts)
         was_training = self.model.training
         self.model.eval()
-        per_batch = max(1, self.batch_size // num_return_sequences)
+        per_batch = max(1, (batch_size or self.batch_size) // num_return_sequences)
         try:
             with paddle.no_grad():
                 parts = [
@@ -116,7 +130,7 @@ class GenerationEngine:
         repeat = np.repeat(np.arange(len(prompts)), num_return_sequences)
         if num_return_sequences > 1:
             index = paddle.to_tensor(repeat)
-            logits, caches = logits[repeat], _gather(caches, index)
+            logits, caches = None if logits is None else logits[repeat], _gather(caches, index)
         prompt_width = max(len(prompt.input_ids) for prompt in prompts)
         # which slots of the (left-padded) row are real; grows by one column a step
         visible = np.zeros((len(prompts), prompt_width), dtype=np.int64)
@@ -124,20 +138,12 @@ class GenerationEngine:
             visible[i, prompt_width - len(prompt.input_ids) :] = 1
         visible = visible[repeat]
         active = np.arange(len(repeat))
-        seen = self._seen(prompts, repeat, logits.shape[-1]) if settings.repetition_penalty != 1.0 else None
+        vocabulary = int(self.model.config.vocab_size)
+        seen = self._seen(prompts, repeat, vocabulary) if settings.repetition_penalty != 1.0 else None
         position = 0
         while True:
-            if not np.isfinite(logits).all():
-                raise ModelError("the model gave NaN or infinite logits during generation; are its weights intact?")
-            tokens, logprobs = choose_tokens(
-                logits,
-                settings,
-                state.prompt_index[active],
-                state.sample_index[active],
-                position,
-                self.eos_ids,
-                None if seen is None else seen[active],
-            )
+            choose = functools.partial(self._choose, logits, settings, state, active, position, seen)
+            tokens, logprobs = self.decoder.decide(choose)
             growing = state.append(active, position, tokens, logprobs)
             if seen is not None:
                 seen[active, tokens] = True
@@ -155,13 +161,34 @@ class GenerationEngine:
             visible = np.concatenate([visible, np.ones((len(active), 1), dtype=np.int64)], axis=1)
             logits, caches = self._decode(tokens, state.prompt_len[active] + position - 1, visible, caches)
 
+    def _choose(
+        self,
+        logits: np.ndarray,
+        settings: SamplingSettings,
+        state: _Batch,
+        active: np.ndarray,
+        position: int,
+        seen: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if not np.isfinite(logits).all():
+            raise ModelError("the model gave NaN or infinite logits during generation; are its weights intact?")
+        return choose_tokens(
+            logits,
+            settings,
+            state.prompt_index[active],
+            state.sample_index[active],
+            position,
+            self.eos_ids,
+            None if seen is None else seen[active],
+        )
+
     def _seen(self, prompts: Sequence[GenerationPrompt], repeat: np.ndarray, vocab: int) -> np.ndarray:
         seen = np.zeros((len(prompts), vocab), dtype=bool)
         for i, prompt in enumerate(prompts):
             seen[i, prompt.input_ids] = True
         return seen[repeat]
 
-    def _prefill(self, prompts: Sequence[GenerationPrompt]) -> tuple[np.ndarray, Any]:
+    def _prefill(self, prompts: Sequence[GenerationPrompt]) -> tuple[np.ndarray | None, Any]:
         width = max(len(prompt.input_ids) for prompt in prompts)
         tokens = np.full((len(prompts), width), self.pad_id, dtype=np.int64)
         mask, positions = np.zeros_like(tokens), np.zeros_like(tokens)
@@ -171,7 +198,7 @@ class GenerationEngine:
             mask[i, start:] = 1
             positions[i, start:] = np.arange(width - start)
         first = width if self.window is None else min(width, self.window)
-        logits, caches = self._forward(tokens[:, :first], mask[:, :first], positions[:, :first], None)
+        logits, caches = self.decoder.step(tokens[:, :first], mask[:, :first], positions[:, :first], None)
         # behind a sliding window token by token: slow, and right whatever the model's own code makes of windows
         for slot in range(first, width):
             logits, caches = self._decode(tokens[:, slot], positions[:, slot], mask[:, : slot + 1], caches)
@@ -179,24 +206,11 @@ class GenerationEngine:
 
     def _decode(
         self, tokens: np.ndarray, positions: np.ndarray, mask: np.ndarray, caches: Any
-    ) -> tuple[np.ndarray, Any]:
+    ) -> tuple[np.ndarray | None, Any]:
         if self.window is not None and mask.shape[1] > self.window:
             mask = mask.copy()
             mask[:, : -self.window] = 0
-        return self._forward(tokens[:, None], mask, positions[:, None], caches)
-
-    def _forward(
-        self, tokens: np.ndarray, mask: np.ndarray, positions: np.ndarray, caches: Any
-    ) -> tuple[np.ndarray, Any]:
-        output = self.model(
-            paddle.to_tensor(tokens),
-            attention_mask=paddle.to_tensor(mask),
-            position_ids=paddle.to_tensor(positions),
-            past_key_values=caches,
-            use_cache=True,
-            return_dict=True,
-        )
-        return output.logits[:, -1].astype("float32").numpy(), output.past_key_values
+        return self.decoder.step(tokens[:, None], mask, positions[:, None], caches)
 
 
 def _gather(caches: Any, index: paddle.Tensor) -> list[tuple[paddle.Tensor, ...]]:

@@ -10,9 +10,13 @@ segment, and Mistral's sliding window, which paddlenlp's modeling code ignores.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import paddle
 from paddle import nn
+from paddle.nn import functional as F
 
 from alignment.errors import ModelError
 
@@ -38,15 +42,17 @@ def final_hidden_states(
     *,
     position_ids: paddle.Tensor | None = None,
     mask: paddle.Tensor | None = None,
+    received: paddle.Tensor | None = None,
 ) -> paddle.Tensor:
-    """Return the hidden states after the final norm.
+    """Return the hidden states after the final norm; of a pipeline stage those that it hands on.
 
     Args:
-        model: a causal or score model.
+        model: a causal or score model, or a pipeline stage of one.
         input_ids: ``[batch, seq]`` int64.
         position_ids: ``[batch, seq]`` int64; 0, 1, 2, ... if not given.
         mask: ``[batch, 1, seq, seq]`` bool, True where attention is allowed, already causal; a plain causal mask if
             not given.
+        received: ``[batch, seq, hidden]``, the stage before's hidden states; None on the first stage.
 
     Returns:
         ``[batch, seq, hidden]`` in the model's dtype.
@@ -55,18 +61,77 @@ def final_hidden_states(
         ModelError: the rows are longer than the model's positions reach.
     """
     backbone = backbone_of(model)
-    _check_context(backbone, input_ids.shape[1])
+    batch, seq = input_ids.shape
+    _check_context(backbone, seq)
     if mask is None:
         mask = _window_mask(backbone, input_ids.shape)
+    split = backbone.config.tensor_parallel_degree if getattr(backbone.config, "sequence_parallel", False) else 1
+    more = -seq % max(1, split)
+    if more:
+        # The tensor ranks get equal shares of the sequence; nobody sees what is put behind the end.
+        input_ids = F.pad(input_ids, [0, 0, 0, more])
+        position_ids = None if position_ids is None else F.pad(position_ids, [0, 0, 0, more])
+        mask = None if mask is None else F.pad(mask.astype("int32"), [0, 0, 0, 0, 0, more, 0, more]).astype("bool")
+        received = None if received is None else F.pad(received, [0, 0, 0, more, 0, 0])
+    if split > 1:
+        set_sequence_length(model, seq + more)
     attention_mask = None if mask is None else _mask_as_expected(backbone, mask)
     outputs = backbone(
-        input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
         use_cache=False,
         return_dict=False,
+        **({"input_ids": input_ids} if received is None else {"inputs_embeds": received}),
     )
-    return outputs[0] if isinstance(outputs, tuple | list) else outputs
+    hidden = outputs[0] if isinstance(outputs, tuple | list) else outputs
+    if split > 1:
+        hidden = gather_sequence(hidden, batch, seq + more)
+    return hidden[:, :seq] if more else hidden
+
+
+def cached_hidden_states(
+    model: nn.Layer,
+    tokens: paddle.Tensor,
+    mask: paddle.Tensor,
+    positions: paddle.Tensor,
+    caches: Any,
+    received: paddle.Tensor | None = None,
+) -> tuple[paddle.Tensor, Any]:
+    """Return final hidden states of tokens behind a key-value cache, and the cache that has grown by them.
+
+    Args:
+        model: a causal model, or a pipeline stage of one.
+        tokens: ``[batch, new]`` int64.
+        mask: ``[batch, cached + new]`` int64, 1 where a slot is real.
+        positions: ``[batch, new]`` int64.
+        caches: what the call before returned; None at first.
+        received: ``[batch, new, hidden]`` from the stage before; None on the first.
+
+    Returns:
+        ``([batch, new, hidden], caches)``.
+    """
+    output = backbone_of(model)(
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=caches,
+        use_cache=True,
+        return_dict=True,
+        **({"input_ids": tokens} if received is None else {"inputs_embeds": received}),
+    )
+    return output.last_hidden_state, output.past_key_values
+
+
+def set_sequence_length(model: nn.Layer, length: int) -> None:
+    """Tell sequence-parallel attention how long the rows of the next forward are, which its flat input does not say."""
+    for layer in backbone_of(model).layers:
+        layer.self_attn.seq_length = length
+
+
+def gather_sequence(hidden: paddle.Tensor, rows: int, length: int) -> paddle.Tensor:
+    """``[rows * length / tensor, hidden]`` on each tensor rank -> ``[rows, length, hidden]`` on all of them."""
+    from paddle.distributed.fleet.utils.sequence_parallel_utils import GatherOp
+
+    return GatherOp.apply(hidden).reshape([rows, length, hidden.shape[-1]])
 
 
 def lm_logits(model: nn.Layer, hidden_states: paddle.Tensor) -> paddle.Tensor:
@@ -122,9 +187,51 @@ def packed_causal_logits(
             f"packed rows need input_ids, segment_ids and position_ids of one shape, got {list(input_ids.shape)}, "
             f"{list(segment_ids.shape)} and {list(position_ids.shape)}"
         )
+    return lm_logits(model, _packed_hidden_states(model, input_ids, segment_ids, position_ids))
+
+
+def _packed_hidden_states(
+    model: nn.Layer,
+    input_ids: paddle.Tensor,
+    segment_ids: paddle.Tensor,
+    position_ids: paddle.Tensor,
+    received: paddle.Tensor | None = None,
+) -> paddle.Tensor:
     same_segment = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
     mask = paddle.logical_and(same_segment, _causal(input_ids.shape[1], _window_of(backbone_of(model)))).unsqueeze(1)
-    return lm_logits(model, final_hidden_states(model, input_ids, position_ids=position_ids.astype("int64"), mask=mask))
+    return final_hidden_states(
+        model, input_ids, position_ids=position_ids.astype("int64"), mask=mask, received=received
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro batch as a model reads it.
+
+    Attributes:
+        input_ids: ``[batch, seq]`` int64, right-padded.
+        segment_ids: ``[batch, seq]`` int of packed rows, see :func:`packed_causal_logits`; None for one sample a row.
+        position_ids: ``[batch, seq]`` int64 of packed rows.
+    """
+
+    input_ids: np.ndarray
+    segment_ids: np.ndarray | None = None
+    position_ids: np.ndarray | None = None
+
+
+def hidden_states(model: nn.Layer, rows: Rows, received: paddle.Tensor | None = None) -> paddle.Tensor:
+    """Return the final hidden states ``[batch, seq, hidden]`` of a micro batch, packed or not.
+
+    Args:
+        model: a causal or score model, or a pipeline stage of one.
+        rows: the micro batch.
+        received: ``[batch, seq, hidden]`` from the stage before; None on the first.
+    """
+    input_ids = paddle.to_tensor(np.ascontiguousarray(rows.input_ids))
+    if rows.segment_ids is None or rows.position_ids is None:
+        return final_hidden_states(model, input_ids, received=received)
+    segment_ids, position_ids = paddle.to_tensor(rows.segment_ids), paddle.to_tensor(rows.position_ids)
+    return _packed_hidden_states(model, input_ids, segment_ids, position_ids, received)
 
 
 def score_tokens(
@@ -144,15 +251,24 @@ def score_tokens(
     Raises:
         ModelError: the model gives more than one score per token, or a length is out of range.
     """
-    inner = unwrap(model)
     if lengths is not None:
         _checked_lengths(lengths, input_ids.shape)
+    return scores_of(model, final_hidden_states(model, input_ids), raw=raw)
+
+
+def scores_of(model: nn.Layer, hidden: paddle.Tensor, *, raw: bool = False) -> paddle.Tensor:
+    """Apply a score model's head: ``[batch, seq, hidden]`` -> ``[batch, seq]`` float32; see :func:`score_tokens`.
+
+    Raises:
+        ModelError: the model gives more than one score per token.
+    """
+    inner = unwrap(model)
     if inner.config.score_dim != 1:
         raise ModelError(
             f"this score model gives {inner.config.score_dim} scores per token; training and rewards need one "
             f"(score_dim 1)"
         )
-    scores = inner.raw_scores(final_hidden_states(model, input_ids))
+    scores = inner.raw_scores(hidden)
     return (scores if raw else inner.normalize(scores)).squeeze(-1)
 
 

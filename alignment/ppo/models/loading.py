@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import nn
 from paddlenlp.generation import GenerationConfig
@@ -29,14 +31,18 @@ from paddlenlp.transformers import (
     Qwen2ForCausalLM,
 )
 from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
+from safetensors.numpy import save_file
 
 from alignment.errors import ModelError
 from alignment.log import get_logger, say_once
+from alignment.parallel.topology import Topology
 
+from .divisible import check_layout
 from .folders import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelFolder, check_model_folder, read_json
 from .forward import unwrap
 from .hf_layout import Weights
 from .lora import LoRASettings, add_lora
+from .parts import belongs_elsewhere, divide_config, pieces_of, trim, whole_config
 from .score_model import SCORE_MODELS, ScoreModelMixin, fill_score_config
 from .upstream import fetch_from_hub, quiet_paddlenlp, translate_rope_scaling
 
@@ -52,6 +58,7 @@ CAUSAL_MODELS: dict[str, type[PretrainedModel]] = {
     "mistral": MistralForCausalLM,
     "gemma": GemmaForCausalLM,
 }
+WHOLE = Topology()
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -61,6 +68,7 @@ def load_causal_lm(
     dtype: str = "float32",
     config_overrides: dict[str, Any] | None = None,
     lora: LoRASettings | None = None,
+    topology: Topology = WHOLE,
     role: str = "model",
 ) -> nn.Layer:
     """Load a causal language model from a folder in paddlenlp's or Hugging Face's layout.
@@ -73,6 +81,7 @@ def load_causal_lm(
             kernels there.
         config_overrides: config attributes to change (``use_flash_attention``, ``recompute``, ...).
         lora: wrap the model so that only low-rank adapters are trained.
+        topology: the layout; of a divided model only this process's part is loaded.
         role: what the model is for, for messages.
 
     Returns:
@@ -90,9 +99,11 @@ def load_causal_lm(
     dropped = [name for name in weights if name.startswith(("score_head.", "normalizer."))]
     if dropped:
         say_once(f"{role}: {folder.path} is a score model; its head ({', '.join(dropped)}) is not used here")
-    model = _new_model(model_class, config)
-    _fill(model, weights, role=role, ignore=("score_head.", "normalizer."), may_lack=())
-    _fill_tied_head(model, weights)
+    _check_divisible(folder, topology, lora, role)
+    model = _new_model(model_class, config, topology)
+    _fill(model, weights, topology, role=role, ignore=("score_head.", "normalizer."), may_lack=())
+    if not topology.splits_model:
+        _fill_tied_head(model, weights)
     model.generation_config = _generation_config(model, folder, role=role)
     _say_what_differs(weights)
     return add_lora(model, lora, base=folder.path) if lora else model
@@ -109,6 +120,7 @@ def load_score_model(
     config_overrides: dict[str, Any] | None = None,
     lora: LoRASettings | None = None,
     seed: int = 42,
+    topology: Topology = WHOLE,
     role: str = "score model",
 ) -> nn.Layer:
     """Load a score model from a score model's folder, or make one from a causal model's folder with a new head.
@@ -120,7 +132,8 @@ def load_score_model(
         do_normalize: apply the normaliser to the scores; None keeps what the folder says.
         normalizer_type: None (keep what the folder says), ``"RunningMeanStd"`` or ``"ExponentialMovingAverage"``.
         momentum: of the moving average; None keeps what the folder says, else 0.9.
-        dtype, config_overrides, lora, role: as for :func:`load_causal_lm`. With LoRA the head is trained whole.
+        dtype, config_overrides, lora, topology, role: as for :func:`load_causal_lm`. With LoRA the head is trained
+            whole.
         seed: of a new head.
 
     Returns:
@@ -148,12 +161,14 @@ def load_score_model(
         config.bias = "score_head.bias" in weights
         config.score_dim = weights.shape("score_head.weight")[-1]
     fill_score_config(config)
-    model = _new_model(model_class, config)
+    _check_divisible(folder, topology, lora, role)
+    model = _new_model(model_class, config, topology)
     if has_head:
-        _fill(model, weights, role=role, ignore=("lm_head.",), may_lack=("normalizer.",))
+        _fill(model, weights, topology, role=role, ignore=("lm_head.",), may_lack=("normalizer.",))
     else:
-        _fill(model, weights, role=role, ignore=("lm_head.",), may_lack=("normalizer.", "score_head."))
-        model.reset_head(seed)
+        _fill(model, weights, topology, role=role, ignore=("lm_head.",), may_lack=("normalizer.", "score_head."))
+        if topology.last_stage:
+            model.reset_head(seed)
         get_logger().info(
             "%s: %s has no score head; a new one is drawn from normal(0, 1/sqrt(%d + 1)) with seed %d",
             role,
@@ -258,6 +273,33 @@ def save_model(
         raise ModelError(f"cannot save the model in {folder}: {error}") from error
 
 
+def save_whole_model(model: nn.Layer, folder: str | os.PathLike, tensors: dict[str, np.ndarray]) -> None:
+    """Save a divided model as :func:`save_model` saves an undivided one.
+
+    Args:
+        model: this process's part, for its config.
+        folder: made if it does not exist.
+        tensors: all of the whole model, by name.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
+    inner = unwrap(model)
+    if isinstance(inner, ScoreModelMixin):
+        inner.write_normalizer_to_config()
+    config = whole_config(inner.config)
+    config.architectures = [type(inner).__name__]
+    config.dtype = str(next(iter(inner.parameters())).dtype).split(".")[-1]
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(str(folder))
+        save_file(tensors, str(Path(folder) / "model.safetensors"), metadata={"format": "np"})
+        if getattr(inner, "generation_config", None) is not None:
+            inner.generation_config.to_json_file(str(Path(folder) / GENERATION_CONFIG_FILE), use_diff=True)
+    except OSError as error:
+        raise ModelError(f"cannot save the model in {folder}: {error}") from error
+
+
 def _check_config(config: PretrainedConfig, folder: ModelFolder, *, role: str) -> None:
     """Refuse what would only fail, or be ignored, deep inside the modeling code."""
     where = f"{role}: {folder.path / CONFIG_FILE}"
@@ -293,29 +335,85 @@ def _check_config(config: PretrainedConfig, folder: ModelFolder, *, role: str) -
         )
 
 
-def _new_model(model_class: type[PretrainedModel], config: PretrainedConfig) -> PretrainedModel:
-    """Build a model without drawing its weights, which :func:`_fill` replaces all."""
+def _check_divisible(folder: ModelFolder, topology: Topology, lora: LoRASettings | None, role: str) -> None:
+    check_layout(folder.config, topology, f"{role}: {folder.path}")
+    if lora and topology.splits_model:
+        raise ModelError(f"{role}: LoRA adapters cannot be divided over tensor or pipeline ranks; use data parallelism")
+
+
+def _new_model(model_class: type[PretrainedModel], config: PretrainedConfig, topology: Topology) -> PretrainedModel:
+    """Build a model, or this process's part of it, without drawing its weights, which :func:`_fill` replaces all."""
+    layers = config.num_hidden_layers
+    if topology.splits_model:
+        config = divide_config(config, topology)
     with dtype_guard(config.dtype), no_init_weights():
-        return model_class(config)
+        model = model_class(config)
+    if topology.splits_model:
+        trim(model, layers, topology)
+    return model
+
+
+def empty_like(model: nn.Layer, topology: Topology) -> nn.Layer:
+    """A frozen model of the same architecture for another layout, its weights yet to be set.
+
+    Args:
+        model: this process's part of a divided model.
+        topology: the layout of the new one.
+    """
+    inner = unwrap(model)
+    new = _new_model(type(inner), whole_config(inner.config), topology)
+    new.generation_config = getattr(inner, "generation_config", None)
+    for parameter in new.parameters():
+        parameter.stop_gradient = True
+    new.eval()
+    return new
+
+
+def without_sequence_parallel(model: nn.Layer, topology: Topology) -> nn.Layer:
+    """A model that has the *same* parameter tensors and does not split the sequence, for generation."""
+    inner = unwrap(model)
+    new = _new_model(type(inner), whole_config(inner.config), replace(topology, sequence_parallel=False))
+    new.generation_config = getattr(inner, "generation_config", None)
+    own = dict(inner.named_sublayers(include_self=True))
+    for path, layer in new.named_sublayers(include_self=True):
+        for name in list(layer._parameters):
+            if own[path]._parameters[name] is not None:
+                layer._parameters[name] = own[path]._parameters[name]
+    new.eval()
+    return new
 
 
 def _fill(
-    model: PretrainedModel, weights: Weights, *, role: str, ignore: tuple[str, ...], may_lack: tuple[str, ...]
+    model: PretrainedModel,
+    weights: Weights,
+    topology: Topology,
+    *,
+    role: str,
+    ignore: tuple[str, ...],
+    may_lack: tuple[str, ...],
 ) -> None:
-    """Set all weights of a model.
+    """Set all weights of a model or of this process's part of it.
 
     Args:
         ignore: prefixes of tensors that the folder may have and the model has not.
         may_lack: prefixes of tensors that the model has and the folder may lack.
     """
     state = model.state_dict()
+    pieces = pieces_of(model, topology)
     folder = weights.folder.path
     tied = model.config.tie_word_embeddings
+    wanted = {piece.name for piece in pieces.values()}
     unexpected = [
-        n for n in weights if n not in state and not n.endswith("rotary_emb.inv_freq") and not n.startswith(ignore)
+        n
+        for n in weights
+        if n not in wanted
+        and not (tied and n == "lm_head.weight")
+        and not n.endswith("rotary_emb.inv_freq")
+        and not n.startswith(ignore)
+        and not belongs_elsewhere(n, model, topology)
     ]
     missing = [
-        n for n in state if n not in weights and not n.startswith(may_lack) and not (tied and n == "lm_head.weight")
+        n for n in wanted if n not in weights and not n.startswith(may_lack) and not (tied and n == "lm_head.weight")
     ]
     if any("qkv_proj" in name or "gate_up_fused_proj" in name for name in missing):
         raise ModelError(
@@ -325,7 +423,7 @@ def _fill(
     if missing:
         raise ModelError(
             f"{role}: {folder} lacks {len(missing)} of the {len(state)} tensors that its config asks for: "
-            f"{_some(missing)}; "
+            f"{_some(sorted(missing))}; "
             "the config belongs to another model, or the weights are incomplete"
         )
     if unexpected:
@@ -336,18 +434,21 @@ def _fill(
             "feature that this model uses"
         )
     for name, tensor in state.items():
-        if name not in weights or (tied and name == "lm_head.weight"):
+        piece = pieces[name]
+        whole = piece.name
+        if whole not in weights or (tied and whole == "lm_head.weight"):
             continue
-        array = weights.read(name)
-        if name.startswith("normalizer.") and array.size == tensor.size:
+        array = weights.read(whole)
+        if whole.startswith("normalizer.") and array.size == tensor.size:
             array = array.reshape(tensor.shape)  # a count may be stored as [] or [1]
-        if list(array.shape) != list(tensor.shape):
+        expected = piece.whole_shape(tensor.shape, topology)
+        if list(array.shape) != expected:
             raise ModelError(
-                f"{role}: {weights.file_of(name)}: tensor {weights.stored_name(name)} has shape {list(array.shape)} "
+                f"{role}: {weights.file_of(whole)}: tensor {weights.stored_name(whole)} has shape {list(array.shape)} "
                 f"(as [in, out]); "
-                f"the config asks for {list(tensor.shape)}"
+                f"the config asks for {expected}"
             )
-        tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype))
+        tensor.set_value(paddle.to_tensor(piece.cut(array, topology)).astype(tensor.dtype))
 
 
 def _generation_config(model: PretrainedModel, folder: ModelFolder, *, role: str) -> GenerationConfig:

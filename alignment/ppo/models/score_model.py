@@ -288,3 +288,10 @@ def fill_score_config(config: PretrainedConfig) -> None:
         )
     if not isinstance(config.score_dim, int) or config.score_dim < 1:
         raise ModelError(f"score_dim must be a whole number of at least 1, got {config.score_dim!r}")
+
+
+def ties_ends(model: PretrainedModel) -> bool:
+    """Whether the LM head is the token embedding, so that a pipeline's first and last stage share it; a score model
+    has no LM head.
+    """
+    return bool(getattr(model.config, "tie_word_embeddings", False)) and not isinstance(model, ScoreModelMixin)

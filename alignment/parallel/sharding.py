@@ -1,0 +1,124 @@
+"""Sharding of a trained model's state over the data ranks of a group (ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054).
+
+Every parameter has one owner in its sharding group, which keeps its optimizer state. Stage 1: gradients are summed at
+the owner, which updates the parameter and hands the new values out. Stage 2: they are summed at the end of every pass,
+so that no rank keeps other owners' gradients. Stage 3: between the phases that use a model only the owner keeps the
+parameter at all (:meth:`Sharding.rest`, :meth:`Sharding.wake`).
+
+Whole parameters are owned, as in fleet's ``DygraphShardingOptimizer``, so that a parameter's state is in one place: a
+checkpoint does not depend on the number of ranks, and an update has the bits of the unsharded one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from paddle import Tensor
+
+from alignment.parallel.groups import broadcast, buckets
+from alignment.parallel.topology import Topology
+
+
+class Sharding:
+    """Who owns which parameter, and the traffic that follows.
+
+    Args:
+        topology: the layout.
+        group: the sharding group of this process.
+        parameters: of this process's part of the model, by whole name; the same on every rank of the group.
+    """
+
+    def __init__(self, topology: Topology, group: Any, parameters: Mapping[str, Tensor]) -> None:
+        self.topology, self.group, self.parameters = topology, group, dict(parameters)
+        self.owner = assign_owners({name: int(p.size) for name, p in parameters.items()}, topology.sharding)
+        self._resting = False
+        self._shapes = {name: list(p.shape) for name, p in parameters.items()}
+
+    @property
+    def owned(self) -> dict[str, Tensor]:
+        """This rank's own parameters."""
+        return {name: p for name, p in self.parameters.items() if self.owner[name] == self.topology.sharding_rank}
+
+    def process_of(self, owner: int) -> int:
+        """The process of a sharding rank of this group."""
+        topology = self.topology
+        return topology.process_at(topology.replica * topology.sharding + owner, topology.stage, topology.tensor_rank)
+
+    @paddle.no_grad()
+    def reduce_gradients(self, present: Mapping[str, bool]) -> None:
+        """Sum the gradients at their owners and forget the others.
+
+        Args:
+            present: whether any rank of the group has a gradient for the parameter.
+        """
+        for owner in range(self.topology.sharding):
+            mine = [p for name, p in self.parameters.items() if self.owner[name] == owner and present[name]]
+            for bucket in buckets(mine):
+                flat = paddle.concat(
+                    [
+                        paddle.zeros([int(p.size)], "float32") if p.grad is None else p.grad.astype("float32").flatten()
+                        for p in bucket
+                    ]
+                )
+                dist.reduce(flat, dst=self.process_of(owner), group=self.group)
+                offset = 0
+                for p in bucket:
+                    size = int(p.size)
+                    if owner != self.topology.sharding_rank:
+                        p.grad = None
+                    elif p.grad is None:
+                        p.grad = flat[offset : offset + size].reshape(p.shape).astype(p.dtype)
+                    else:
+                        paddle.assign(flat[offset : offset + size].reshape(p.shape).astype(p.dtype), p.grad)
+                    offset += size
+
+    def share_parameters(self) -> int:
+        """Give every rank of the group the owners' values; returns bytes received."""
+        received = 0
+        for owner in range(self.topology.sharding):
+            theirs = [p for name, p in self.parameters.items() if self.owner[name] == owner]
+            if theirs:
+                received += broadcast(theirs, self.process_of(owner), self.group)
+        return received
+
+    def rest(self) -> None:
+        """Keep only what this rank owns."""
+        if self._resting:
+            return
+        self._resting = True
+        for name, p in self.parameters.items():
+            if self.owner[name] != self.topology.sharding_rank:
+                p._clear_data()
+
+    def wake(self) -> None:
+        """Have every parameter again."""
+        if not self._resting:
+            return
+        self._resting = False
+        for name, p in self.parameters.items():
+            if self.owner[name] != self.topology.sharding_rank:
+                paddle.zeros(self._shapes[name], p.dtype)._share_buffer_to(p)
+        self.share_parameters()
+
+
+def assign_owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Share tensors out evenly: the largest first, each to the rank that has least.
+
+    Args:
+        sizes: elements of each tensor.
+        ranks: to share them over.
+
+    Returns:
+        the owner of each.
+    """
+    load = np.zeros(ranks, dtype=np.int64)
+    owners = {}
+    for name in sorted(sizes, key=lambda key: (-sizes[key], key)):
+        rank = int(load.argmin())
+        owners[name] = rank
+        load[rank] += sizes[name]
+    return owners
