@@ -237,6 +237,13 @@ class Engine:
         self._need_optimizer("backward")
         loss.backward()
 
+    def optimizer_tensors(self) -> list[Tensor]:
+        """The optimizer's tensors that exist now (none before the first step), for offloading."""
+        if self._optimizer is None:
+            return []
+        slots = [tensor for slot in self._optimizer._accumulators.values() for tensor in slot.values()]
+        return slots + list(self._optimizer._master_weights.values())
+
     def clear_gradients(self) -> None:
         """Forget the gradients that were collected since the last step."""
         for parameter in self._parameters.values():

@@ -19,9 +19,10 @@ from alignment.arguments import Sizes
 from alignment.errors import AlignmentError, InvariantError
 from alignment.log import get_logger
 from alignment.parallel import World
+from alignment.parallel.offload import Residency
 from alignment.ppo.algorithms.advantages import RunningMoments
 from alignment.ppo.algorithms.kl import AdaptiveKLController, FixedKLController
-from alignment.ppo.dataflow import PPO_ITERATION, ModelCall, PhaseTimer
+from alignment.ppo.dataflow import PPO_ITERATION, PhaseTimer
 from alignment.ppo.evaluation import Evaluator
 from alignment.ppo.experience import assemble_experience, describe_experience, summed_k1
 from alignment.ppo.generation.engine import GenerationPrompt
@@ -74,6 +75,7 @@ class PPOTrainer:
         save_extras: writes tokenizer and template into a model's folder.
         argv: the command's arguments, to say how to resume.
         running_normalization: normalise scores by their running mean and standard deviation.
+        residency: what offloads; ``None``: everything stays in memory.
     """
 
     def __init__(
@@ -90,9 +92,11 @@ class PPOTrainer:
         save_extras: Callable[[Path], None],
         argv: list[str],
         running_normalization: bool = False,
+        residency: Residency | None = None,
     ) -> None:
         self.args, self.world, self.roles, self.score, self.sizes = args, world, roles, score, sizes
         self.generator, self.train_prompts, self.save_extras, self.argv = generator, train_prompts, save_extras, argv
+        self.residency = residency
         self.state, self.timer, self.pending = PPOState(), PhaseTimer(), Statistics()
         self.rollout_stats, self.rows, self.tokens_waiting = Statistics(), [], 0
         self.evaluated_at = self.saved_at = -1
@@ -153,8 +157,16 @@ class PPOTrainer:
         Returns:
             The exit code: 0, or 130 after Ctrl-C, with a checkpoint saved.
         """
+        try:
+            return self._train(resume_path)
+        finally:
+            if self.residency is not None:
+                self.residency.close()
+
+    def _train(self, resume_path: Path | None) -> int:
         if resume_path is not None:
             self._resume(resume_path)
+        self._enter("weights")
         for engine in (self.roles.actor.engine, self.roles.critic.engine):
             engine.check_same_on_all_ranks()
         self._begin()
@@ -175,7 +187,8 @@ class PPOTrainer:
     def iterate(self) -> None:
         """One iteration of the dataflow, then evaluation and checkpoint when due."""
         before = self.state.global_step
-        PPO_ITERATION.run(self.functions, {"prompts": self._next_prompts()}, self.timer, self._on_phase)
+        values = {"prompts": self._next_prompts()}
+        PPO_ITERATION.run(self.functions, values, self.timer, on_phase=lambda call: self._enter(call.name))
         self.state.rollouts += 1
         self._write_rows()
         improved = self._due(self.args.evaluation_strategy, self.args.eval_steps, before) and self._improves()
@@ -184,8 +197,13 @@ class PPOTrainer:
         if keep_best or self._due(self.args.save_strategy, self.args.save_steps, before):
             self.save_checkpoint(best=improved)
 
-    def _on_phase(self, call: ModelCall) -> None:
-        self.world.phase(call.name, self.state.global_step)
+    def _enter(self, phase: str) -> None:
+        """Say which phase of the dataflow, or of what lies between its iterations, begins, and make resident what it
+        needs.
+        """
+        self.world.phase(phase, self.state.global_step)
+        if self.residency is not None:
+            self.residency.enter(phase)
 
     def _goes_on(self) -> bool:
         # An update that stops early takes fewer steps than planned: then the prompts, not the steps, end the run.
@@ -298,6 +316,7 @@ class PPOTrainer:
                 values.update(self.timer.drain())
                 if self.generator.resharder is not None:
                     values["reshard/bytes"], self.reshard_bytes = float(self.reshard_bytes), 0
+                values.update(self.residency.drain() if self.residency is not None else {})
             self.writer.log(step, values, epoch=self._epoch())
         self.rows = []
 
@@ -332,7 +351,8 @@ class PPOTrainer:
             engines["reference"] = self.roles.reference.engine
             if self.roles.reward is not None:
                 engines["reward"] = self.roles.reward.engine
-            self.updater.check_first_step(MovementCheck(engines))
+            using = {"using": self.residency.using} if self.residency is not None else {}
+            self.updater.check_first_step(MovementCheck(engines, **using))
 
     def _evaluation_modes(self) -> dict[str, SamplingSettings]:
         base, temperature = (
@@ -368,8 +388,8 @@ class PPOTrainer:
         if not self.args.do_eval or not self.eval_prompts or self.evaluated_at == self.state.global_step:
             return {}
         self.evaluated_at = self.state.global_step
-        self.world.phase("evaluate", self.state.global_step)
         started = time.monotonic()
+        self._enter("evaluation")
         self._awake(("actor",), self._refresh)
         values = self._awake(("actor", "reward"), self.evaluator.run, self.state.global_step)
         seconds = time.monotonic() - started
@@ -383,11 +403,11 @@ class PPOTrainer:
         Args:
             best: whether it is the best one so far, which is never pruned.
         """
-        self.world.phase("save", self.state.global_step)
         self.state.prompt_position = self.prompt_stream.position
         self.state.ptx_position = self.ptx.stream.position if self.ptx else 0
         self.state.kl_controller = self.kl_controller.state_dict()
         self.state.reward_moments = self.moments.state_dict() if self.moments else {}
+        self._enter("checkpoint")
         with on_main(self.world, lambda: self.store.writing(self.state.global_step, best=best)) as folder:
             save_state(folder, self.state, self.roles.actor.engine, self.roles.critic.engine, self.save_extras)
             if self.world.is_main:
@@ -396,6 +416,7 @@ class PPOTrainer:
         self.saved_at = self.state.global_step
 
     def _resume(self, path: Path) -> None:
+        self._enter("checkpoint")
         self.state = load_state(path, self.roles.actor.engine, self.roles.critic.engine)
         self.prompt_stream.position = self.state.prompt_position
         if self.ptx is not None:
@@ -423,12 +444,12 @@ class PPOTrainer:
         keep_best = improved and self.args.load_best_model_at_end
         if self.saved_at != self.state.global_step and (keep_best or self.args.save_strategy != "no"):
             self.save_checkpoint(best=improved)
+        self._enter("weights")
         if self.args.load_best_model_at_end and self.state.best_step not in (-1, self.state.global_step):
             best = self.store.path(self.state.best_step)
             get_logger().info("the best policy is that of step %d; loading %s", self.state.best_step, best)
             self.roles.actor.engine.load_weights(best / "policy")
             self.roles.critic.engine.load_weights(best / "value")
-        self.world.phase("save", self.state.global_step)
         for name, engine in (("policy", self.roles.actor.engine), ("value", self.roles.critic.engine)):
             with on_main(self.world, lambda name=name: publishing(Path(self.args.output_dir) / name)) as target:
                 engine.save_weights(target)

@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.parallel.forked import RankError
@@ -22,6 +23,7 @@ from tests.parallel.layouts import (
     TOLERANCE,
     Difference,
     Layout,
+    Trace,
     compare,
     make_files,
     one_batch,
@@ -77,15 +79,13 @@ def _one_model(files: Path, arch: str, lines: list[str]) -> int:
     return failures
 
 
-def _measured(
-    single: object, files: Path, stage: str, layout: Layout, extra: list[str] | None = None
-) -> Difference | None:
+def _measured(single: Trace, files: Path, stage: str, layout: Layout, extra: Sequence[str] = ()) -> Difference | None:
     try:
-        trace = run(files, stage, layout, extra or (), timeout=240.0)
+        trace = run(files, stage, layout, extra, timeout=240.0)
     except RankError as error:
         print(f"{stage} on {layout} failed:\n{error}", file=sys.stderr)
         return None
-    difference = compare(single, trace)  # type: ignore[arg-type]
+    difference = compare(single, trace)
     remove(trace)
     return difference
 
@@ -99,10 +99,10 @@ def _cell(difference: Difference | None) -> str:
 def _page(table: str) -> str:
     return (
         "# The same run on every layout\n\n"
-        "Written by `make parallel`. Each line is one layout on CPU processes against one process: the same random model "
-        "(four layers; the llama's embedding is tied), seed and global batches of eight rows, six optimizer steps; the "
-        "last batch has one row. The figures are the largest difference of any loss, KL, reward, gradient norm or "
-        "evaluation at any step, divided by max(1, |figure|). The last column counts the sampled and greedy answers of "
+        "Written by `make parallel`. Each line is one layout on CPU processes against one process: the same random "
+        "model (four layers; the llama's embedding is tied), seed and global batches of eight rows, six optimizer "
+        "steps; the last batch has one row. The figures are the largest difference of any loss, KL, reward, gradient "
+        "norm or evaluation at any step, divided by max(1, |figure|). The last column counts the sampled and greedy answers of "
         "all rollouts and evaluations that were compared word for word.\n\n" + table
     )
 
