@@ -225,6 +225,12 @@ def run(files: Path, stage: str, layout: Layout, extra: Sequence[str] = (), time
     return Trace(rows, sorted(answers), output)
 
 
+def run_words(stage: str, words: list[str], processes: int, output: Path) -> list[dict[str, Any]]:
+    """Run any command line of a stage on forked ranks; returns the rows of its ``metrics.jsonl``."""
+    run_ranks(processes, _job, stage, words, {"RECORD_FILE": "unused", "RECORDED_RANKS": ""}, timeout=240.0)
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 def representatives(layout: Layout) -> list[int]:
     """One process of each data rank."""
     from alignment.parallel import Topology

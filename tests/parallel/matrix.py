@@ -102,8 +102,8 @@ def _page(table: str) -> str:
         "Written by `make parallel`. Each line is one layout on CPU processes against one process: the same random "
         "model (four layers; the llama's embedding is tied), seed and global batches of eight rows, six optimizer "
         "steps; the last batch has one row. The figures are the largest difference of any loss, KL, reward, gradient "
-        "norm or evaluation at any step, divided by max(1, |figure|). The last column counts the sampled and greedy answers of "
-        "all rollouts and evaluations that were compared word for word.\n\n" + table
+        "norm or evaluation at any step, divided by max(1, |figure|). The last column counts the sampled and greedy "
+        "answers of all rollouts and evaluations that were compared word for word.\n\n" + table
     )
 
 

@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.layouts import LAYOUTS, ROLLOUT_LAYOUTS, Layout, Trace, compare, make_files, one_batch, run
+from tests.conftest import REPO
+from tests.parallel.layouts import (
+    LAYOUTS,
+    ROLLOUT_LAYOUTS,
+    Layout,
+    Trace,
+    compare,
+    make_files,
+    one_batch,
+    run,
+    run_words,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +81,28 @@ def test_a_tied_llama(llama_files: Path) -> None:
         difference = compare(single(llama_files, stage), run(llama_files, stage, LAYOUTS["TP2 x PP2"]))
         assert difference.same_answers
         assert difference.worst[0] <= 1e-4, (stage, difference.worst)
+
+
+def test_the_shipped_llama_layout(tmp_path: Path) -> None:
+    """``config/llama/ppo_argument.json`` as it is (TP2 x sharding 4, recompute, ptx, offloading), with tiny models."""
+    files = make_files(tmp_path, "llama")
+    words = [
+        str(REPO / "config" / "llama" / "ppo_argument.json"),
+        f"actor_model_name_or_path={files / 'model'}",
+        f"reward_model_name_or_path={files / 'reward'}",
+        f"train_datasets=jsonl::{files / 'prompts.jsonl'}",
+        f"eval_datasets=jsonl::{files / 'prompts_dev.jsonl'}",
+        f"ptx_datasets=jsonl::{files / 'sft.jsonl'}",
+        f"output_dir={tmp_path / 'run'}",
+        "max_length=64",
+        "per_device_prompt_batch_size=2",
+        "per_device_train_batch_size=2",
+        "save_strategy=no",
+        "report_to=none",
+    ]
+    trace = run_words("ppo", words, 8, tmp_path / "run")
+    steps = [row for row in trace if "train/actor_loss" in row]
+    assert len(steps) == 3 and all("train/ptx_loss" in row for row in steps)
+    assert all(abs(row["train/ratio_mean"] - 1) < 1e-4 for row in steps)
+    for name in ("policy", "value"):
+        assert (tmp_path / "run" / name / "model.safetensors").is_file()
