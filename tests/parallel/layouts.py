@@ -93,6 +93,8 @@ ROLLOUT_LAYOUTS = {
     "PP2, eval_mode tensor_parallel": Layout(pipeline=2, eval_mode="tensor_parallel"),
     "TP2 x PP2, eval_mode tensor_parallel": Layout(tensor=2, pipeline=2, eval_mode="tensor_parallel"),
     "TP2 x PP2, eval_mode single": Layout(tensor=2, pipeline=2, eval_mode="single"),
+    "TP2, sequence parallel, eval_mode single": Layout(tensor=2, sequence_parallel=True, eval_mode="single"),
+    "TP2 x sharding stage 3 x2, eval_mode single": Layout(tensor=2, sharding=2, stage=3, eval_mode="single"),
 }
 
 
