@@ -17,7 +17,7 @@ ifeq ($(shell $(RUN) -c "print(1)" 2>/dev/null),)
 $(LOCKED): FORCE
 endif
 
-.PHONY: help setup demo test test-slow chaos lint format docs lock clean FORCE
+.PHONY: help setup demo test test-slow chaos parallel lint format docs lock clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -50,6 +50,10 @@ test-slow: $(READY)
 # uninterrupted one bit by bit (about 8 minutes).
 chaos: $(READY)
 	$(RUN) -m tests.e2e.chaos $(ARGS)
+
+# Run every layout of processes against one process and write the table (docs/layouts.md).
+parallel: $(READY)
+	$(RUN) -m tests.parallel.matrix --write docs/layouts.md $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

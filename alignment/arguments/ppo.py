@@ -12,8 +12,6 @@ from alignment.arguments.sizes import Sizes, ppo_sizes
 from alignment.arguments.spec import argument, read_int
 from alignment.arguments.training import ONE_PROCESS, SCHEDULERS, dataset_argument
 
-NO_OFFLOAD = "offload is not available yet in this version; all models stay where they are"
-
 
 @dataclass
 class PPODataFields:
@@ -99,7 +97,15 @@ class RolloutFields:
         5, "Rows of the table of sample answers at each evaluation; 0: none.", ge=0, unit="rows"
     )
     offload_level: str = argument(
-        "", "Any of freeze_model, optimizer, train_model.", parse=values.read_offload_level, no_effect=NO_OFFLOAD
+        "",
+        "What leaves memory while a phase does not need it: any of freeze_model (reference and reward model), "
+        "optimizer (both optimizers' states), train_model (actor and critic).",
+        parse=values.read_offload_level,
+    )
+    offload_dir: str | None = argument(
+        None,
+        "On a CPU: folder, on a disk, of the unnamed files that offload_level keeps tensors in.",
+        derived="output_dir/.offload",
     )
 
 

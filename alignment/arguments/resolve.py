@@ -89,6 +89,8 @@ def _resolve_ppo(args: PPOArguments) -> None:
     args.normalize_reward = bool(args.normalize_reward)
     args.normalize_advantage = bool(args.normalize_advantage)
     args.eval_mode = args.eval_mode or ""
+    if args.offload_dir is None:
+        args.offload_dir = str(Path(args.output_dir) / ".offload")
     for name in (
         "learning_rate",
         "min_learning_rate",

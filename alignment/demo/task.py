@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS: dict[str, list[str]] = {
-    "animals": ["bear", "cat", "dog", "fox", "goat", "horse", "lion", "wolf"],
-    "clothes": ["belt", "boots", "coat", "gloves", "hat", "scarf", "shirt", "socks"],
-    "colours": ["black", "blue", "brown", "green", "grey", "red", "white", "yellow"],
-    "fruits": ["apple", "banana", "cherry", "lemon", "mango", "melon", "pear", "plum"],
-    "tools": ["axe", "drill", "hammer", "ladder", "pliers", "rake", "saw", "shovel"],
+    "animals": ["cat", "dog", "fox", "horse", "lion"],
+    "colours": ["black", "blue", "green", "red", "white"],
+    "fruits": ["apple", "banana", "cherry", "lemon", "melon"],
+    "tools": ["axe", "drill", "hammer", "saw", "shovel"],
 }
 PHRASINGS = (
     "Which two of these are {kind}: {words}?",
@@ -209,7 +208,7 @@ def preference_row(question: Question, draw: random.Random) -> dict[str, Any]:
 class Sizes:
     """How many rows each file gets."""
 
-    sft_train: int = 12800
+    sft_train: int = 11200
     sft_dev: int = 200
     preferences_train: int = 8000
     preferences_dev: int = 500

@@ -8,6 +8,7 @@ labels: every process of a pipeline has the micro batches' arrays at hand, and o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,9 @@ class Pipeline:
         self.topology, self._group = topology, group
         self._plan: _Plan | None = None
         # One function a stage; a stage's own parameters are not fleet's business.
-        stages = PipelineLayer([self._forward] * topology.pipeline, topology=hcg.topology(), loss_fn=self._finish)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="No shared comm")
+            stages = PipelineLayer([self._forward] * topology.pipeline, topology=hcg.topology(), loss_fn=self._finish)
         self._schedule = PipelineParallel(stages, hcg, fleet.fleet._user_defined_strategy)
 
     def train(self, count: int, forward: Forward, loss: Callable[[int, Tensor], tuple[Tensor, Any]]) -> list[Any]:

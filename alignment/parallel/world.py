@@ -268,12 +268,12 @@ def init_world(topology: Topology | None = None, patience: float = 1800.0) -> Wo
 
 def _init_fleet(topology: Topology, patience: float) -> Any:
     """Start fleet with the topology's degrees and return its groups."""
-    import logging
-
     from paddle.distributed import fleet
+    from paddle.distributed.fleet.utils.log_util import set_log_level
 
     from alignment.parallel import cpu_backend
 
+    set_log_level("WARNING")  # every group and every layer would be a line
     cpu_backend.apply(patience=patience)
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {
@@ -292,13 +292,7 @@ def _init_fleet(topology: Topology, patience: float) -> Any:
     }
     # Micro batches differ in shape.
     strategy.hybrid_configs["pp_configs"].enable_dynamic_shape = True
-    noisy = logging.getLogger("paddle.distributed.fleet")
-    level = noisy.level
-    noisy.setLevel(logging.WARNING)
-    try:
-        fleet.init(is_collective=True, strategy=strategy)
-    finally:
-        noisy.setLevel(level)
+    fleet.init(is_collective=True, strategy=strategy, log_level="WARNING")
     return fleet.get_hybrid_communicate_group()
 
 

@@ -88,8 +88,20 @@ class Dataflow:
         return tuple(order)
 
     def residency(self) -> list[tuple[str, frozenset[str]]]:
-        """For each phase in order, the roles that it needs in memory."""
-        return [(call.name, frozenset(call.roles)) for call in self.calls]
+        """For each phase in order, what it needs in memory: its roles' parameters, by the role's name, and while they
+        are trained their optimizers' states, as ``<role>_optimizer``.
+
+        A host phase needs none. It is given what the phases before and behind it have in common, so that nothing
+        leaves only to come back at once.
+        """
+        needed = [
+            frozenset(call.roles) | {optimizer_of(role) for role in call.roles if call.kind == "train"}
+            for call in self.calls
+        ]
+        for i, call in enumerate(self.calls):
+            if call.kind == "host":
+                needed[i] = needed[i - 1] & needed[(i + 1) % len(needed)]
+        return [(call.name, groups) for call, groups in zip(self.calls, needed, strict=True)]
 
     def run(
         self,
@@ -122,6 +134,11 @@ class Dataflow:
         return known
 
 
+def optimizer_of(role: str) -> str:
+    """The name of a role's optimizer states among what may be resident."""
+    return f"{role}_optimizer"
+
+
 PPO_ITERATION = Dataflow(
     [
         ModelCall("generate", "generate", ("actor",), ("prompts",), "rollout"),
@@ -134,4 +151,17 @@ PPO_ITERATION = Dataflow(
     ],
     inputs=("prompts",),
 )
-"""One iteration in two residency scopes: actor + reference (sampling, log-probs), then reward + critic."""
+"""One iteration: sample, the four forwards without gradient, advantages, learn.
+
+``update`` needs both trained models and both optimizers' states throughout: its steps take turns, critic and actor in
+each window, and moving either of them between two windows would move both once per optimizer step.
+"""
+
+PPO_BETWEEN: dict[str, frozenset[str]] = {
+    "evaluation": frozenset({"actor", "reward"}),
+    "checkpoint": frozenset({"actor", "critic", optimizer_of("actor"), optimizer_of("critic")}),
+    "weights": frozenset({"actor", "critic"}),
+}
+"""What is needed between iterations: to evaluate, to write or read a checkpoint, to write, read or compare the trained
+weights alone.
+"""

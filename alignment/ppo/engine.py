@@ -19,7 +19,6 @@ import contextlib
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,54 +31,11 @@ from alignment.parallel import World
 from alignment.parallel.sharding import Sharding
 from alignment.parallel.whole import Share, gather_whole
 from alignment.ppo.models import Piece, Rows, hidden_states, pieces_of, save_model, save_whole_model, ties_ends
-from alignment.training.schedule import learning_rate_at
+from alignment.training.optimizer import OptimizerSettings, StepResult, global_norm, live_tensors, slots_of
 from alignment.training.weights import load_weights_into, some_names
 
 B = TypeVar("B")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW (Loshchilov & Hutter 2019) and its learning-rate schedule.
-
-    ``max_grad_norm`` 0 means no clipping. Weight decay touches matrices only, never biases and norm weights
-    (one-dimensional tensors).
-    """
-
-    learning_rate: float
-    min_learning_rate: float | None = None
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    lr_scheduler_type: str = "linear"
-    warmup_steps: int = 0
-    warmup_ratio: float = 0.0
-    decay_steps: int = 0
-    total_steps: int = 1
-
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of optimizer step ``step`` (0-based)."""
-        return learning_rate_at(
-            step,
-            schedule=self.lr_scheduler_type,
-            peak=self.learning_rate,
-            total_steps=self.total_steps,
-            warmup_steps=self.warmup_steps,
-            warmup_ratio=self.warmup_ratio,
-            min_learning_rate=self.min_learning_rate,
-            decay_steps=self.decay_steps,
-        )
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step: the gradient's global norm before clipping (float32) and the learning rate that was used."""
-
-    grad_norm: float
-    learning_rate: float
 
 
 class Engine:
@@ -236,6 +192,10 @@ class Engine:
         """Add the gradient of ``loss`` (a scalar already divided by the global denominator of the optimizer step)."""
         self._need_optimizer("backward")
         loss.backward()
+
+    def optimizer_tensors(self) -> list[Tensor]:
+        """The optimizer's tensors that exist now (none before the first step), for offloading."""
+        return [] if self._optimizer is None else live_tensors(self._optimizer)
 
     def clear_gradients(self) -> None:
         """Forget the gradients that were collected since the last step."""
@@ -474,34 +434,7 @@ class Engine:
             raise RuntimeError(f"{self.name} is frozen: {what} is for trained models")
 
     def _slots(self) -> list[tuple[str, str, Tensor]]:
-        """All optimizer tensors as (structured parameter name, slot, tensor), made now if no step has been taken yet.
-
-        Paddle keys its own state by generated names (``linear_3.w_0_moment1_0``) that differ from process to process.
-        """
-        optimizer = self._optimizer
-        block = paddle.static.default_main_program().global_block()
-        optimizer._create_accumulators(block, list(self._owned.values()))
-        found = []
-        for name, parameter in self._owned.items():
-            for slot, by_parameter in optimizer._accumulators.items():
-                # With master weights Paddle files the slots under the master's name.
-                master = optimizer._master_weights.get(parameter.name)
-                tensor = by_parameter.get(parameter.name)
-                if tensor is None and master is not None:
-                    tensor = by_parameter.get(master.name)
-                if tensor is not None:
-                    found.append((name, slot, tensor))
-            if parameter.name in optimizer._master_weights:
-                found.append((name, "master_weight", optimizer._master_weights[parameter.name]))
-        return found
-
-
-def global_norm(parameters: list[Tensor]) -> float:
-    """Square root of the sum of squares of all gradients, each tensor in float32, their sums in float64."""
-    squares = [paddle.sum(paddle.square(p.grad.astype("float32"))) for p in parameters if p.grad is not None]
-    if not squares:
-        return 0.0
-    return float(np.sqrt(np.sum(paddle.stack(squares).numpy(), dtype=np.float64)))
+        return slots_of(self._optimizer, self._owned)
 
 
 def enable_recompute(model: Any) -> None:

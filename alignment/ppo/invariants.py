@@ -4,7 +4,8 @@ it stops.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 from alignment.errors import InvariantError
 from alignment.ppo.engine import Engine
@@ -40,11 +41,14 @@ class MovementCheck:
 
     Args:
         engines: by role.
+        using: ``using(role)`` keeps a role's parameters in memory for a while (offloading).
     """
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        self.engines = dict(engines)
-        self.before = {role: engine.parameter_fingerprints() for role, engine in self.engines.items()}
+    def __init__(
+        self, engines: Mapping[str, Engine], using: Callable[[str], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self.engines, self.using = dict(engines), using
+        self.before = {role: self._fingerprints(role) for role in self.engines}
         self.waiting = {role for role, engine in self.engines.items() if engine.trainable}
 
     def after_step(self, role: str, learning_rate: float, grad_norm: float) -> None:
@@ -57,7 +61,7 @@ class MovementCheck:
             return
         self.waiting.discard(role)
         engine, before = self.engines[role], self.before[role]
-        now = engine.parameter_fingerprints()
+        now = self._fingerprints(role)
         trainable = set(engine.parameters)
         stuck = sorted(name for name in trainable if now[name] == before[name])
         moved = sorted(name for name in now if name not in trainable and now[name] != before[name])
@@ -78,10 +82,14 @@ class MovementCheck:
         for role, engine in self.engines.items():
             if engine.trainable:
                 continue
-            now = engine.parameter_fingerprints()
+            now = self._fingerprints(role)
             moved = sorted(name for name, print_ in now.items() if print_ != self.before[role][name])
             if moved:
                 raise InvariantError(f"{role} is frozen, but these tensors changed: {moved[:5]}")
+
+    def _fingerprints(self, role: str) -> dict[str, tuple[float, float]]:
+        with self.using(role):
+            return self.engines[role].parameter_fingerprints()
 
     @property
     def done(self) -> bool:

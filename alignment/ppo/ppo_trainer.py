@@ -19,9 +19,10 @@ from alignment.arguments import Sizes
 from alignment.errors import AlignmentError, InvariantError
 from alignment.log import get_logger
 from alignment.parallel import World
+from alignment.parallel.offload import Residency
 from alignment.ppo.algorithms.advantages import RunningMoments
 from alignment.ppo.algorithms.kl import AdaptiveKLController, FixedKLController
-from alignment.ppo.dataflow import PPO_ITERATION, ModelCall, PhaseTimer
+from alignment.ppo.dataflow import PPO_ITERATION, PhaseTimer
 from alignment.ppo.evaluation import Evaluator
 from alignment.ppo.experience import assemble_experience, describe_experience, summed_k1
 from alignment.ppo.generation.engine import GenerationPrompt
@@ -75,6 +76,7 @@ class PPOTrainer:
         save_extras: writes tokenizer and template into a model's folder.
         argv: the command's arguments, to say how to resume.
         running_normalization: normalise scores by their running mean and standard deviation.
+        residency: what offloads; ``None``: everything stays in memory.
     """
 
     def __init__(
@@ -91,9 +93,11 @@ class PPOTrainer:
         save_extras: Callable[[Path], None],
         argv: list[str],
         running_normalization: bool = False,
+        residency: Residency | None = None,
     ) -> None:
         self.args, self.world, self.roles, self.score, self.sizes = args, world, roles, score, sizes
         self.generator, self.train_prompts, self.save_extras, self.argv = generator, train_prompts, save_extras, argv
+        self.residency = residency
         self.state, self.timer, self.pending = PPOState(), PhaseTimer(), Statistics()
         self.rollout_stats, self.rows, self.tokens_waiting = Statistics(), [], 0
         self.evaluated_at = self.saved_at = -1
@@ -157,8 +161,16 @@ class PPOTrainer:
         Returns:
             The exit code: 0, or 130 after Ctrl-C, with a checkpoint saved.
         """
+        try:
+            return self._train(resume_path)
+        finally:
+            if self.residency is not None:
+                self.residency.close()
+
+    def _train(self, resume_path: Path | None) -> int:
         if resume_path is not None:
             self._resume(resume_path)
+        self._enter("weights")
         for engine in (self.roles.actor.engine, self.roles.critic.engine):
             engine.check_same_on_all_ranks()
         self._begin()
@@ -188,7 +200,7 @@ class PPOTrainer:
         else:
             values, first = {"experience": half.experience}, "update"
             self.rollout_stats, self.rows = half.rollout_stats, half.rows
-        PPO_ITERATION.run(self.functions, values, self.timer, self._on_phase, first)
+        PPO_ITERATION.run(self.functions, values, self.timer, lambda call: self._enter(call.name), first)
         if self.half_used is not None:
             return
         self.state.rollouts += 1
@@ -200,8 +212,13 @@ class PPOTrainer:
         if keep_best or self._due(self.args.save_strategy, self.args.save_steps, self.state.global_step - 1):
             self.save_checkpoint(best=improved)
 
-    def _on_phase(self, call: ModelCall) -> None:
-        self.world.phase(call.name, self.state.global_step)
+    def _enter(self, phase: str) -> None:
+        """Say which phase of the dataflow, or of what lies between its iterations, begins, and make resident what it
+        needs.
+        """
+        self.world.phase(phase, self.state.global_step)
+        if self.residency is not None:
+            self.residency.enter(phase)
 
     def _goes_on(self) -> bool:
         # An update that stops early takes fewer steps than planned: then the prompts, not the steps, end the run.
@@ -325,7 +342,7 @@ class PPOTrainer:
         started = time.perf_counter()
         self.timer.add("update", started - self.update_began)
         self.save_checkpoint(half_used=half)
-        self.world.phase("update", self.state.global_step)
+        self._enter("update")
         # the dataflow adds the whole call's time at its end
         self.timer.add("update", self.update_began - time.perf_counter())
 
@@ -337,6 +354,7 @@ class PPOTrainer:
                 values.update(self.timer.drain())
                 if self.generator.resharder is not None:
                     values["reshard/bytes"], self.reshard_bytes = float(self.reshard_bytes), 0
+                values.update(self.residency.drain() if self.residency is not None else {})
             self.writer.log(step, values, epoch=self._epoch())
         self.rows = []
 
@@ -372,7 +390,8 @@ class PPOTrainer:
             engines["reference"] = self.roles.reference.engine
             if self.roles.reward is not None:
                 engines["reward"] = self.roles.reward.engine
-            self.updater.check_first_step(MovementCheck(engines))
+            using = {"using": self.residency.using} if self.residency is not None else {}
+            self.updater.check_first_step(MovementCheck(engines, **using))
 
     def _evaluation_modes(self) -> dict[str, SamplingSettings]:
         base, temperature = (
@@ -410,8 +429,8 @@ class PPOTrainer:
         if not self.args.do_eval or not self.eval_prompts or self.evaluated_at == self.state.global_step:
             return {}
         self.evaluated_at = self.state.global_step
-        self.world.phase("evaluate", self.state.global_step)
         started = time.monotonic()
+        self._enter("evaluation")
         self.evaluation_bytes = self._awake(("actor",), self._refresh)
         values = self._awake(("actor", "reward"), self.evaluator.run, self.state.global_step)
         seconds = time.monotonic() - started
@@ -426,7 +445,6 @@ class PPOTrainer:
             best: whether it is the best one so far, which is never pruned.
             half_used: the rollout in work, in the middle of its update; the timer has its seconds so far.
         """
-        self.world.phase("save", self.state.global_step)
         self.state.prompt_position = self.prompt_stream.position
         self.state.ptx_position = self.ptx.stream.position if self.ptx else 0
         self.state.kl_controller = self.kl_controller.state_dict()
@@ -436,6 +454,7 @@ class PPOTrainer:
         # what the evaluation has moved since the update is moved again after a restart
         self.state.reshard_bytes = self.reshard_bytes - self.evaluation_bytes
         self.state.rng = {"kind": "counter", "seed": self.args.seed}
+        self._enter("checkpoint")
         with on_main(self.world, lambda: self.store.writing(self.state.global_step, best=best)) as folder:
             engines = self.roles.actor.engine, self.roles.critic.engine
             save_state(folder, self.state, *engines, self.save_extras, half_used)
@@ -445,6 +464,7 @@ class PPOTrainer:
         self.saved_at = self.state.global_step
 
     def _resume(self, path: Path) -> None:
+        self._enter("checkpoint")
         self.state = load_state(path, self.roles.actor.engine, self.roles.critic.engine)
         self.prompt_stream.position = self.state.prompt_position
         if self.ptx is not None:
@@ -480,12 +500,12 @@ class PPOTrainer:
         keep_best = improved and self.args.load_best_model_at_end
         if self.saved_at != self.state.global_step and (keep_best or self.args.save_strategy != "no"):
             self.save_checkpoint(best=improved)
+        self._enter("weights")
         if self.args.load_best_model_at_end and self.state.best_step not in (-1, self.state.global_step):
             best = self.store.path(self.state.best_step)
             get_logger().info("the best policy is that of step %d; loading %s", self.state.best_step, best)
             self.roles.actor.engine.load_weights(best / "policy")
             self.roles.critic.engine.load_weights(best / "value")
-        self.world.phase("save", self.state.global_step)
         for name, engine in (("policy", self.roles.actor.engine), ("value", self.roles.critic.engine)):
             with on_main(self.world, lambda name=name: publishing(Path(self.args.output_dir) / name)) as target:
                 engine.save_weights(target)

@@ -210,6 +210,8 @@ def own_reward_format(args: PPOArguments, tokenizer: Any, template: Any) -> tupl
 
 def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, argv: list[str]) -> Any:
     """Load the models and put the trainer together."""
+    from alignment.parallel.offload import build_residency
+    from alignment.ppo.dataflow import PPO_BETWEEN, PPO_ITERATION, optimizer_of
     from alignment.ppo.engine import Engine, OptimizerSettings
     from alignment.ppo.generation.engine import GenerationEngine
     from alignment.ppo.generation.layouts import RolloutEngine
@@ -231,13 +233,25 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     }
     actor_path = args.actor_model_name_or_path
 
+    residency = build_residency(
+        args.offload_level, PPO_ITERATION.residency(), PPO_BETWEEN, args.offload_dir, args.on_cpu
+    )
+
+    def offloaded(engine: Engine) -> Engine:
+        """Hand a model over as soon as it is loaded: at most one that may leave is in memory while the others load."""
+        if residency is not None:
+            residency.add(engine.name, engine.model.parameters, frozen=not engine.trainable)
+            if engine.trainable:
+                residency.add(optimizer_of(engine.name), engine.optimizer_tensors)
+        return engine
+
     actor_settings = OptimizerSettings(**args.policy_optimizer(sizes.total_steps))
     critic_settings = OptimizerSettings(**args.critic_optimizer(sizes.total_steps))
     actor_model = load_causal_lm(actor_path, role="actor", **model_options)
-    actor = Engine("actor", actor_model, world, actor_settings, recompute=bool(args.recompute))
-    reference = Engine("reference", load_causal_lm(actor_path, role="reference", **model_options), world)
+    actor = offloaded(Engine("actor", actor_model, world, actor_settings, recompute=bool(args.recompute)))
+    reference = offloaded(Engine("reference", load_causal_lm(actor_path, role="reference", **model_options), world))
     critic_model = load_score_model(critic_path(args), score_type="critic", role="critic", **model_options)
-    critic = Engine("critic", critic_model, world, critic_settings, recompute=bool(args.critic_recompute))
+    critic = offloaded(Engine("critic", critic_model, world, critic_settings, recompute=bool(args.critic_recompute)))
     reward_role = scorer = None
     running_normalization = bool(args.normalize_reward)
     if uses_model(args.reward):
@@ -246,7 +260,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
         if args.normalize_reward and int(model.normalizer.count) > 0:
             get_logger().info("normalize_reward: by the statistics that are stored with the reward model")
             model.config.do_normalize, running_normalization = True, False
-        reward_role = RewardRole(Engine("reward", model, world), infer_rows)
+        reward_role = RewardRole(offloaded(Engine("reward", model, world)), infer_rows)
         limit = model_context_length(reward_path) or args.max_src_len + 2 * args.max_dec_len
         scorer = RewardModelScorer(reward_role, data.reward_tokenizer, data.reward_template, limit)
     rewards = resolve_rewards(args.reward, scorer, Path(args.file).resolve().parent if args.file else None)
@@ -283,6 +297,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
         save_extras,
         argv,
         running_normalization,
+        residency,
     )
 
 

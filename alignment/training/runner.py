@@ -59,6 +59,8 @@ def run_stage(argv: list[str], parse: Callable[[list[str]], Any], body: Callable
     heartbeats = None if args.dry_run else Path(args.output_dir) / "heartbeat"
     with world.guard(), Monitor(world, heartbeats, hang_timeout=args.hang_timeout):
         args.report()
+        if world.processes > 1:
+            get_logger().info("layout: %s", world.topology.describe())
         code = body(args, world, argv)
     world.close()
     return code

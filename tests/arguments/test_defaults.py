@@ -187,6 +187,8 @@ def test_documented_defaults(stage: str) -> None:
         ("ppo", ["max_length=64", "max_dec_len=16"], {"max_src_len": 64, "max_dec_len": 16}),
         ("ppo", ["learning_rate=3e-4", "weight_decay=0.2"], {"critic_learning_rate": 3e-4, "critic_weight_decay": 0.2}),
         ("ppo", ["learning_rate=3e-4", "critic_learning_rate=1e-4"], {"critic_learning_rate": 1e-4}),
+        ("ppo", [], {"offload_dir": "out/.offload"}),
+        ("ppo", ["offload_dir=/scratch"], {"offload_dir": "/scratch"}),
         ("ppo", ["recompute=true"], {"critic_recompute": True}),
         ("ppo", ["recompute=true", "critic_recompute=false"], {"critic_recompute": False}),
         ("ppo", ["clip_range_ratio_high=0.28"], {"clip_range_ratio_low": 0.2, "clip_range_ratio_high": 0.28}),

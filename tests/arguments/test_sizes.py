@@ -167,11 +167,11 @@ def test_the_sizes_in_words() -> None:
 
 
 def test_dry_run_text_marks_what_differs() -> None:
-    args = ppo(16, 1, 4, 1, offload_level="freeze_model", kl_target=3)
+    args = ppo(16, 1, 4, 1, unified_checkpoint=True, kl_target=3)
     lines = [" ".join(line.split()) for line in args.dry_run_text(args.derive_sizes(64, 1)).splitlines()]
     assert "* per_device_train_batch_size 4" in lines
     assert "per_device_prompt_batch_size 16" in lines, "given, but the default"
     assert "kl_coeff 0.02" in lines
     assert "- kl_target: not used, because adaptive_kl is false" in lines
-    assert any(line.startswith("- offload_level: offload is not available yet") for line in lines)
+    assert any(line.startswith("- unified_checkpoint: checkpoints have one layout") for line in lines)
     assert "optimizer steps 16 (1 epochs, 0 of warm-up)" in lines

@@ -93,6 +93,8 @@ ROLLOUT_LAYOUTS = {
     "PP2, eval_mode tensor_parallel": Layout(pipeline=2, eval_mode="tensor_parallel"),
     "TP2 x PP2, eval_mode tensor_parallel": Layout(tensor=2, pipeline=2, eval_mode="tensor_parallel"),
     "TP2 x PP2, eval_mode single": Layout(tensor=2, pipeline=2, eval_mode="single"),
+    "TP2, sequence parallel, eval_mode single": Layout(tensor=2, sequence_parallel=True, eval_mode="single"),
+    "TP2 x sharding stage 3 x2, eval_mode single": Layout(tensor=2, sharding=2, stage=3, eval_mode="single"),
 }
 
 
@@ -134,16 +136,21 @@ class Difference:
 
 
 def make_files(folder: Path, arch: str = "qwen2", **config: Any) -> Path:
-    """Write a random model of four layers, a second one as reward model, and data; returns ``folder``."""
+    """Write a random model of four layers, a second one as reward model, and data; returns ``folder``.
+
+    The last batch of each epoch has one row, so that a data rank goes empty-handed.
+    """
     settings = {"layers": 4, "initializer_range": 0.1, **config}
     tiny.tiny_model_dir(folder / "model", arch, **settings)
     tiny.tiny_model_dir(folder / "reward", arch, seed=1, **settings)
-    tiny.write_jsonl(folder / "sft.jsonl", tiny.copy_rows(96))
+    rows = 5 * GLOBAL_BATCH + 1
+    tiny.write_jsonl(folder / "sft.jsonl", tiny.copy_rows(rows))
+    tiny.write_jsonl(folder / "one_batch.jsonl", tiny.copy_rows(GLOBAL_BATCH, seed=2))
     tiny.write_jsonl(folder / "sft_dev.jsonl", tiny.copy_rows(19, seed=1))
-    tiny.write_jsonl(folder / "rm.jsonl", tiny.preference_rows(96))
+    tiny.write_jsonl(folder / "rm.jsonl", tiny.preference_rows(rows))
     tiny.write_jsonl(folder / "rm_dev.jsonl", tiny.preference_rows(19, seed=1))
-    prompts = [{"prompt": f"{row['src']} {i}"} for i, row in enumerate(tiny.copy_rows(60))]
-    tiny.write_jsonl(folder / "prompts.jsonl", prompts)
+    prompts = [{"prompt": f"{row['src']} {i}"} for i, row in enumerate(tiny.copy_rows(24))]
+    tiny.write_jsonl(folder / "prompts.jsonl", prompts[: 2 * GLOBAL_BATCH + 1])
     tiny.write_jsonl(folder / "prompts_dev.jsonl", prompts[-7:])
     (folder / "recorder.py").write_text(_RECORDER)
     return folder
@@ -196,6 +203,12 @@ def arguments(files: Path, stage: str, layout: Layout, output: Path) -> list[str
     return [*words, *layout.arguments]
 
 
+def one_batch(files: Path, packed: bool = False) -> list[str]:
+    """Further arguments of SFT: a data set that one step reads whole, padded or packed two rows to a pack."""
+    words = [f"train_datasets=jsonl::{files / 'one_batch'}.jsonl"]
+    return [*words, "zero_padding=true", "per_device_train_batch_size=2"] if packed else words
+
+
 def run(files: Path, stage: str, layout: Layout, extra: Sequence[str] = (), timeout: float = 120.0) -> Trace:
     """Run a stage on forked ranks; the same code as ``python -m alignment STAGE``.
 
@@ -212,6 +225,12 @@ def run(files: Path, stage: str, layout: Layout, extra: Sequence[str] = (), time
     for file in sorted(record.parent.glob("answers.*")):
         answers += [json.loads(line) for line in file.read_text().splitlines()]
     return Trace(rows, sorted(answers), output)
+
+
+def run_words(stage: str, words: list[str], processes: int, output: Path) -> list[dict[str, Any]]:
+    """Run any command line of a stage on forked ranks; returns the rows of its ``metrics.jsonl``."""
+    run_ranks(processes, _job, stage, words, {"RECORD_FILE": "unused", "RECORDED_RANKS": ""}, timeout=240.0)
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def representatives(layout: Layout) -> list[int]:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from alignment.training.checkpoint import verify
 from tests.parallel.forked import run_ranks
-from tests.parallel.layouts import LAYOUTS, Layout, Trace, _job, arguments, compare, make_files
+from tests.parallel.layouts import LAYOUTS, Layout, Trace, arguments, compare, make_files, run_words
 
 TOLERANCE = 1e-4
 # Where each layout goes on, and the optimizer step at which it hands over; PPO's odd steps lie inside an update.
@@ -28,10 +28,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def go(files: Path, stage: str, layout: Layout, output: Path, *extra: str) -> Trace:
     """Run a stage into ``output``, saving at every optimizer step."""
     words = [*arguments(files, stage, layout, output), "save_strategy=steps", "save_steps=1", *extra]
-    record = {"RECORD_FILE": str(output.parent / f"{output.name}-answers"), "RECORDED_RANKS": ""}
-    run_ranks(layout.processes, _job, stage, words, record, timeout=60)
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return Trace(rows, [], output)
+    return Trace(run_words(stage, words, layout.processes, output), [], output)
 
 
 def weights(output: Path, stage: str) -> dict[str, np.ndarray]:

@@ -66,11 +66,14 @@ def test_micro_batches_are_joined_to_the_whole_width(lengths: list, size: int) -
     np.testing.assert_array_equal(lengths, rollout.prompt_len)
 
 
-def test_ppos_dataflow_runs_in_two_residency_scopes() -> None:
+def test_ppos_dataflow_says_what_each_phase_needs() -> None:
     assert [name for name, _ in PPO_ITERATION.residency()] == [
         "generate", "actor_logprobs", "reference_logprobs", "reward_scores", "critic_values", "advantages", "update"
     ]  # fmt: skip
-    assert dict(PPO_ITERATION.residency())["update"] == {"actor", "critic"}
+    needed = dict(PPO_ITERATION.residency())
+    assert needed["update"] == {"actor", "critic", "actor_optimizer", "critic_optimizer"}
+    assert needed["reward_scores"] == {"reward"}
+    assert needed["advantages"] == {"critic"}, "a host phase moves nothing that the next one wants"
 
 
 def test_a_dataflow_is_sorted_by_what_is_needed_and_hands_values_on() -> None:

@@ -57,15 +57,19 @@ def kept_runs() -> dict[str, Path]:
     return {}
 
 
+def uninterrupted(write: Callable[..., Path], tmp_path: Path, kept: dict[str, Path], factory: Any) -> Path:
+    """The folder of the uninterrupted run, with a checkpoint of each optimizer step."""
+    if not kept:
+        assert main(["ppo", str(write("whole", **RUN))]) == 0
+        kept["whole"] = Path(shutil.move(tmp_path / "whole", factory.mktemp("kept") / "whole"))
+    return kept["whole"]
+
+
 @pytest.mark.parametrize("step", [1, 8, 10, 18])
 def test_a_run_goes_on_from_any_optimizer_step(
     step: int, ppo_json: Callable[..., Path], tmp_path: Path, kept_runs: dict[str, Path], tmp_path_factory: Any
 ) -> None:
-    if "whole" not in kept_runs:
-        assert main(["ppo", str(ppo_json("whole", **RUN))]) == 0
-        kept_runs["whole"] = Path(shutil.move(tmp_path / "whole", tmp_path_factory.mktemp("kept") / "whole"))
-    whole = kept_runs["whole"]
-    parts = tmp_path / "parts"
+    whole, parts = uninterrupted(ppo_json, tmp_path, kept_runs, tmp_path_factory), tmp_path / "parts"
     shutil.copytree(whole, parts, ignore=lambda _, names: [name for name in names if name.startswith("checkpoint-")])
     shutil.copytree(whole / f"checkpoint-{step}", parts / f"checkpoint-{step}")
     files = set(verify(parts / f"checkpoint-{step}")["files"])
@@ -81,6 +85,25 @@ def test_a_run_goes_on_from_any_optimizer_step(
             timer = state.pop("timer")
             assert set(timer) == {"seconds", "tokens"} and all(value >= 0 for value in timer["seconds"].values())
         assert states[0] == states[1]
+
+
+def test_offloading_may_begin_in_the_middle_of_an_update(
+    ppo_json: Callable[..., Path], tmp_path: Path, kept_runs: dict[str, Path], tmp_path_factory: Any
+) -> None:
+    whole, parts = uninterrupted(ppo_json, tmp_path, kept_runs, tmp_path_factory), tmp_path / "parts"
+    shutil.copytree(whole, parts, ignore=lambda _, names: [name for name in names if name.startswith("checkpoint-")])
+    shutil.copytree(whole / "checkpoint-10", parts / "checkpoint-10")
+    changes = {**RUN, "offload_level": "freeze_model optimizer train_model", "offload_dir": str(tmp_path / "offload")}
+    assert main(["ppo", str(ppo_json("parts", **changes)), "resume_from_checkpoint=true"]) == 0
+    rows = {folder: comparable(folder)["metrics"] for folder in (whole, parts)}
+    assert any(key.startswith("offload/") for row in rows[parts] for key in row)
+    for row in rows[parts]:
+        for key in [key for key in row if key.startswith("offload/")]:
+            del row[key]
+    assert rows[parts] == rows[whole]
+    for name in ("policy", "value"):
+        one, other = ((folder / name / "model.safetensors").read_bytes() for folder in (whole, parts))
+        assert one == other
 
 
 def test_ctrl_c_saves_after_the_optimizer_step(

@@ -1,4 +1,4 @@
-"""Loading and saving causal and score models.
+"""Loading causal and score models.
 
 Loading is strict: every weight of the model must be in the folder with the right shape, and every tensor in the
 folder must have a place in the model. Both are errors that name the tensor, because a model that is partly random
@@ -8,13 +8,9 @@ looks like one that trains badly.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import paddle
 from paddle import nn
 from paddlenlp.generation import GenerationConfig
@@ -30,8 +26,6 @@ from paddlenlp.transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
-from safetensors.numpy import save_file
 
 from alignment.errors import ModelError
 from alignment.log import get_logger, say_once
@@ -39,11 +33,10 @@ from alignment.parallel.topology import Topology
 
 from .divisible import check_layout
 from .folders import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelFolder, check_model_folder, read_json
-from .forward import unwrap
 from .hf_layout import Weights
 from .lora import LoRASettings, add_lora
-from .parts import belongs_elsewhere, divide_config, pieces_of, trim, whole_config
-from .score_model import SCORE_MODELS, ScoreModelMixin, fill_score_config
+from .parts import belongs_elsewhere, build_model, pieces_of
+from .score_model import SCORE_MODELS, fill_score_config
 from .upstream import fetch_from_hub, quiet_paddlenlp, translate_rope_scaling
 
 CONFIGS: dict[str, type[PretrainedConfig]] = {
@@ -100,7 +93,7 @@ def load_causal_lm(
     if dropped:
         say_once(f"{role}: {folder.path} is a score model; its head ({', '.join(dropped)}) is not used here")
     _check_divisible(folder, topology, lora, role)
-    model = _new_model(model_class, config, topology)
+    model = build_model(model_class, config, topology)
     _fill(model, weights, topology, role=role, ignore=("score_head.", "normalizer."), may_lack=())
     if not topology.splits_model:
         _fill_tied_head(model, weights)
@@ -162,7 +155,7 @@ def load_score_model(
         config.score_dim = weights.shape("score_head.weight")[-1]
     fill_score_config(config)
     _check_divisible(folder, topology, lora, role)
-    model = _new_model(model_class, config, topology)
+    model = build_model(model_class, config, topology)
     if has_head:
         _fill(model, weights, topology, role=role, ignore=("lm_head.",), may_lack=("normalizer.",))
     else:
@@ -235,71 +228,6 @@ def usable_dtype(dtype: str, *, role: str = "model") -> str:
     return dtype
 
 
-def save_model(
-    model: nn.Layer, folder: str | os.PathLike, *, state_dict: dict[str, paddle.Tensor] | None = None
-) -> None:
-    """Save a model as safetensors with its config, or the adapter alone if the model is wrapped by LoRA.
-
-    Folders of causal models open with paddlenlp's ``AutoModelForCausalLM.from_pretrained``, those of score models with
-    :class:`~alignment.ppo.models.score_model.AutoModelForScore`.
-
-    Args:
-        model: what :func:`load_causal_lm` or :func:`load_score_model` returned.
-        folder: made if it does not exist.
-        state_dict: the tensors to save in place of the model's own.
-
-    Raises:
-        ModelError: the folder cannot be written.
-    """
-    from paddlenlp.peft import LoRAModel
-
-    quiet_paddlenlp()
-    inner = unwrap(model)
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        if isinstance(model, LoRAModel):
-            if isinstance(inner, ScoreModelMixin):
-                inner.write_normalizer_to_config()
-            model.save_pretrained(str(folder))
-        else:
-            with warnings.catch_warnings():
-                # paddlenlp warns and writes no generation_config.json if sampling values stand beside do_sample=False,
-                # as in many published models; the file is written here whatever it says.
-                warnings.filterwarnings("ignore", message="The generation config instance is invalid")
-                inner.save_pretrained(str(folder), safe_serialization=True, state_dict=state_dict)
-            if getattr(inner, "generation_config", None) is not None:
-                inner.generation_config.to_json_file(str(Path(folder) / GENERATION_CONFIG_FILE), use_diff=True)
-    except OSError as error:
-        raise ModelError(f"cannot save the model in {folder}: {error}") from error
-
-
-def save_whole_model(model: nn.Layer, folder: str | os.PathLike, tensors: dict[str, np.ndarray]) -> None:
-    """Save a divided model as :func:`save_model` saves an undivided one.
-
-    Args:
-        model: this process's part, for its config.
-        folder: made if it does not exist.
-        tensors: all of the whole model, by name.
-
-    Raises:
-        ModelError: the folder cannot be written.
-    """
-    inner = unwrap(model)
-    if isinstance(inner, ScoreModelMixin):
-        inner.write_normalizer_to_config()
-    config = whole_config(inner.config)
-    config.architectures = [type(inner).__name__]
-    config.dtype = str(next(iter(inner.parameters())).dtype).split(".")[-1]
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(str(folder))
-        save_file(tensors, str(Path(folder) / "model.safetensors"), metadata={"format": "np"})
-        if getattr(inner, "generation_config", None) is not None:
-            inner.generation_config.to_json_file(str(Path(folder) / GENERATION_CONFIG_FILE), use_diff=True)
-    except OSError as error:
-        raise ModelError(f"cannot save the model in {folder}: {error}") from error
-
-
 def _check_config(config: PretrainedConfig, folder: ModelFolder, *, role: str) -> None:
     """Refuse what would only fail, or be ignored, deep inside the modeling code."""
     where = f"{role}: {folder.path / CONFIG_FILE}"
@@ -339,48 +267,6 @@ def _check_divisible(folder: ModelFolder, topology: Topology, lora: LoRASettings
     check_layout(folder.config, topology, f"{role}: {folder.path}")
     if lora and topology.splits_model:
         raise ModelError(f"{role}: LoRA adapters cannot be divided over tensor or pipeline ranks; use data parallelism")
-
-
-def _new_model(model_class: type[PretrainedModel], config: PretrainedConfig, topology: Topology) -> PretrainedModel:
-    """Build a model, or this process's part of it, without drawing its weights, which :func:`_fill` replaces all."""
-    layers = config.num_hidden_layers
-    if topology.splits_model:
-        config = divide_config(config, topology)
-    with dtype_guard(config.dtype), no_init_weights():
-        model = model_class(config)
-    if topology.splits_model:
-        trim(model, layers, topology)
-    return model
-
-
-def empty_like(model: nn.Layer, topology: Topology) -> nn.Layer:
-    """A frozen model of the same architecture for another layout, its weights yet to be set.
-
-    Args:
-        model: this process's part of a divided model.
-        topology: the layout of the new one.
-    """
-    inner = unwrap(model)
-    new = _new_model(type(inner), whole_config(inner.config), topology)
-    new.generation_config = getattr(inner, "generation_config", None)
-    for parameter in new.parameters():
-        parameter.stop_gradient = True
-    new.eval()
-    return new
-
-
-def without_sequence_parallel(model: nn.Layer, topology: Topology) -> nn.Layer:
-    """A model that has the *same* parameter tensors and does not split the sequence, for generation."""
-    inner = unwrap(model)
-    new = _new_model(type(inner), whole_config(inner.config), replace(topology, sequence_parallel=False))
-    new.generation_config = getattr(inner, "generation_config", None)
-    own = dict(inner.named_sublayers(include_self=True))
-    for path, layer in new.named_sublayers(include_self=True):
-        for name in list(layer._parameters):
-            if own[path]._parameters[name] is not None:
-                layer._parameters[name] = own[path]._parameters[name]
-    new.eval()
-    return new
 
 
 def _fill(

@@ -102,7 +102,8 @@ def merge_lora(path: str | os.PathLike, output_dir: str | os.PathLike, base: str
     Raises:
         ModelError: no adapter there; its base is unknown or cannot be loaded; the adapter does not fit the base.
     """
-    from .loading import load_causal_lm, load_score_model, save_model
+    from .loading import load_causal_lm, load_score_model
+    from .saving import save_model
     from .tokenizers import copy_tokenizer_files
 
     folder = Path(path)

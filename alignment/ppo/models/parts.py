@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from paddle import nn
 from paddlenlp.transformers import PretrainedConfig, PretrainedModel
+from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
 
 from alignment.parallel.topology import Topology, layers_of_stage
 
@@ -128,3 +129,45 @@ def belongs_elsewhere(name: str, model: PretrainedModel, topology: Topology) -> 
         )
     ends = {f"{prefix}.embed_tokens.weight", f"{prefix}.norm.weight", "lm_head.weight"}
     return name in ends or name.startswith("score_head.")
+
+
+def build_model(model_class: type[PretrainedModel], config: PretrainedConfig, topology: Topology) -> PretrainedModel:
+    """Build a model, or this process's part of it, without drawing its weights, which whoever asked for it sets all."""
+    layers = config.num_hidden_layers
+    if topology.splits_model:
+        config = divide_config(config, topology)
+    with dtype_guard(config.dtype), no_init_weights():
+        model = model_class(config)
+    if topology.splits_model:
+        trim(model, layers, topology)
+    return model
+
+
+def empty_like(model: nn.Layer, topology: Topology) -> nn.Layer:
+    """A frozen model of the same architecture for another layout, its weights yet to be set.
+
+    Args:
+        model: this process's part of a divided model.
+        topology: the layout of the new one.
+    """
+    inner = unwrap(model)
+    new = build_model(type(inner), whole_config(inner.config), topology)
+    new.generation_config = getattr(inner, "generation_config", None)
+    for parameter in new.parameters():
+        parameter.stop_gradient = True
+    new.eval()
+    return new
+
+
+def without_sequence_parallel(model: nn.Layer, topology: Topology) -> nn.Layer:
+    """A model that has the *same* parameter tensors and does not split the sequence, for generation."""
+    inner = unwrap(model)
+    new = build_model(type(inner), whole_config(inner.config), replace(topology, sequence_parallel=False))
+    new.generation_config = getattr(inner, "generation_config", None)
+    own = dict(inner.named_sublayers(include_self=True))
+    for path, layer in new.named_sublayers(include_self=True):
+        for name in list(layer._parameters):
+            if own[path]._parameters[name] is not None:
+                layer._parameters[name] = own[path]._parameters[name]
+    new.eval()
+    return new
