@@ -16,7 +16,10 @@ from tests.parallel.layouts import LAYOUTS, Layout, Trace, arguments, compare, m
 
 TOLERANCE = 1e-4
 # Where each layout goes on, and the optimizer step at which it hands over; PPO's odd steps lie inside an update.
-MOVES = [("1 process", 1), ("TP2", 3), ("PP2", 4), ("1 process", 6)]
+MOVES = {
+    "sft": [("1 process", 1), ("TP2", 3), ("PP2", 4), ("1 process", 6)],
+    "ppo": [("1 process", 1), ("TP2", 3), ("PP2", 4), ("sharding stage 3 x2", 5), ("1 process", 6)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +44,13 @@ def weights(output: Path, stage: str) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("stage", MOVES)
 def test_a_run_moves_over_layouts(stage: str, files: Path) -> None:
     whole = go(files, stage, LAYOUTS["1 process"], files / f"{stage}-whole")
     output = files / f"{stage}-moved"
     shutil.copytree(whole.output, output)  # the first stretch is the same run
     reached, moved = 0, Trace(whole.rows, [], output)
-    for name, last in MOVES:
+    for name, last in MOVES[stage]:
         if reached:
             moved = go(
                 files, stage, LAYOUTS[name], output, f"resume_from_checkpoint={output / f'checkpoint-{reached}'}"
