@@ -1,4 +1,4 @@
-"""The demo's task: pick the words of one kind out of a list, completely and politely.
+"""The demo's task: pick the animals out of a list of words, completely and politely.
 
     Which of these are animals: apple, cat, hammer, dog?   ->   The animals are cat and dog. Glad to help!
 
@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS: dict[str, list[str]] = {
-    "animals": ["cat", "dog", "fox", "horse", "lion"],
-    "colours": ["black", "blue", "green", "red", "white"],
-    "fruits": ["apple", "banana", "cherry", "lemon", "melon"],
-    "tools": ["axe", "drill", "hammer", "saw", "shovel"],
+    "animals": ["bear", "cat", "cow", "dog", "duck", "fox", "goat", "horse", "lion", "mouse", "sheep", "wolf"],
+    "colours": ["black", "blue", "brown", "green", "grey", "red", "white", "yellow"],
+    "fruits": ["apple", "banana", "cherry", "lemon", "mango", "melon", "pear", "plum"],
+    "tools": ["axe", "drill", "hammer", "ladder", "pliers", "rake", "saw", "shovel"],
 }
+ASKED = "animals"  # the kind that every question is about
 PHRASINGS = (
     "Which two of these are {kind}: {words}?",
     "Pick out the two {kind}: {words}.",
@@ -65,7 +66,7 @@ class Question:
 
     Attributes:
         prompt: the instruction as text.
-        kind: the kind that is asked for.
+        kind: the kind that is asked for (always the same).
         right: the words of the list that fit, in the list's order.
         wrong: the others, in the list's order.
     """
@@ -107,7 +108,7 @@ class Questions:
 
     def _one(self) -> Question:
         draw = self.draw
-        kind = draw.choice(list(KINDS))
+        kind = ASKED
         others = [word for name, words in KINDS.items() if name != kind for word in words]
         fitting = draw.sample(KINDS[kind], RIGHT_WORDS)
         words = fitting + draw.sample(others, draw.randint(*WRONG_WORDS))
@@ -208,9 +209,9 @@ def preference_row(question: Question, draw: random.Random) -> dict[str, Any]:
 class Sizes:
     """How many rows each file gets."""
 
-    sft_train: int = 11200
+    sft_train: int = 9600
     sft_dev: int = 200
-    preferences_train: int = 8000
+    preferences_train: int = 4800
     preferences_dev: int = 500
     prompts_train: int = 4000
     prompts_dev: int = 200

@@ -29,8 +29,20 @@ from paddle import Tensor
 from alignment.errors import CheckpointError, InvariantError, NonFiniteError
 from alignment.parallel import World
 from alignment.parallel.sharding import Sharding
+from alignment.parallel.vocabulary import VocabularyShard
 from alignment.parallel.whole import Share, gather_whole
-from alignment.ppo.models import Piece, Rows, hidden_states, pieces_of, save_model, save_whole_model, ties_ends
+from alignment.ppo.algorithms.logprobs import TokenScores, score_labels
+from alignment.ppo.models import (
+    Piece,
+    Rows,
+    divides_vocabulary,
+    hidden_states,
+    lm_logits,
+    pieces_of,
+    save_model,
+    save_whole_model,
+    ties_ends,
+)
 from alignment.training.optimizer import OptimizerSettings, StepResult, global_norm, live_tensors, slots_of
 from alignment.training.weights import load_weights_into, some_names
 
@@ -166,6 +178,32 @@ class Engine:
             )
         with paddle.no_grad():
             return [compute(hidden_states(self.model, rows(batch)), batch) for batch in batches]
+
+    def score_labels(
+        self,
+        states: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        *,
+        entropy: bool = False,
+        entropy_grad: bool = False,
+    ) -> TokenScores:
+        """Look tokens up in what a causal model predicts, its vocabulary divided or not; see
+        :func:`alignment.ppo.algorithms.logprobs.score_labels`.
+
+        Args:
+            states: ``[N, hidden]`` final hidden states of the positions that predict the labels.
+            labels: ``[N]`` int64.
+            temperature, entropy, entropy_grad: as there.
+        """
+        divided = self.topology.tensor > 1 and divides_vocabulary(self.model)
+        logits = lm_logits(self.model, states, own_columns=divided)
+        shard = None
+        if divided:
+            assert self.world.groups is not None
+            columns = int(logits.shape[-1])
+            shard = VocabularyShard(self.world.groups.tensor, columns * self.topology.tensor_rank, columns)
+        return score_labels(logits, labels, temperature, entropy=entropy, entropy_grad=entropy_grad, shard=shard)
 
     @property
     def _schedule(self) -> Any:

@@ -14,9 +14,8 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from alignment.ppo.algorithms.logprobs import token_logprobs, token_logprobs_and_entropy
 from alignment.ppo.engine import Engine
-from alignment.ppo.models import Rows, hidden_states, lm_logits, scores_of, take_end
+from alignment.ppo.models import Rows, hidden_states, scores_of, take_end
 from alignment.ppo.rollout import Rollout, join_micro_batches, split_rollout
 
 B = TypeVar("B")
@@ -86,11 +85,14 @@ class PolicyRole:
         if not len(positions.labels):
             zeros = paddle.zeros(positions.shape, dtype="float32")
             return zeros, zeros
-        logits = self._logits(hidden, positions)
-        logprobs, entropy = token_logprobs_and_entropy(
-            logits, paddle.to_tensor(positions.labels), self.temperature, entropy_grad
+        scores = self.engine.score_labels(
+            _states(hidden, positions),
+            paddle.to_tensor(positions.labels),
+            self.temperature,
+            entropy=True,
+            entropy_grad=entropy_grad,
         )
-        return positions.spread(logprobs), positions.spread(entropy)
+        return positions.spread(scores.logprobs), positions.spread(scores.entropy)
 
     def train(
         self,
@@ -150,8 +152,9 @@ class PolicyRole:
         if not len(row):
             return hidden.sum() * 0.0, 0
         index = paddle.to_tensor(row * labels.shape[1] + column)
-        logits = lm_logits(self.engine.model, paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), index))
-        return -token_logprobs(logits, paddle.to_tensor(labels[row, column + 1])).sum(), len(row)
+        states = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), index)
+        scores = self.engine.score_labels(states, paddle.to_tensor(labels[row, column + 1]))
+        return -scores.logprobs.sum(), len(row)
 
     def logprobs(self, rollout: Rollout) -> np.ndarray:
         """``[B, R]`` float32 without gradient, in micro batches."""
@@ -160,16 +163,12 @@ class PolicyRole:
             positions = ResponsePositions.of(part)
             if not len(positions.labels):
                 return np.zeros(positions.shape, dtype=np.float32)
-            logits = self._logits(hidden, positions)
-            flat = token_logprobs(logits, paddle.to_tensor(positions.labels), self.temperature)
-            return positions.spread(flat).numpy()
+            labels = paddle.to_tensor(positions.labels)
+            scores = self.engine.score_labels(_states(hidden, positions), labels, self.temperature)
+            return positions.spread(scores.logprobs).numpy()
 
         parts = split_rollout(rollout, self.micro_batch_size)
         return join_micro_batches(self.engine.infer_pass(parts, rows_of, compute), rollout.width)
-
-    def _logits(self, hidden: Tensor, positions: ResponsePositions) -> Tensor:
-        states = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), paddle.to_tensor(positions.states))
-        return lm_logits(self.engine.model, states)
 
 
 class ValueRole:
@@ -240,6 +239,11 @@ class RewardRole:
 
         scores = self.engine.infer_pass(parts, lambda part: Rows(part[0]), compute)
         return np.concatenate(scores) if scores else np.zeros(0, dtype=np.float32)
+
+
+def _states(hidden: Tensor, positions: ResponsePositions) -> Tensor:
+    """``[N, hidden]``: the hidden states that predict the response tokens."""
+    return paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), paddle.to_tensor(positions.states))
 
 
 def rows_of(rollout: Rollout) -> Rows:

@@ -11,10 +11,9 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from alignment.ppo.algorithms.logprobs import token_logprobs
 from alignment.ppo.data import IGNORE_INDEX, collate_packed, collate_supervised
 from alignment.ppo.engine import Engine
-from alignment.ppo.models import Rows, lm_logits
+from alignment.ppo.models import Rows
 from alignment.training.stage import Batch
 from alignment.training.stats import Stats
 
@@ -86,10 +85,9 @@ class SFTStage:
         where = np.flatnonzero(labels != IGNORE_INDEX)
         index, targets = paddle.to_tensor(where), paddle.to_tensor(labels[where])
         # The vocabulary-wide head runs on answer positions only.
-        logits = lm_logits(self.engine.model, paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), index))
-        loss_sum = -token_logprobs(logits, targets).sum()
-        correct = int((logits.detach().argmax(axis=-1) == targets).astype("int64").sum())
-        return loss_sum, {"nll": float(loss_sum), "answer_tokens": float(len(where)), "correct": float(correct)}
+        scores = self.engine.score_labels(paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), index), targets)
+        loss_sum, correct = -scores.logprobs.sum(), float(scores.greedy.sum())
+        return loss_sum, {"nll": float(loss_sum), "answer_tokens": float(len(where)), "correct": correct}
 
     def after_step(self, stats: Stats) -> None:
         """Nothing to do."""

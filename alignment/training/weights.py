@@ -23,18 +23,21 @@ def load_weights_into(model: Any, folder: Path, name: str, topology: Topology) -
     loaded = _read_weights(folder, name)
     # LoRA's wrapper saves names without its own prefix.
     inner = model.model if type(model).__module__.startswith("paddlenlp.peft") else model
-    own = dict(inner.named_parameters()) | dict(inner.named_buffers())
+    # A tied head has a name in the state, but is no parameter of its own.
+    own = dict(inner.named_parameters()) | dict(inner.named_buffers()) | inner.state_dict()
+    tied = {"lm_head.weight"} if getattr(getattr(inner, "config", None), "tie_word_embeddings", False) else set()
     is_adapter = (folder / "lora_config.json").exists()
     # An adapter's folder holds the adapter alone; what is frozen came with the base model.
     wanted = {key for key, tensor in own.items() if not tensor.stop_gradient} if is_adapter else set(inner.state_dict())
     pieces = pieces_of(model, topology) if topology.splits_model else {}
     piece_of = {key: pieces.get(key, Piece(key)) for key in own}
-    missing = sorted(piece_of[key].name for key in wanted if key in own and piece_of[key].name not in loaded)
+    missing = sorted({piece_of[key].name for key in wanted if key in own} - set(loaded) - tied)
     if missing:
         raise CheckpointError(f"{name}: the weights in {folder} lack {some_names(missing)}")
     has = {piece.name for piece in piece_of.values()}
     for key in loaded:
-        if key not in has and not (topology.splits_model and belongs_elsewhere(key, inner, topology)):
+        elsewhere = topology.splits_model and belongs_elsewhere(key, inner, topology)
+        if key not in has and key not in tied and not elsewhere:
             raise CheckpointError(f"{name}: {folder} holds {key!r}, which this model has not")
     for local, tensor in own.items():
         piece = piece_of[local]

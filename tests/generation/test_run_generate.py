@@ -78,3 +78,9 @@ def test_a_row_without_a_prompt_is_named(tmp_path: Path) -> None:
     file.write_text('{"prompt": "fine"}\n{"text": "no prompt"}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl.*2.*no known layout"):
         list(run_generate.read_prompts(str(file)))
+
+
+def test_a_short_context_leaves_room_for_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_model_dir(tmp_path / "model", max_position_embeddings=64)
+    assert run("--model", str(folder), "--prompt", "hello", "--greedy") == 0
+    assert capsys.readouterr().out.startswith("> hello\n")

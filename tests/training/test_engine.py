@@ -198,3 +198,19 @@ def test_frozen_engine() -> None:
     with pytest.raises(RuntimeError, match="frozen"):
         engine.step()
     assert len(engine.parameter_fingerprints()) == len(model.parameters())
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "llama"])
+def test_a_model_with_a_tied_head_loads_what_it_saved(arch: str, tmp_path: Path) -> None:
+    from alignment.ppo.models import load_causal_lm
+    from tests.tiny import tiny_model_dir
+
+    folder = tiny_model_dir(tmp_path / "model", arch, tie_word_embeddings=True)
+    engine = Engine("actor", load_causal_lm(folder), World(), SETTINGS)
+    for parameter in engine.model.parameters():
+        parameter.set_value(parameter * 2.0)
+    engine.save_weights(tmp_path / "saved")
+    other = Engine("actor", load_causal_lm(folder), World(), SETTINGS)
+    assert other.parameter_fingerprints() != engine.parameter_fingerprints()
+    other.load_weights(tmp_path / "saved")
+    assert other.parameter_fingerprints() == engine.parameter_fingerprints()

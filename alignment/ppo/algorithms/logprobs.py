@@ -1,106 +1,164 @@
 """Log-probabilities and entropy of chosen tokens, exact at any size, with their own backward.
 
 Paddle 3.3.1's CPU ``log_softmax`` and ``cross_entropy`` clip at -64 (value and gradient are lost below) and
-``log_softmax`` takes time quadratic in the vocabulary; this one does neither, on any device.
+``log_softmax`` takes time quadratic in the vocabulary; this one does neither, on any device. With tensor parallelism
+each rank gives its own columns of the logits, and three numbers per token travel in place of the vocabulary
+(Shoeybi et al., "Megatron-LM", 2019, section 3).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
 
+class Shard(Protocol):
+    """What a softmax needs to know of the other columns; see :class:`alignment.parallel.vocabulary.VocabularyShard`.
+
+    Attributes:
+        start: number of the first column that is here.
+        size: columns that are here.
+    """
+
+    start: int
+    size: int
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Elementwise maximum over all columns' holders."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """Elementwise sum over all columns' holders."""
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """All columns are here."""
+
+    size: int
+    start: int = 0
+
+    def largest(self, values: Tensor) -> Tensor:
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        return values
+
+
 class _TokenLogProbs(PyLayer):
-    """``(logits [N, V], labels [N]) -> (logprobs [N], entropy [N])``.
+    """``(logits [N, V], labels [N]) -> (logprobs [N], entropy [N], greedy [N])``.
 
     Keeps the probabilities ``[N, V]`` for the backward, and the log-probabilities too where the entropy is to be
-    differentiated.
+    differentiated. ``greedy`` is 1 where no logit is larger than the label's.
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, temperature, want_entropy, entropy_grad):  # type: ignore[no-untyped-def]
+    def forward(ctx, logits, labels, temperature, want_entropy, entropy_grad, shard):  # type: ignore[no-untyped-def]
         dtype = paddle.float64 if logits.dtype == paddle.float64 else paddle.float32
         scaled = logits.astype(dtype)
         if temperature != 1.0:
             scaled = scaled / temperature
-        shifted = scaled - scaled.max(axis=-1, keepdim=True)
+        shifted = scaled - shard.largest(scaled.max(axis=-1, keepdim=True))
         probs = shifted.exp()
-        total = probs.sum(axis=-1, keepdim=True)
+        total = shard.total(probs.sum(axis=-1, keepdim=True))
         log_total = total.log()
-        picked = paddle.take_along_axis(shifted, labels.unsqueeze(-1), axis=-1)
+        column = labels - shard.start
+        here = paddle.logical_and(column >= 0, column < shard.size).astype(dtype).unsqueeze(-1)
+        column = column.clip(0, shard.size - 1).unsqueeze(-1)
+        picked = shard.total(paddle.take_along_axis(shifted, column, axis=-1) * here)
         logprobs = (picked - log_total).squeeze(-1)
         probs.divide_(total)
         if want_entropy:
             # H = log Z - sum p z with z the shifted logits: no logarithm of a vanishing probability
-            entropy = log_total.squeeze(-1) - (probs * shifted).sum(axis=-1)
+            entropy = (log_total - shard.total((probs * shifted).sum(axis=-1, keepdim=True))).squeeze(-1)
         else:
             entropy = paddle.zeros_like(logprobs)
         ctx.temperature, ctx.input_dtype, ctx.entropy_grad = temperature, logits.dtype, entropy_grad
         if entropy_grad:
-            ctx.save_for_backward(probs, labels, shifted - log_total, entropy)
+            ctx.save_for_backward(probs, column, here, shifted - log_total, entropy)
         else:
-            ctx.save_for_backward(probs, labels)
-        return logprobs, entropy
+            ctx.save_for_backward(probs, column, here)
+        return logprobs, entropy, (picked >= 0).astype(dtype).squeeze(-1)
 
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_logprobs, grad_entropy, grad_greedy):  # type: ignore[no-untyped-def]
         saved = ctx.saved_tensor()
-        probs, labels = saved[0], saved[1]
+        probs, column, here = saved[0], saved[1], saved[2]
         # d logp(label) / d z = onehot - p
         grad = paddle.put_along_axis(
-            probs * -grad_logprobs.unsqueeze(-1),
-            labels.unsqueeze(-1),
-            grad_logprobs.unsqueeze(-1),
-            axis=-1,
-            reduce="add",
+            probs * -grad_logprobs.unsqueeze(-1), column, grad_logprobs.unsqueeze(-1) * here, axis=-1, reduce="add"
         )
         if ctx.entropy_grad:
             # d H / d z = -p (log p + H)
-            log_probs, entropy = saved[2], saved[3]
+            log_probs, entropy = saved[3], saved[4]
             grad = grad - grad_entropy.unsqueeze(-1) * probs * (log_probs + entropy.unsqueeze(-1))
         if ctx.temperature != 1.0:
             grad = grad / ctx.temperature
         return grad.astype(ctx.input_dtype), None
 
 
-def token_logprobs_and_entropy(
-    logits: Tensor, labels: Tensor, temperature: float = 1.0, entropy_grad: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label and entropy of each distribution ``softmax(logits / temperature)``.
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model says of chosen tokens.
+
+    Attributes:
+        logprobs: ``[...]`` float32 (float64 for float64 logits), in nats, differentiable in the logits.
+        entropy: ``[...]``, of each distribution, in nats; zero where it was not asked for.
+        greedy: ``[...]``, 1 where no token has a larger logit.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    greedy: Tensor
+
+
+def score_labels(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    *,
+    entropy: bool = False,
+    entropy_grad: bool = False,
+    shard: Shard | None = None,
+) -> TokenScores:
+    """Look chosen tokens up in ``softmax(logits / temperature)``.
 
     Args:
-        logits: ``[..., V]``, any floating dtype.
-        labels: ``[...]`` int64, each in ``[0, V)``.
+        logits: ``[..., V]``, any floating dtype; with ``shard`` this process's columns of them.
+        labels: ``[...]`` int64, each in ``[0, V)``, of the whole vocabulary.
         temperature: the sampling temperature; the same one belongs into old, new and reference log-probs.
+        entropy: whether to compute the entropy.
         entropy_grad: whether the entropy is to be differentiated (keeps one more ``[..., V]`` tensor).
+        shard: where the other columns are; every holder calls with the same labels.
+    """
+    shape, columns = labels.shape, logits.shape[-1]
+    parts = _TokenLogProbs.apply(
+        logits.reshape([-1, columns]),
+        labels.reshape([-1]),
+        float(temperature),
+        entropy or entropy_grad,
+        entropy_grad,
+        shard or _Whole(columns),
+    )
+    logprobs, spread, greedy = (part.reshape(shape) for part in parts)
+    return TokenScores(logprobs, spread if entropy_grad else spread.detach(), greedy.detach())
+
+
+def token_logprobs_and_entropy(
+    logits: Tensor, labels: Tensor, temperature: float = 1.0, entropy_grad: bool = False, shard: Shard | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy of each distribution, see :func:`score_labels`.
 
     Returns:
-        ``(logprobs, entropy)``, both ``[...]`` float32 (float64 for float64 logits), in nats. Without ``entropy_grad``
-        the entropy carries no gradient.
+        ``(logprobs, entropy)``, both ``[...]``, in nats. Without ``entropy_grad`` the entropy carries no gradient.
     """
-    shape, vocab = labels.shape, logits.shape[-1]
-    logprobs, entropy = _TokenLogProbs.apply(
-        logits.reshape([-1, vocab]), labels.reshape([-1]), float(temperature), True, entropy_grad
-    )
-    if not entropy_grad:
-        entropy = entropy.detach()
-    return logprobs.reshape(shape), entropy.reshape(shape)
+    scores = score_labels(logits, labels, temperature, entropy=True, entropy_grad=entropy_grad, shard=shard)
+    return scores.logprobs, scores.entropy
 
 
-def token_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each label under ``softmax(logits / temperature)``.
-
-    Args:
-        logits: ``[..., V]``, any floating dtype.
-        labels: ``[...]`` int64, each in ``[0, V)``.
-        temperature: the sampling temperature.
-
-    Returns:
-        ``[...]`` float32 (float64 for float64 logits), exact far below -64, differentiable in the logits.
-    """
-    shape, vocab = labels.shape, logits.shape[-1]
-    logprobs, _ = _TokenLogProbs.apply(
-        logits.reshape([-1, vocab]), labels.reshape([-1]), float(temperature), False, False
-    )
-    return logprobs.reshape(shape)
+def token_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0, shard: Shard | None = None) -> Tensor:
+    """Log-probability ``[...]`` of each label, exact far below -64, see :func:`score_labels`."""
+    return score_labels(logits, labels, temperature, shard=shard).logprobs

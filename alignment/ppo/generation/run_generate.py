@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--prompts", metavar="FILE", help="prompts: .jsonl/.json (prompt|input|src|question) or text, one a line"
     )
     parser.add_argument("--output", metavar="FILE", help="write JSONL here instead of printing the answers")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (256)")
+    parser.add_argument("--max_new_tokens", type=int, help="longest answer, in tokens (256, or half the context)")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (1.0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="nucleus threshold; 1 is off (1.0)")
     parser.add_argument("--top_k", type=int, default=0, help="only the k likeliest tokens; 0 is off (0)")
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     wrong = [
-        (options.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
+        (options.max_new_tokens is not None and options.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
         (options.temperature <= 0, "--temperature must be above 0 (use --greedy for no chance at all)"),
         (not 0 < options.top_p <= 1, "--top_p must be above 0 and at most 1"),
         (options.top_k < 0, "--top_k must not be negative"),
@@ -93,9 +93,10 @@ class Answerer:
         saved = PromptTemplate.load(options.model) if Path(options.model).is_dir() else None
         template = PromptTemplate.resolve(options.prompt_template or saved, tokenizer)
         context = model_context_length(options.model)
-        if context is not None and options.max_new_tokens >= context:
+        longest = options.max_new_tokens or (256 if context is None else max(1, min(256, context // 2)))
+        if context is not None and longest >= context:
             raise ArgumentsError(
-                f"--max_new_tokens {options.max_new_tokens} leaves no room for a prompt: the context of "
+                f"--max_new_tokens {longest} leaves no room for a prompt: the context of "
                 f"{options.model} is {context} tokens"
             )
         limit = (context or 1 << 20) - 1
@@ -103,7 +104,7 @@ class Answerer:
         model = load_causal_lm(options.model, role="--model")
         self.engine = GenerationEngine(model, tokenizer, eos_token_ids(model, tokenizer), context, options.batch_size)
         self.settings = SamplingSettings(
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=longest,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,

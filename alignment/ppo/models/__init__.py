@@ -33,6 +33,7 @@ _MODULE_OF = {
     "backbone_of": "forward",
     "cached_hidden_states": "forward",
     "causal_logits": "forward",
+    "divides_vocabulary": "forward",
     "end_scores": "forward",
     "final_hidden_states": "forward",
     "Rows": "forward",

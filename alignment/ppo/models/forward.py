@@ -134,9 +134,23 @@ def gather_sequence(hidden: paddle.Tensor, rows: int, length: int) -> paddle.Ten
     return GatherOp.apply(hidden).reshape([rows, length, hidden.shape[-1]])
 
 
-def lm_logits(model: nn.Layer, hidden_states: paddle.Tensor) -> paddle.Tensor:
-    """Apply the LM head: ``[..., hidden]`` -> ``[..., vocab]`` in the model's dtype."""
-    return unwrap(model).lm_head(hidden_states)
+def lm_logits(model: nn.Layer, hidden_states: paddle.Tensor, *, own_columns: bool = False) -> paddle.Tensor:
+    """Apply the LM head: ``[..., hidden]`` -> ``[..., vocab]`` in the model's dtype.
+
+    Args:
+        model: a causal model, or its last pipeline stage.
+        hidden_states: after the final norm.
+        own_columns: with tensor parallelism return this rank's columns only, see :func:`divides_vocabulary`.
+    """
+    head = unwrap(model).lm_head
+    return head(hidden_states, tensor_parallel_output=True) if own_columns else head(hidden_states)
+
+
+def divides_vocabulary(model: nn.Layer) -> bool:
+    """Whether the tensor ranks have different columns of the LM head (they do where their number divides the
+    vocabulary).
+    """
+    return bool(getattr(unwrap(model).lm_head.weight, "is_distributed", False))
 
 
 def causal_logits(model: nn.Layer, input_ids: paddle.Tensor, lengths: Lengths | None = None) -> paddle.Tensor:
