@@ -4,19 +4,17 @@ checkpoints.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alignment.arguments import Sizes
-from alignment.errors import AlignmentError, InvariantError
+from alignment.errors import AlignmentError
 from alignment.log import get_logger
 from alignment.parallel import World
 from alignment.parallel.offload import Residency
@@ -24,16 +22,15 @@ from alignment.ppo.algorithms.advantages import RunningMoments
 from alignment.ppo.algorithms.kl import AdaptiveKLController, FixedKLController
 from alignment.ppo.dataflow import PPO_ITERATION, PhaseTimer
 from alignment.ppo.evaluation import Evaluator
-from alignment.ppo.experience import assemble_experience, describe_experience, summed_k1
 from alignment.ppo.generation.engine import GenerationPrompt
 from alignment.ppo.generation.layouts import RolloutEngine
 from alignment.ppo.generation.sampler import SamplingSettings
 from alignment.ppo.halfway import HalfUsed, load_half_used
 from alignment.ppo.invariants import MovementCheck
+from alignment.ppo.phases import Roles, RolloutPhases
 from alignment.ppo.ptx import PtxStream
 from alignment.ppo.rewards import RewardResult
-from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
-from alignment.ppo.rollout import Experience, Rollout, join_rollouts
+from alignment.ppo.rollout import Experience, Rollout
 from alignment.ppo.state import PPOState, load_state, save_state
 from alignment.ppo.statistics import Statistics
 from alignment.ppo.streams import IndexStream
@@ -48,16 +45,6 @@ from alignment.training.resume import save_arguments
 # Evaluation draws from a stream of its own, the same at every evaluation.
 EVALUATION_SEED_OFFSET = 0x5EED
 BAR_KEYS = ("train/reward", "train/kl_divergence", "train/actor_loss", "train/reward_critic_loss")
-
-
-@dataclass
-class Roles:
-    """The models of a run; ``reward`` is absent when only callables score."""
-
-    actor: PolicyRole
-    reference: PolicyRole
-    critic: ValueRole
-    reward: RewardRole | None
 
 
 class PPOTrainer:
@@ -98,10 +85,9 @@ class PPOTrainer:
         self.args, self.world, self.roles, self.score, self.sizes = args, world, roles, score, sizes
         self.generator, self.train_prompts, self.save_extras, self.argv = generator, train_prompts, save_extras, argv
         self.residency = residency
-        self.state, self.timer, self.pending = PPOState(), PhaseTimer(), Statistics()
-        self.rollout_stats, self.rows, self.tokens_waiting = Statistics(), [], 0
+        self.state, self.pending, self.rows = PPOState(), Statistics(), []
         self.evaluated_at = self.saved_at = -1
-        self.reshard_bytes = self.evaluation_bytes = 0
+        self.evaluation_bytes = 0
         self.interrupt = Interrupt()
         self.half_used: HalfUsed | None = None
         self.first_step, self.begin, self.update_began = 0, None, 0.0
@@ -126,29 +112,10 @@ class PPOTrainer:
             seed=args.seed,
         )
         self.eval_prompts = list(eval_prompts)
-        functions: dict[str, Callable[..., Any]] = {
-            "generate": self._generate,
-            "actor_logprobs": lambda rollout: self._timed_tokens("actor_logprobs", rollout, roles.actor.logprobs),
-            "reference_logprobs": lambda rollout: self._timed_tokens(
-                "reference_logprobs", rollout, roles.reference.logprobs
-            ),
-            "reward_scores": lambda rollout: self._timed_tokens("reward_scores", rollout, self.score),
-            "critic_values": lambda rollout: self._timed_tokens("critic_values", rollout, roles.critic.values),
-            "advantages": self._experience,
-            "update": self._update,
-        }
-        self.functions = {
-            call.name: functools.partial(self._awake, call.roles, functions[call.name]) for call in PPO_ITERATION.calls
-        }
-
-    def _awake(self, names: Sequence[str], function: Callable[..., Any], *values: Any) -> Any:
-        """Call a phase's function while its models have their parameters (sharding stage 3 lets them rest between)."""
-        with contextlib.ExitStack() as stack:
-            for name in names:
-                role = getattr(self.roles, name)
-                if role is not None:
-                    stack.enter_context(role.engine.awake())
-            return function(*values)
+        self.phases = RolloutPhases(
+            args, world, roles, score, generator, self.sampling, self.kl_controller, self.moments
+        )
+        self.functions = {**self.phases.functions(), "update": self.phases.awake(("actor", "critic"), self._update)}
 
     # -- the loop
 
@@ -199,8 +166,8 @@ class PPOTrainer:
             values, first = {"prompts": self._next_prompts()}, None
         else:
             values, first = {"experience": half.experience}, "update"
-            self.rollout_stats, self.rows = half.rollout_stats, half.rows
-        PPO_ITERATION.run(self.functions, values, self.timer, lambda call: self._enter(call.name), first)
+            self.phases.stats, self.rows = half.rollout_stats, half.rows
+        PPO_ITERATION.run(self.functions, values, self.phases.timer, lambda call: self._enter(call.name), first)
         if self.half_used is not None:
             return
         self.state.rollouts += 1
@@ -239,73 +206,9 @@ class PPOTrainer:
         share = np.array_split(np.arange(len(rows)), self.world.size)[self.world.rank]
         return [as_prompt(self.train_prompts[rows[i]], first + int(i)) for i in share]
 
-    def _generate(self, prompts: list[GenerationPrompt]) -> Rollout | None:
-        self._refresh()
-        if not prompts:
-            return None
-        rollout = self.generator.generate(prompts, self.sampling, self.args.num_return_sequences)
-        self.timer.count_tokens("generate", float(rollout.response_len.sum()))
-        return rollout
-
-    def _refresh(self) -> int:
-        """Bring the rollout model's weights up to date, where it is not the actor itself; returns the bytes moved."""
-        moved = self.generator.refresh()
-        if moved is not None:
-            self.timer.add("reshard", moved.seconds)
-            self.reshard_bytes += moved.nbytes
-        return moved.nbytes if moved is not None else 0
-
-    def _timed_tokens(self, phase: str, rollout: Rollout | None, function: Callable[[Rollout], Any]) -> Any:
-        if rollout is None:
-            return None
-        self.timer.count_tokens(phase, float(rollout.lengths.sum()))
-        return function(rollout)
-
-    def _experience(
-        self,
-        rollout: Rollout | None,
-        logprobs: np.ndarray | None,
-        ref_logprobs: np.ndarray | None,
-        scores: RewardResult | None,
-        values: np.ndarray | None,
-    ) -> Experience:
-        """Gather every rank's rows, then compute rewards and advantages of all of them, on each rank alike."""
-        self._same_tokens(rollout)
-        parts = self.world.all_gather_object((rollout, logprobs, ref_logprobs, scores, values))
-        filled = [part for part in parts if part[0] is not None]
-        whole = join_rollouts([part[0] for part in filled], self.generator.pad_id)
-
-        def join(column: int) -> np.ndarray:
-            width = whole.width
-            return np.concatenate([np.pad(p[column], ((0, 0), (0, width - p[column].shape[1]))) for p in filled])
-
-        totals = np.concatenate([part[3].total for part in filled])
-        pieces = {name: np.concatenate([part[3].parts[name] for part in filled]) for name in filled[0][3].parts}
-        experience = assemble_experience(
-            whole, join(1), join(2), join(4), totals, pieces, self.args, self.kl_controller, self.moments
-        )
-        self.rollout_stats = describe_experience(experience, self.kl_controller.kl_coeff)
-        self.tokens_waiting = int(whole.lengths.sum())
-        self.kl_controller.update(float(summed_k1(experience).mean()), len(experience))
-        return experience
-
-    def _same_tokens(self, rollout: Rollout | None) -> None:
-        """The processes that share a model must have sampled the same tokens.
-
-        Raises:
-            InvariantError: they have not.
-        """
-        if not self.world.topology.splits_model:
-            return
-        crc = 0 if rollout is None else zlib.crc32(np.ascontiguousarray(rollout.tokens).view(np.uint8).reshape(-1))
-        if len(set(self.world.model_peers(crc, "tokens of the rollout"))) > 1:
-            raise InvariantError(
-                f"data rank {self.world.rank}: the processes that share the actor sampled different tokens"
-            )
-
     def _update(self, experience: Experience) -> None:
         if self.begin is None:
-            self.timer.count_tokens("update", float(experience.rollout.lengths.sum()) * self.args.update_iters)
+            self.phases.timer.count_tokens("update", float(experience.rollout.lengths.sum()) * self.args.update_iters)
         self.update_began = time.perf_counter()
         on_step = functools.partial(self._after_step, experience)
         self.updater.run(experience, self.state.rollouts, self.state.global_step, on_step, self.begin)
@@ -314,14 +217,14 @@ class PPOTrainer:
         """Take in one optimizer step's figures, and save when due; returns whether the update goes on."""
         self.state.global_step += 1
         step = self.state.global_step
-        self.pending.merge(self.rollout_stats)
+        self.pending.merge(self.phases.stats)
         self.pending.merge(stats)
         movement = self.updater.movement
         if movement is not None and movement.done:
             movement.frozen_roles()
             self.updater.movement = None
-        self.writer.advance(step, tokens=self.tokens_waiting)
-        self.tokens_waiting = 0
+        self.writer.advance(step, tokens=self.phases.tokens)
+        self.phases.tokens = 0
         if step % self.args.logging_steps == 0 or step >= self.sizes.total_steps:
             self.rows.append((step, self.pending))
             self.pending = Statistics()
@@ -329,7 +232,7 @@ class PPOTrainer:
             return False
         if after is None:
             return True  # what is due is done behind the update
-        half = HalfUsed(experience, after, self.first_step, self.rollout_stats, self.rows)
+        half = HalfUsed(experience, after, self.first_step, self.phases.stats, self.rows)
         if self.args.save_strategy == "steps" and step % self.args.save_steps == 0:
             self._save_in_update(half)
         if self.world.any(self.interrupt.requested):
@@ -340,20 +243,20 @@ class PPOTrainer:
     def _save_in_update(self, half: HalfUsed) -> None:
         """Save between two optimizer steps of one update, without counting the time as the update's."""
         started = time.perf_counter()
-        self.timer.add("update", started - self.update_began)
+        self.phases.timer.add("update", started - self.update_began)
         self.save_checkpoint(half_used=half)
         self._enter("update")
         # the dataflow adds the whole call's time at its end
-        self.timer.add("update", self.update_began - time.perf_counter())
+        self.phases.timer.add("update", self.update_began - time.perf_counter())
 
     def _write_rows(self) -> None:
         """Write the iteration's rows now that its update has been timed; the timings go into the last one."""
         for number, (step, stats) in enumerate(self.rows, 1):
             values: dict[str, float] = {**stats.result(), "global_step": step}
             if number == len(self.rows):
-                values.update(self.timer.drain())
+                values.update(self.phases.timer.drain())
                 if self.generator.resharder is not None:
-                    values["reshard/bytes"], self.reshard_bytes = float(self.reshard_bytes), 0
+                    values["reshard/bytes"], self.phases.reshard_bytes = float(self.phases.reshard_bytes), 0
                 values.update(self.residency.drain() if self.residency is not None else {})
             self.writer.log(step, values, epoch=self._epoch())
         self.rows = []
@@ -431,8 +334,8 @@ class PPOTrainer:
         self.evaluated_at = self.state.global_step
         started = time.monotonic()
         self._enter("evaluation")
-        self.evaluation_bytes = self._awake(("actor",), self._refresh)
-        values = self._awake(("actor", "reward"), self.evaluator.run, self.state.global_step)
+        self.evaluation_bytes = self.phases.awake(("actor",), self.phases.refresh)()
+        values = self.phases.awake(("actor", "reward"), self.evaluator.run)(self.state.global_step)
         seconds = time.monotonic() - started
         self.writer.pause(seconds)
         self.writer.log(self.state.global_step, {**values, "eval/runtime_seconds": seconds}, epoch=self._epoch())
@@ -450,9 +353,9 @@ class PPOTrainer:
         self.state.kl_controller = self.kl_controller.state_dict()
         self.state.reward_moments = self.moments.state_dict() if self.moments else {}
         self.state.evaluated_at, self.state.pending = self.evaluated_at, asdict(self.pending)
-        self.state.timer = asdict(self.timer)
+        self.state.timer = asdict(self.phases.timer)
         # what the evaluation has moved since the update is moved again after a restart
-        self.state.reshard_bytes = self.reshard_bytes - self.evaluation_bytes
+        self.state.reshard_bytes = self.phases.reshard_bytes - self.evaluation_bytes
         self.state.rng = {"kind": "counter", "seed": self.args.seed}
         self._enter("checkpoint")
         with on_main(self.world, lambda: self.store.writing(self.state.global_step, best=best)) as folder:
@@ -475,8 +378,8 @@ class PPOTrainer:
         if self.world.is_main:
             self.store.remember_best(self.state.best_step)
         self.half_used = load_half_used(path / "trainer")
-        self.pending, self.timer = Statistics(**self.state.pending), PhaseTimer(**self.state.timer)
-        self.reshard_bytes, self.evaluated_at = self.state.reshard_bytes, self.state.evaluated_at
+        self.pending, self.phases.timer = Statistics(**self.state.pending), PhaseTimer(**self.state.timer)
+        self.phases.reshard_bytes, self.evaluated_at = self.state.reshard_bytes, self.state.evaluated_at
         self.saved_at = self.state.global_step
         where = ", in the middle of an update" if self.half_used is not None else ""
         get_logger().info("resumed from %s (optimizer step %d%s)", path, self.state.global_step, where)

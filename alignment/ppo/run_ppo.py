@@ -217,7 +217,8 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     from alignment.ppo.generation.layouts import RolloutEngine
     from alignment.ppo.generation.stopping import eos_token_ids
     from alignment.ppo.models import load_causal_lm, load_score_model, model_context_length, save_tokenizer
-    from alignment.ppo.ppo_trainer import PPOTrainer, Roles
+    from alignment.ppo.phases import Roles
+    from alignment.ppo.ppo_trainer import PPOTrainer
     from alignment.ppo.rewards import RewardBatch, resolve_rewards, uses_model
     from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
     from alignment.ppo.scoring import RewardModelScorer

@@ -16,14 +16,14 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# What each method of the trainer is called here; the innermost one on the stack counts.
+# What each method of the trainer and of its phases is called here; the innermost one on the stack counts.
 PHASES = {
-    "_generate": "rollout",
-    "_timed_tokens": "scoring",
-    "_update": "update",
-    "save_checkpoint": "saving",
-    "_evaluate": "evaluation",
-    "_finish": "finish",
+    ("phases.py", "generate"): "rollout",
+    ("phases.py", "_counted"): "scoring",
+    ("ppo_trainer.py", "_update"): "update",
+    ("ppo_trainer.py", "save_checkpoint"): "saving",
+    ("ppo_trainer.py", "_evaluate"): "evaluation",
+    ("ppo_trainer.py", "_finish"): "finish",
 }
 KILLS_FILE = "kills.jsonl"
 _LOOK = 0.0005
@@ -69,8 +69,9 @@ def phase_of(thread: int) -> tuple[str, str]:
     line = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
     while frame is not None:
         code = frame.f_code
-        if code.co_name in PHASES and code.co_filename.endswith("ppo_trainer.py"):
-            return PHASES[code.co_name], line
+        phase = PHASES.get((os.path.basename(code.co_filename), code.co_name))
+        if phase is not None:
+            return phase, line
         frame = frame.f_back
     return "", ""
 

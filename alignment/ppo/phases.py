@@ -1,0 +1,168 @@
+"""An iteration up to the experience: the dataflow's phases on this data rank, and how they come together.
+
+Each data rank generates answers to its own prompts, scores and evaluates them; then every rank gets all rows, and
+rewards and advantages are computed of all of them, on each rank alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from alignment.errors import InvariantError
+from alignment.parallel import World
+from alignment.ppo.algorithms.advantages import RunningMoments
+from alignment.ppo.algorithms.kl import FixedKLController
+from alignment.ppo.dataflow import PPO_ITERATION, PhaseTimer
+from alignment.ppo.experience import assemble_experience, describe_experience, summed_k1
+from alignment.ppo.generation.engine import GenerationPrompt
+from alignment.ppo.generation.layouts import RolloutEngine
+from alignment.ppo.generation.sampler import SamplingSettings
+from alignment.ppo.rewards import RewardResult
+from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
+from alignment.ppo.rollout import Experience, Rollout, join_rollouts
+from alignment.ppo.statistics import Statistics
+
+
+@dataclass
+class Roles:
+    """The models of a run; ``reward`` is absent when only callables score."""
+
+    actor: PolicyRole
+    reference: PolicyRole
+    critic: ValueRole
+    reward: RewardRole | None
+
+
+class RolloutPhases:
+    """The phases of :data:`~alignment.ppo.dataflow.PPO_ITERATION` before the update.
+
+    Args:
+        args: the PPO arguments.
+        world: the data ranks.
+        roles: the models.
+        score: rewards of a rollout.
+        generator: generates with the actor.
+        sampling: settings of the rollout.
+        kl_controller: weighs the KL penalty; learns from every rollout.
+        moments: of the scores, where they are normalised as they come; else ``None``.
+
+    Attributes:
+        timer: seconds and tokens of the phases.
+        stats: figures of the newest rollout.
+        tokens: of the newest rollout that have not been counted towards the rate yet.
+        reshard_bytes: received by rollout weights since this was last set to 0.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        world: World,
+        roles: Roles,
+        score: Callable[[Rollout], RewardResult],
+        generator: RolloutEngine,
+        sampling: SamplingSettings,
+        kl_controller: FixedKLController,
+        moments: RunningMoments | None,
+    ) -> None:
+        self.args, self.world, self.roles, self.score = args, world, roles, score
+        self.generator, self.sampling, self.kl_controller, self.moments = generator, sampling, kl_controller, moments
+        self.timer, self.stats, self.tokens, self.reshard_bytes = PhaseTimer(), Statistics(), 0, 0
+
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """The phases' functions by name."""
+        roles = self.roles
+        functions: dict[str, Callable[..., Any]] = {
+            "generate": self.generate,
+            "actor_logprobs": functools.partial(self._counted, "actor_logprobs", roles.actor.logprobs),
+            "reference_logprobs": functools.partial(self._counted, "reference_logprobs", roles.reference.logprobs),
+            "reward_scores": functools.partial(self._counted, "reward_scores", self.score),
+            "critic_values": functools.partial(self._counted, "critic_values", roles.critic.values),
+            "advantages": self.experience,
+        }
+        used = {call.name: call.roles for call in PPO_ITERATION.calls}
+        return {name: self.awake(used[name], function) for name, function in functions.items()}
+
+    def awake(self, names: Sequence[str], function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` with the parameters of the named roles there (sharding stage 3 lets them rest between)."""
+
+        def call(*values: Any) -> Any:
+            with contextlib.ExitStack() as stack:
+                for name in names:
+                    role = getattr(self.roles, name)
+                    if role is not None:
+                        stack.enter_context(role.engine.awake())
+                return function(*values)
+
+        return call
+
+    def generate(self, prompts: list[GenerationPrompt]) -> Rollout | None:
+        """Answer this data rank's prompts; ``None`` without any."""
+        self.refresh()
+        if not prompts:
+            return None
+        rollout = self.generator.generate(prompts, self.sampling, self.args.num_return_sequences)
+        self.timer.count_tokens("generate", float(rollout.response_len.sum()))
+        return rollout
+
+    def refresh(self) -> int:
+        """Bring the rollout model's weights up to date, where it is not the actor itself; returns the bytes moved."""
+        moved = self.generator.refresh()
+        if moved is None:
+            return 0
+        self.timer.add("reshard", moved.seconds)
+        self.reshard_bytes += moved.nbytes
+        return moved.nbytes
+
+    def _counted(self, phase: str, function: Callable[[Rollout], Any], rollout: Rollout | None) -> Any:
+        if rollout is None:
+            return None
+        self.timer.count_tokens(phase, float(rollout.lengths.sum()))
+        return function(rollout)
+
+    def experience(
+        self,
+        rollout: Rollout | None,
+        logprobs: np.ndarray | None,
+        ref_logprobs: np.ndarray | None,
+        scores: RewardResult | None,
+        values: np.ndarray | None,
+    ) -> Experience:
+        """Gather every rank's rows, then compute rewards and advantages of all of them, on each rank alike.
+
+        Raises:
+            InvariantError: processes that share a model have sampled different tokens.
+        """
+        self._same_tokens(rollout)
+        parts = self.world.all_gather_object((rollout, logprobs, ref_logprobs, scores, values))
+        filled = [part for part in parts if part[0] is not None]
+        whole = join_rollouts([part[0] for part in filled], self.generator.pad_id)
+
+        def join(column: int) -> np.ndarray:
+            width = whole.width
+            return np.concatenate([np.pad(p[column], ((0, 0), (0, width - p[column].shape[1]))) for p in filled])
+
+        totals = np.concatenate([part[3].total for part in filled])
+        pieces = {name: np.concatenate([part[3].parts[name] for part in filled]) for name in filled[0][3].parts}
+        experience = assemble_experience(
+            whole, join(1), join(2), join(4), totals, pieces, self.args, self.kl_controller, self.moments
+        )
+        self.stats = describe_experience(experience, self.kl_controller.kl_coeff)
+        self.tokens = int(whole.lengths.sum())
+        self.kl_controller.update(float(summed_k1(experience).mean()), len(experience))
+        return experience
+
+    def _same_tokens(self, rollout: Rollout | None) -> None:
+        if not self.world.topology.splits_model:
+            return
+        crc = 0 if rollout is None else zlib.crc32(np.ascontiguousarray(rollout.tokens).view(np.uint8).reshape(-1))
+        if len(set(self.world.model_peers(crc, "tokens of the rollout"))) > 1:
+            raise InvariantError(
+                f"data rank {self.world.rank}: the processes that share the actor sampled different tokens"
+            )
