@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -207,7 +208,8 @@ def write_beat(folder: Path, beat: Beat) -> None:
         OSError: the folder cannot be written.
     """
     target = beat_path(folder, beat.rank)
-    temporary = target.with_name(f".{target.name}.{beat.pid}")
+    # Both the monitor's thread and the main thread write.
+    temporary = target.with_name(f".{target.name}.{beat.pid}.{threading.get_ident()}")
     temporary.write_text(json.dumps(asdict(beat)) + "\n", encoding="utf-8")
     os.replace(temporary, target)
 

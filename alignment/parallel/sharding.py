@@ -2,8 +2,8 @@
 
 Every parameter has one owner in its sharding group, which keeps its optimizer state. Stage 1: gradients are summed at
 the owner, which updates the parameter and hands the new values out. Stage 2: they are summed at the end of every pass,
-so that no rank keeps other owners' gradients. Stage 3: between the phases that use a model only the owner keeps the
-parameter at all (:meth:`Sharding.rest`, :meth:`Sharding.wake`).
+so that no rank keeps other owners' gradients. Stage 3: only the owner keeps a parameter at all; the others get it when
+its layer runs, forward and backward, and drop it behind that (:meth:`Sharding.wake`, :meth:`Sharding.rest`).
 
 Whole parameters are owned, as in fleet's ``DygraphShardingOptimizer``, so that a parameter's state is in one place: a
 checkpoint does not depend on the number of ranks, and an update has the bits of the unsharded one.
@@ -11,7 +11,7 @@ checkpoint does not depend on the number of ranks, and an update has the bits of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class Sharding:
     def __init__(self, topology: Topology, group: Any, parameters: Mapping[str, Tensor]) -> None:
         self.topology, self.group, self.parameters = topology, group, dict(parameters)
         self.owner = assign_owners({name: int(p.size) for name, p in parameters.items()}, topology.sharding)
-        self._resting = False
+        self._resting: set[str] = set()
         self._shapes = {name: list(p.shape) for name, p in parameters.items()}
 
     @property
@@ -76,33 +76,38 @@ class Sharding:
                         paddle.assign(flat[offset : offset + size].reshape(p.shape).astype(p.dtype), p.grad)
                     offset += size
 
-    def share_parameters(self) -> int:
-        """Give every rank of the group the owners' values; returns bytes received."""
+    def share_parameters(self, names: Iterable[str] | None = None) -> int:
+        """Give every rank of the group the owners' values; returns bytes received.
+
+        Args:
+            names: of the parameters, the same on every rank; all if not given.
+        """
         received = 0
+        chosen = list(self.parameters if names is None else names)
         for owner in range(self.topology.sharding):
-            theirs = [p for name, p in self.parameters.items() if self.owner[name] == owner]
+            theirs = [self.parameters[name] for name in chosen if self.owner[name] == owner]
             if theirs:
                 received += broadcast(theirs, self.process_of(owner), self.group)
         return received
 
-    def rest(self) -> None:
-        """Keep only what this rank owns."""
-        if self._resting:
-            return
-        self._resting = True
-        for name, p in self.parameters.items():
-            if self.owner[name] != self.topology.sharding_rank:
-                p._clear_data()
+    def rest(self, names: Iterable[str] | None = None) -> None:
+        """Keep only what this rank owns, of the named parameters or of all."""
+        for name in self.parameters if names is None else names:
+            if name not in self._resting:
+                self._resting.add(name)
+                if self.owner[name] != self.topology.sharding_rank:
+                    self.parameters[name]._clear_data()
 
-    def wake(self) -> None:
-        """Have every parameter again."""
-        if not self._resting:
-            return
-        self._resting = False
-        for name, p in self.parameters.items():
+    @paddle.no_grad()
+    def wake(self, names: Iterable[str] | None = None) -> None:
+        """Have the named parameters, or all, again; every rank of the group calls it for the same ones."""
+        missing = [name for name in (self.parameters if names is None else names) if name in self._resting]
+        for name in missing:
+            self._resting.discard(name)
             if self.owner[name] != self.topology.sharding_rank:
-                paddle.zeros(self._shapes[name], p.dtype)._share_buffer_to(p)
-        self.share_parameters()
+                parameter = self.parameters[name]
+                paddle.zeros(self._shapes[name], parameter.dtype)._share_buffer_to(parameter)
+        self.share_parameters(missing)
 
 
 def assign_owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:

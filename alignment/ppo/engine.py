@@ -28,6 +28,7 @@ from paddle import Tensor
 
 from alignment.errors import CheckpointError, InvariantError, NonFiniteError
 from alignment.parallel import World
+from alignment.parallel.layerwise import Layerwise
 from alignment.parallel.sharding import Sharding
 from alignment.parallel.vocabulary import VocabularyShard
 from alignment.parallel.whole import Share, gather_whole
@@ -35,6 +36,7 @@ from alignment.ppo.algorithms.logprobs import TokenScores, score_labels
 from alignment.ppo.models import (
     Piece,
     Rows,
+    backbone_of,
     divides_vocabulary,
     hidden_states,
     lm_logits,
@@ -48,6 +50,7 @@ from alignment.training.weights import load_weights_into, some_names
 
 B = TypeVar("B")
 R = TypeVar("R")
+NOTHING = Rows(np.zeros([1, 1], dtype=np.int64))
 
 
 class Engine:
@@ -89,6 +92,7 @@ class Engine:
         if self.topology.sharding > 1 and world.groups is not None and (trained or self.topology.sharding_stage == 3):
             shared = self._parameters or {self._pieces[n].name: p for n, p in named.items()}
             self._sharding = Sharding(self.topology, world.groups.sharding, shared)
+        self._layers = self._layerwise(bool(trained))
         if optimizer is None:
             for parameter in model.parameters():
                 parameter.stop_gradient = True
@@ -97,7 +101,7 @@ class Engine:
         model.train()
         if not self._parameters:
             raise ValueError(f"{name}: the model has no trainable parameters")
-        if recompute:
+        if recompute or self._layers is not None:
             enable_recompute(model)
         decayed = {p.name for p in self._parameters.values() if p.ndim >= 2}
         low_precision = any(p.dtype in (paddle.float16, paddle.bfloat16) for p in self._parameters.values())
@@ -146,6 +150,8 @@ class Engine:
             The results, in order, on every process of the data rank.
         """
         self._need_optimizer("train_pass")
+        if self._layers is not None and not self._awake:
+            return self._train_layerwise(batches, rows, loss)
         results: list[R] = []
         schedule = self._schedule
         if batches and schedule is not None:
@@ -155,7 +161,7 @@ class Engine:
                 lambda number, received: hidden_states(self.model, inputs[number], received),
                 lambda number, hidden: loss(hidden, batches[number]),
             )
-        elif batches:
+        else:
             for batch in batches:
                 value, result = loss(hidden_states(self.model, rows(batch)), batch)
                 value.backward()
@@ -166,6 +172,8 @@ class Engine:
 
     def infer_pass(self, batches: Sequence[B], rows: Callable[[B], Rows], compute: Callable[[Tensor, B], R]) -> list[R]:
         """Forward of micro batches without gradient; as :meth:`train_pass`, with ``compute`` in place of the loss."""
+        if self._layers is not None and not self._awake:
+            return self._infer_layerwise(batches, rows, compute)
         if not batches:
             return []
         schedule = self._schedule
@@ -178,6 +186,51 @@ class Engine:
             )
         with paddle.no_grad():
             return [compute(hidden_states(self.model, rows(batch)), batch) for batch in batches]
+
+    def _layerwise(self, trained: bool) -> Layerwise | None:
+        """Sharding stage 3 inside passes, for models whose parameters are trained all or not at all."""
+        whole = not trained or len(self._parameters) == len(self._pieces)
+        if self._sharding is None or self.topology.sharding_stage < 3 or not hasattr(self.model, "config") or not whole:
+            return None
+        self.model.config.recompute_use_reentrant = False  # saves nothing between forward and backward
+        name_of = {id(parameter): name for name, parameter in self._sharding.parameters.items()}
+        layers = list(backbone_of(self.model).layers)
+        found = Layerwise(self._sharding, layers, lambda layer: [name_of[id(p)] for p in layer.parameters()])
+        self._sharding.rest()
+        return found
+
+    def _even(self, batches: Sequence[B]) -> list[B | None]:
+        """The micro batches, with None behind them up to the number that another data rank has."""
+        most = max(self.world.data_peers(len(batches), f"micro batches of {self.name}"))
+        return [*batches, *[None] * (most - len(batches))]
+
+    def _train_layerwise(
+        self, batches: Sequence[B], rows: Callable[[B], Rows], loss: Callable[[Tensor, B], tuple[Tensor, R]]
+    ) -> list[R]:
+        assert self._layers is not None
+        results: list[R] = []
+        for batch in self._even(batches):
+            with self._layers.running():
+                if batch is None:  # the others gather their layers from here too
+                    value = hidden_states(self.model, NOTHING).sum() * 0.0
+                else:
+                    value, result = loss(hidden_states(self.model, rows(batch)), batch)
+                    results.append(result)
+                value.backward()
+            self._reduce_to_owners()
+        return results
+
+    def _infer_layerwise(
+        self, batches: Sequence[B], rows: Callable[[B], Rows], compute: Callable[[Tensor, B], R]
+    ) -> list[R]:
+        assert self._layers is not None
+        results: list[R] = []
+        with paddle.no_grad(), self._layers.running():
+            for batch in self._even(batches):
+                hidden = hidden_states(self.model, NOTHING if batch is None else rows(batch))
+                if batch is not None:
+                    results.append(compute(hidden, batch))
+        return results
 
     def score_labels(
         self,
@@ -209,10 +262,17 @@ class Engine:
     def _schedule(self) -> Any:
         return self.world.groups.schedule if self.world.groups is not None else None
 
+    def in_passes(self) -> contextlib.AbstractContextManager[None]:
+        """What passes and steps need around them: nothing, but that parameters which cannot be gathered layer by layer
+        (LoRA with sharding stage 3) are :meth:`awake`.
+        """
+        return contextlib.nullcontext() if self._layers is not None else self.awake()
+
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
-        """With sharding stage 3 the parameters are whole inside and rest at their owners outside; every process of the
-        sharding group enters and leaves together. Without it nothing happens.
+        """With sharding stage 3 all parameters are here inside and rest at their owners outside; every process of the
+        sharding group enters and leaves together. Without it nothing happens. Passes do without it: they gather layer
+        by layer.
         """
         if self._sharding is None or self.topology.sharding_stage < 3:
             yield
@@ -265,7 +325,7 @@ class Engine:
         self._optimizer.set_lr(rate)
         self._optimizer.step()
         self.clear_gradients()
-        if self._sharding is not None:
+        if self._sharding is not None and (self._awake or self.topology.sharding_stage < 3):
             self._sharding.share_parameters()
         self.steps += 1
         return StepResult(norm, rate)

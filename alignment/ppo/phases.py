@@ -40,6 +40,11 @@ class Roles:
     reward: RewardRole | None
 
 
+def no_rows(*_: Any) -> Any:
+    """Stands for the functions of a pass over no micro batch."""
+    raise AssertionError("a pass over nothing reads nothing")
+
+
 class RolloutPhases:
     """The phases of :data:`~alignment.ppo.dataflow.PPO_ITERATION` before the update.
 
@@ -80,24 +85,31 @@ class RolloutPhases:
         roles = self.roles
         functions: dict[str, Callable[..., Any]] = {
             "generate": self.generate,
-            "actor_logprobs": functools.partial(self._counted, "actor_logprobs", roles.actor.logprobs),
-            "reference_logprobs": functools.partial(self._counted, "reference_logprobs", roles.reference.logprobs),
-            "reward_scores": functools.partial(self._counted, "reward_scores", self.score),
-            "critic_values": functools.partial(self._counted, "critic_values", roles.critic.values),
+            "actor_logprobs": functools.partial(self._counted, "actor_logprobs", roles.actor, roles.actor.logprobs),
+            "reference_logprobs": functools.partial(
+                self._counted, "reference_logprobs", roles.reference, roles.reference.logprobs
+            ),
+            "reward_scores": functools.partial(self._counted, "reward_scores", roles.reward, self.score),
+            "critic_values": functools.partial(self._counted, "critic_values", roles.critic, roles.critic.values),
             "advantages": self.experience,
         }
-        used = {call.name: call.roles for call in PPO_ITERATION.calls}
-        return {name: self.awake(used[name], function) for name, function in functions.items()}
+        calls = {call.name: call for call in PPO_ITERATION.calls}
+        return {
+            name: self.awake(calls[name].roles, function, whole=calls[name].kind == "generate")
+            for name, function in functions.items()
+        }
 
-    def awake(self, names: Sequence[str], function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` with the parameters of the named roles there (sharding stage 3 lets them rest between)."""
+    def awake(self, names: Sequence[str], function: Callable[..., Any], *, whole: bool = True) -> Callable[..., Any]:
+        """``function`` with the parameters of the named roles there (sharding stage 3 lets them rest between); with
+        ``whole`` false for passes alone, which gather layer by layer.
+        """
 
         def call(*values: Any) -> Any:
             with contextlib.ExitStack() as stack:
                 for name in names:
                     role = getattr(self.roles, name)
                     if role is not None:
-                        stack.enter_context(role.engine.awake())
+                        stack.enter_context(role.engine.awake() if whole else role.engine.in_passes())
                 return function(*values)
 
         return call
@@ -120,8 +132,16 @@ class RolloutPhases:
         self.reshard_bytes += moved.nbytes
         return moved.nbytes
 
-    def _counted(self, phase: str, function: Callable[[Rollout], Any], rollout: Rollout | None) -> Any:
+    def _counted(
+        self,
+        phase: str,
+        role: PolicyRole | ValueRole | RewardRole | None,
+        function: Callable[[Rollout], Any],
+        rollout: Rollout | None,
+    ) -> Any:
         if rollout is None:
+            if role is not None:
+                role.engine.infer_pass([], no_rows, no_rows)  # other data ranks may gather layers from this one
             return None
         self.timer.count_tokens(phase, float(rollout.lengths.sum()))
         return function(rollout)

@@ -115,7 +115,10 @@ class PPOTrainer:
         self.phases = RolloutPhases(
             args, world, roles, score, generator, self.sampling, self.kl_controller, self.moments
         )
-        self.functions = {**self.phases.functions(), "update": self.phases.awake(("actor", "critic"), self._update)}
+        self.functions = {
+            **self.phases.functions(),
+            "update": self.phases.awake(("actor", "critic"), self._update, whole=False),
+        }
 
     # -- the loop
 

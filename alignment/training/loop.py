@@ -145,7 +145,7 @@ class StageTrainer:
                 raise nonfinite(f"{stage.name}: the loss", value, step + 1, self._dump(step, [batch]))
             return loss_sum / max(1, count), (value, stats)
 
-        with engine.awake():
+        with engine.in_passes():
             results = engine.train_pass(batches, stage.rows, loss_of)
             try:
                 result = engine.step()
@@ -192,7 +192,7 @@ class StageTrainer:
             return {"loss_sum": float(loss_sum), "count": float(stage.count(batch)), **stats}
 
         try:
-            with engine.awake():
+            with engine.in_passes():
                 parts = engine.infer_pass(batches, stage.rows, measure)
         finally:
             if engine.trainable:

@@ -108,5 +108,6 @@ def test_ci_runs_the_readmes_commands(repo: Path) -> None:
     script = repo / ".ci/run"
     assert os.access(script, os.X_OK)
     steps = [line.strip() for line in script.read_text().splitlines() if line.strip().startswith("step ")]
-    assert [step.split('" ')[1] for step in steps] == ["make setup", "make lint", "make test", "make test-slow"]
+    commands = ["make setup", "make lint", "make test", "make test-slow", "make parallel"]
+    assert [step.split('" ')[1] for step in steps] == commands
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0

@@ -107,6 +107,7 @@ def test_it_learns_and_leaves_everything_behind(model_dir: Path, data_dir: Path,
     assert CheckpointStore(out).steps() == ([180, 192] if best == 192 else [best, 192])
     assert {p.name for p in (out / "checkpoint-192" / "trainer").iterdir()} == {
         "arguments.json",
+        "data_mixture.json",
         "optimizer.safetensors",
         "origin.json",
         "state.json",
