@@ -269,7 +269,7 @@ def compare(one: Trace, other: Trace) -> Difference:
 
 
 def _is_a_timing(name: str) -> bool:
-    return "second" in name or "runtime" in name or name.startswith(("time/", "reshard/"))
+    return name == "time" or "second" in name or "runtime" in name or name.startswith(("time/", "reshard/"))
 
 
 def remove(trace: Trace) -> None:
