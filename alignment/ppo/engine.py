@@ -166,7 +166,7 @@ class Engine:
                 value, result = loss(hidden_states(self.model, rows(batch)), batch)
                 value.backward()
                 results.append(result)
-        if self._sharding is not None and self.topology.sharding_stage >= 2:
+        if self._sharding is not None and self._reduces_in_passes:
             self._reduce_to_owners()
         return results
 
@@ -345,10 +345,17 @@ class Engine:
         if self._sharding is None:
             self.world.sum_gradients(list(self._parameters.values()))
             return
-        if self.topology.sharding_stage < 2:
+        if not self._reduces_in_passes:
             self._reduce_to_owners()
         if groups.replicas is not None:
             groups.sum_over_replicas([p.grad for p in self._owned.values() if p.grad is not None])
+
+    @property
+    def _reduces_in_passes(self) -> bool:
+        """Whether gradients go to their owners with each pass. In a pipeline they wait for the step: the two ends may
+        give a tied embedding to different owners, so they add it up while every rank still has it.
+        """
+        return self.topology.sharding_stage >= 2 and self.topology.pipeline == 1
 
     def _tied_gradient(self, tied: list[str]) -> Tensor | None:
         """The gradient of a tied embedding on the first and the last stage of a pipeline, else None."""

@@ -86,6 +86,7 @@ LAYOUTS = {
     "TP2, sequence parallel": Layout(tensor=2, sequence_parallel=True),
     "PP2": Layout(pipeline=2),
     "TP2 x PP2": Layout(tensor=2, pipeline=2),
+    "PP2 x sharding stage 2 x2": Layout(pipeline=2, sharding=2, stage=2),
     "TP2 x PP2 x sharding stage 1 x2": Layout(tensor=2, pipeline=2, sharding=2, stage=1),
 }
 ROLLOUT_LAYOUTS = {

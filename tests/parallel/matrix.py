@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.parallel.forked import RankError
 from tests.parallel.layouts import (
@@ -31,7 +32,10 @@ from tests.parallel.layouts import (
     run,
 )
 
-MODELS = {"qwen2": {}, "llama": {"tie_word_embeddings": True}}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "llama": {"tie_word_embeddings": True, "layers": 5, "intermediate_size": 512},
+}
 HEAD = "| model | layout | processes | SFT | reward model | PPO | answers the same |\n|---|---|---|---|---|---|---|\n"
 
 
@@ -100,10 +104,10 @@ def _page(table: str) -> str:
     return (
         "# The same run on every layout\n\n"
         "Written by `make parallel`. Each line is one layout on CPU processes against one process: the same random "
-        "model (four layers; the llama's embedding is tied), seed and global batches of eight rows, six optimizer "
-        "steps; the last batch has one row. The figures are the largest difference of any loss, KL, reward, gradient "
-        "norm or evaluation at any step, divided by max(1, |figure|). The last column counts the sampled and greedy "
-        "answers of all rollouts and evaluations that were compared word for word.\n\n" + table
+        "model (qwen2: four layers; llama: five, its embedding tied), seed and global batches of eight rows, six "
+        "optimizer steps; the last batch has one row. The figures are the largest difference of any loss, KL, reward, "
+        "gradient norm or evaluation at any step, divided by max(1, |figure|). The last column counts the sampled and "
+        "greedy answers of all rollouts and evaluations that were compared word for word.\n\n" + table
     )
 
 
