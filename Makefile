@@ -35,6 +35,7 @@ $(LOCKED): requirements/build.txt requirements/lock.txt
 
 $(READY): $(LOCKED) pyproject.toml
 	@PYTHONWARNINGS=ignore $(INSTALL) --no-build-isolation --editable .
+	@$(RUN) -m alignment.kernels
 	@touch $@
 
 demo: $(READY)

@@ -1,0 +1,232 @@
+// The kernels as Paddle operators. Every tensor is float32 and contiguous on the CPU but for the int64 plans; shapes are
+// checked by the Python side (alignment/kernels/ops.py), which documents each operator.
+#include <stdexcept>
+#include <string>
+
+#include "layer.h"
+#include "paddle/extension.h"
+#include "vocabulary.h"
+
+namespace {
+
+using alignment::Head;
+using alignment::Layer;
+using alignment::LayerGradients;
+using alignment::Saved;
+using alignment::Shape;
+using alignment::Span;
+using paddle::Tensor;
+using Tensors = std::vector<Tensor>;
+using Dims = std::vector<int64_t>;
+
+constexpr int kLayerWeights = 9;  // norm1, q, k, v, output, norm2, gate, up, down; then three biases, if any
+constexpr int kLayerBiases = 3;
+
+const float* floats(const Tensor& t) { return t.data<float>(); }
+float* written(const Tensor& t) { return const_cast<float*>(t.data<float>()); }
+Tensor made(const Dims& dims) { return paddle::empty(dims, paddle::DataType::FLOAT32, paddle::CPUPlace()); }
+
+// shape: hidden, intermediate, query heads, key heads, dim, window, activation, biases
+Shape shape_of(const Dims& shape, float epsilon, float norm_offset) {
+  Shape s;
+  s.hidden = shape[0];
+  s.intermediate = shape[1];
+  s.heads = {shape[2], shape[3], shape[4], 1.0f / std::sqrt(static_cast<float>(shape[4])), shape[5]};
+  s.activation = static_cast<alignment::Activation>(shape[6]);
+  s.epsilon = epsilon;
+  s.norm_offset = norm_offset;
+  return s;
+}
+
+Layer layer_of(const Tensors& weights, size_t at, bool biases) {
+  const float* p[kLayerWeights + kLayerBiases] = {};
+  for (int i = 0; i < kLayerWeights + (biases ? kLayerBiases : 0); i++) p[i] = floats(weights[at + i]);
+  return {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11]};
+}
+
+enum Part { kWhole = 0, kAttention = 1, kMlp = 2 };
+
+// plan: packed [positions T | places T | starts S + 1], cached [positions T | places T | spans 4 T].
+Tensors Stack(const Tensor& x, const Tensors& weights, const Tensor& cosine, const Tensor& sine, const Tensor& cache,
+              const Tensor& plan, const Dims& shape, float epsilon, float norm_offset, int64_t sequences, bool cached,
+              int64_t part, int64_t first_layer) {
+  const Shape s = shape_of(shape, epsilon, norm_offset);
+  const bool biases = shape[7] != 0;
+  const int64_t rows = x.shape()[0], h = s.hidden, each = kLayerWeights + (biases ? kLayerBiases : 0);
+  const int64_t layers = static_cast<int64_t>(weights.size()) / each;
+  const int64_t* numbers = plan.data<int64_t>();
+  const int64_t *places = numbers + rows, *more = places + rows;
+  const alignment::Angles angles{floats(cosine), floats(sine)};
+  const int64_t half = cache.numel() ? cache.numel() / cache.shape()[0] / 2 : 0;
+  Tensor y = made({rows, h});
+  float* out = written(y);
+  // Packed sequences go through all layers in groups of about this many tokens, which stay near the cores.
+  constexpr int64_t kGroup = 1024;
+  static thread_local alignment::Buffer space;
+  for (int64_t begin = 0, s0 = 0; begin < rows;) {
+    int64_t end = rows, s1 = sequences;
+    std::vector<int64_t> starts;
+    if (!cached) {
+      s1 = s0 + 1;
+      while (s1 < sequences && more[s1 + 1] - more[s0] <= kGroup) s1++;
+      end = more[s1];
+      for (int64_t i = s0; i <= s1; i++) starts.push_back(more[i] - more[s0]);
+    }
+    const int64_t count = end - begin;
+    float* room = space.reserve(alignment::part_space(s, count));
+    const alignment::Context context{numbers + begin, places + begin, starts.data(), s1 - s0,
+                                     cached ? reinterpret_cast<const Span*>(more) : nullptr};
+    float *from = const_cast<float*>(floats(x)) + begin * h, *to = out + begin * h;
+    if (part == kWhole) std::memcpy(to, from, count * h * sizeof(float));
+    for (int64_t i = 0; i < layers; i++) {
+      const Layer layer = layer_of(weights, i * each, biases);
+      alignment::Cache mine{};
+      if (half) {
+        mine.keys = written(cache) + (first_layer + i) * 2 * half;
+        mine.values = mine.keys + half;
+      }
+      const bool whole = part == kWhole;
+      if (part != kMlp)
+        alignment::attention_part(layer, s, whole ? to : from, angles, context, half ? &mine : nullptr, count, room, to, whole);
+      if (part != kAttention) alignment::mlp_part(layer, s, whole ? to : from, count, room, to, whole);
+    }
+    begin = end;
+    s0 = s1;
+  }
+  return {y};
+}
+
+Tensors LayerForward(const Tensor& x, const Tensors& weights, const Tensor& cosine, const Tensor& sine, const Tensor& plan,
+                     const Dims& shape, float epsilon, float norm_offset, int64_t sequences) {
+  const Shape s = shape_of(shape, epsilon, norm_offset);
+  const int64_t t = x.shape()[0];
+  Tensors outs = {made({t, s.hidden}), made({t}), made({t, s.query_width()}), made({t, s.key_width()}),
+                  made({t, s.key_width()}), made({t, s.heads.query}), made({t, s.query_width()}), made({t, s.hidden}),
+                  made({t}), made({t, s.intermediate}), made({t, s.intermediate})};
+  float* p[11];
+  for (int i = 0; i < 11; i++) p[i] = written(outs[i]);
+  const int64_t* numbers = plan.data<int64_t>();
+  alignment::layer_forward(layer_of(weights, 0, shape[7] != 0), s, floats(x), {floats(cosine), floats(sine)}, numbers,
+                           numbers + t, sequences, t, {p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10]}, p[0]);
+  return outs;
+}
+
+// Fills `grads`, which are shaped as the weights.
+Tensors LayerBackward(const Tensor& x, const Tensors& weights, const Tensor& cosine, const Tensor& sine, const Tensor& plan,
+                      const Tensors& saved, const Tensors& grads, const Tensor& dy, const Dims& shape, float epsilon,
+                      float norm_offset, int64_t sequences) {
+  const Shape s = shape_of(shape, epsilon, norm_offset);
+  const bool biases = shape[7] != 0;
+  const int64_t t = x.shape()[0];
+  Tensor dx = made(x.shape());
+  float* g[kLayerWeights + kLayerBiases] = {};
+  for (size_t i = 0; i < grads.size(); i++) g[i] = written(grads[i]);
+  float* p[10];
+  for (int i = 0; i < 10; i++) p[i] = written(saved[i]);
+  const int64_t* numbers = plan.data<int64_t>();
+  alignment::layer_backward(layer_of(weights, 0, biases), s, floats(x), {floats(cosine), floats(sine)}, numbers, numbers + t,
+                            sequences, t, {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]}, floats(dy),
+                            {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11]}, written(dx));
+  return {dx};
+}
+
+Head head_of(const Tensor& weight, bool tied) {
+  const auto dims = weight.shape();
+  return {floats(weight), dims[tied ? 1 : 0], dims[tied ? 0 : 1], tied};
+}
+
+Tensors LabelLogprobs(const Tensor& x, const Tensor& weight, const Tensor& labels, float temperature, bool tied,
+                      bool want_entropy) {
+  const int64_t n = x.shape()[0];
+  Tensors outs = {made({n}), made({n}), made({n}), made({n})};
+  if (!want_entropy) std::memset(written(outs[1]), 0, n * sizeof(float));
+  alignment::label_logprobs(floats(x), head_of(weight, tied), labels.data<int64_t>(), temperature, n, written(outs[0]),
+                            want_entropy ? written(outs[1]) : nullptr, written(outs[2]), written(outs[3]));
+  return outs;
+}
+
+Tensors LabelLogprobsBackward(const Tensor& x, const Tensor& weight, const Tensor& labels, const Tensor& log_norm,
+                              const Tensor& entropy, const Tensor& dlogprob, const Tensor& dentropy, float temperature,
+                              bool tied, bool through_entropy) {
+  Tensor dx = made(x.shape()), dweight = made(weight.shape());
+  alignment::label_logprobs_backward(floats(x), head_of(weight, tied), labels.data<int64_t>(), temperature, x.shape()[0],
+                                     floats(log_norm), floats(entropy), floats(dlogprob),
+                                     through_entropy ? floats(dentropy) : nullptr, written(dx), written(dweight));
+  return {dx, dweight};
+}
+
+Tensors Project(const Tensor& x, const Tensor& weight, bool tied) {
+  const Head head = head_of(weight, tied);
+  const int64_t rows = x.shape()[0];
+  Tensor y = made({rows, head.vocabulary});
+  alignment::gemm(alignment::plain(floats(x), head.hidden), rows, head.hidden, head.forward(0), head.vocabulary, written(y),
+                  head.vocabulary);
+  return {y};
+}
+
+// logits [B, V]; uniforms [B] float64; seen [B, V] uint8 or empty; banned [B] uint8: whether `banned_ids` have no chance.
+Tensors Choose(const Tensor& logits, const Tensor& uniforms, const Tensor& seen, const Tensor& banned, float temperature,
+               int64_t top_k, double top_p, float penalty, bool greedy, const Dims& banned_ids) {
+  const int64_t rows = logits.shape()[0], vocabulary = logits.shape()[1];
+  Tensor tokens = paddle::empty({rows}, paddle::DataType::INT64, paddle::CPUPlace()), logprobs = made({rows});
+  const alignment::Sampling how{temperature, top_k, top_p, penalty, greedy};
+  const float* z = floats(logits);
+  const double* u = uniforms.data<double>();
+  const uint8_t* marks = seen.numel() ? seen.data<uint8_t>() : nullptr;
+  const uint8_t* bans = banned.data<uint8_t>();
+  int64_t* chosen = const_cast<int64_t*>(tokens.data<int64_t>());
+  float* found = written(logprobs);
+  alignment::parallel_for(rows, [&](int64_t r) {
+    static thread_local alignment::Buffer space;
+    chosen[r] = alignment::choose_token(z + r * vocabulary, vocabulary, how, u[r], marks ? marks + r * vocabulary : nullptr,
+                                        banned_ids.data(), bans[r] ? static_cast<int64_t>(banned_ids.size()) : 0,
+                                        space.reserve(2 * vocabulary), found + r);
+  });
+  return {tokens, logprobs};
+}
+
+}  // namespace
+
+PD_BUILD_OP(alignment_stack)
+    .Inputs({"X", paddle::Vec("Weights"), "Cosine", "Sine", "Cache", "Plan"})
+    .Outputs({"Y"})
+    .Attrs({"shape: std::vector<int64_t>", "epsilon: float", "norm_offset: float", "sequences: int64_t", "cached: bool",
+            "part: int64_t", "first_layer: int64_t"})
+    .SetKernelFn(PD_KERNEL(Stack));
+
+PD_BUILD_OP(alignment_layer_forward)
+    .Inputs({"X", paddle::Vec("Weights"), "Cosine", "Sine", "Plan"})
+    .Outputs({"Y", "Scale1", "Q", "K", "V", "LogNorm", "Mixed", "Middle", "Scale2", "Gates", "Ups"})
+    .Attrs({"shape: std::vector<int64_t>", "epsilon: float", "norm_offset: float", "sequences: int64_t"})
+    .SetKernelFn(PD_KERNEL(LayerForward));
+
+PD_BUILD_OP(alignment_layer_backward)
+    .Inputs({"X", paddle::Vec("Weights"), "Cosine", "Sine", "Plan", paddle::Vec("Saved"), paddle::Vec("Grads"), "DY"})
+    .Outputs({"DX"})
+    .Attrs({"shape: std::vector<int64_t>", "epsilon: float", "norm_offset: float", "sequences: int64_t"})
+    .SetKernelFn(PD_KERNEL(LayerBackward));
+
+PD_BUILD_OP(alignment_label_logprobs)
+    .Inputs({"X", "Weight", "Labels"})
+    .Outputs({"Logprobs", "Entropy", "LogNorm", "Greedy"})
+    .Attrs({"temperature: float", "tied: bool", "want_entropy: bool"})
+    .SetKernelFn(PD_KERNEL(LabelLogprobs));
+
+PD_BUILD_OP(alignment_label_logprobs_backward)
+    .Inputs({"X", "Weight", "Labels", "LogNorm", "Entropy", "DLogprobs", "DEntropy"})
+    .Outputs({"DX", "DWeight"})
+    .Attrs({"temperature: float", "tied: bool", "through_entropy: bool"})
+    .SetKernelFn(PD_KERNEL(LabelLogprobsBackward));
+
+PD_BUILD_OP(alignment_project)
+    .Inputs({"X", "Weight"})
+    .Outputs({"Y"})
+    .Attrs({"tied: bool"})
+    .SetKernelFn(PD_KERNEL(Project));
+
+PD_BUILD_OP(alignment_choose)
+    .Inputs({"Logits", "Uniforms", "Seen", "Banned"})
+    .Outputs({"Tokens", "Logprobs"})
+    .Attrs({"temperature: float", "top_k: int64_t", "top_p: double", "penalty: float", "greedy: bool",
+            "banned_ids: std::vector<int64_t>"})
+    .SetKernelFn(PD_KERNEL(Choose));
