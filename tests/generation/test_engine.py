@@ -1,147 +1,165 @@
-"""The engine against paddlenlp's own ``generate``, and what must not depend on batching."""
+"""The engine against paddlenlp's own ``generate`` and the full forward, and what must not depend on batching."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import paddle
 import pytest
-from paddlenlp.transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from alignment.errors import ModelError
-from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
-from alignment.ppo.generation.sampler import SamplingSettings
-from alignment.ppo.models import causal_logits
+from alignment.ppo.generation.engine import GenerationPrompt
+from alignment.ppo.generation.layers import LayerOps, PackedBatch
+from alignment.ppo.generation.sampler import SamplingSettings, apply_repetition_penalty, truncated_probabilities
+from alignment.ppo.models import final_hidden_states, lm_logits
 from alignment.ppo.rollout import Rollout
+from tests.generation.conftest import EOS, MODELS, PAD, IdTokenizer, engine_for, make_model, make_prompts
 
-VOCAB, EOS, PAD = 64, 1, 0
-ARCHITECTURES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "gemma": (GemmaConfig, GemmaForCausalLM),
-}
-
-
-class IdTokenizer:
-    """Decodes to the ids themselves, so that texts show exactly which tokens were kept."""
-
-    pad_token_id = PAD
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return " ".join(str(i) for i in ids)
-
-
-def make_model(architecture: str) -> paddle.nn.Layer:
-    config_class, model_class = ARCHITECTURES[architecture]
-    paddle.seed(7)
-    extra = {"head_dim": 8} if architecture == "gemma" else {}
-    config = config_class(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=2,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        initializer_range=0.3,
-        **extra,
-    )
-    model = model_class(config)
-    model.eval()
-    return model
-
-
-@pytest.fixture(scope="module", params=list(ARCHITECTURES))
-def model(request: pytest.FixtureRequest) -> paddle.nn.Layer:
-    return make_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def llama() -> paddle.nn.Layer:
-    return make_model("llama")
-
-
-def make_prompts(lengths: list[int], seed: int = 0) -> list[GenerationPrompt]:
-    rng = np.random.default_rng(seed)
-    return [
-        GenerationPrompt(rng.integers(3, VOCAB, length).astype(np.int64), 100 + i, f"prompt {i}", {"i": i})
-        for i, length in enumerate(lengths)
-    ]
-
-
-def engine_for(model: paddle.nn.Layer, batch_size: int = 8, context: int | None = 64) -> GenerationEngine:
-    return GenerationEngine(model, IdTokenizer(), [EOS], context, batch_size)
+ModelOf = Callable[[str], paddle.nn.Layer]
 
 
 def responses(rollout: Rollout) -> list[list[int]]:
     return [rollout.tokens[i, rollout.prompt_len[i] : rollout.lengths[i]].tolist() for i in range(len(rollout))]
 
 
-def test_greedy_equals_paddlenlps_generate(model: paddle.nn.Layer) -> None:
-    prompts = make_prompts([3, 9, 5, 1])
-    rollout = engine_for(model).generate(prompts, SamplingSettings(12, greedy=True))
-    for prompt, got in zip(prompts, responses(rollout), strict=True):
-        ids = paddle.to_tensor(prompt.input_ids[None])
-        wanted = model.generate(
-            ids,
-            attention_mask=paddle.ones_like(ids),
-            max_new_tokens=12,
-            decode_strategy="greedy_search",
-            eos_token_id=EOS,
-            pad_token_id=PAD,
-        )[0][0].tolist()
-        if EOS in wanted:
-            wanted = wanted[: wanted.index(EOS) + 1]
-        assert got == wanted
-
-
-def test_logprobs_equal_the_full_forward(model: paddle.nn.Layer) -> None:
-    rollout = engine_for(model).generate(make_prompts([4, 2]), SamplingSettings(8, temperature=0.7, seed=3), 3)
-    assert len(rollout) == 6
-    for i in range(6):
-        start, length = int(rollout.prompt_len[i]), int(rollout.lengths[i])
-        with paddle.no_grad():
-            output = model(paddle.to_tensor(rollout.tokens[i : i + 1, :length]), return_dict=True)
-        logits = output.logits.numpy()[0].astype(np.float64) / 0.7
-        logits -= logits.max(-1, keepdims=True)
-        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        wanted = logprobs[np.arange(start - 1, length - 1), rollout.tokens[i, start:length]]
-        np.testing.assert_allclose(rollout.logprobs[i, : length - start], wanted, atol=1e-4)
-
-
-def test_a_sliding_window_is_kept_in_prefill_and_decoding() -> None:
-    windowed = make_model("mistral")
-    windowed.config.sliding_window = 5
-    rollout = engine_for(windowed).generate(make_prompts([9, 3, 6]), SamplingSettings(10, seed=2, min_new_tokens=10))
+def exact_logits(model: paddle.nn.Layer, rows: np.ndarray) -> np.ndarray:
+    """``[B, T, V]`` float64 by the training network."""
     with paddle.no_grad():
-        logits = causal_logits(windowed, paddle.to_tensor(rollout.tokens), rollout.lengths).numpy().astype(np.float64)
-    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    for i in range(3):
+        return lm_logits(model, final_hidden_states(model, paddle.to_tensor(rows))).numpy().astype(np.float64)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def greedy_by_paddlenlp(model: paddle.nn.Layer, prompt: np.ndarray, count: int) -> list[int]:
+    ids = paddle.to_tensor(prompt[None])
+    wanted = model.generate(
+        ids,
+        attention_mask=paddle.ones_like(ids),
+        max_new_tokens=count,
+        decode_strategy="greedy_search",
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )[0][0].tolist()
+    return wanted[: wanted.index(EOS) + 1] if EOS in wanted else wanted
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_greedy_equals_paddlenlps_generate(model_of: ModelOf, name: str, way: str) -> None:
+    model, prompts = model_of(name), make_prompts([3, 9, 5, 1, 21])
+    rollout = engine_for(model, way).generate(prompts, SamplingSettings(30, greedy=True))
+    for prompt, got in zip(prompts, responses(rollout), strict=True):
+        assert got == greedy_by_paddlenlp(model, prompt.input_ids, 30)
+
+
+def test_greedy_is_the_same_while_rows_wait_leave_and_take_each_others_place(llama: paddle.nn.Layer) -> None:
+    prompts = make_prompts([3, 30, 5, 1, 17, 40, 2, 11])
+    engine = engine_for(llama, token_budget=64)
+    rollout = engine.generate(prompts, SamplingSettings(20, greedy=True), 2)
+    assert engine.last is not None
+    assert engine.last.arena.capacity < 16 * 20, "the cache was to hold a part of the rows only"
+    for prompt, got in zip(prompts, responses(rollout)[::2], strict=True):
+        assert got == greedy_by_paddlenlp(llama, prompt.input_ids, 20)
+    assert responses(rollout)[::2] == responses(rollout)[1::2]
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_logprobs_equal_the_full_forward(model_of: ModelOf, name: str, way: str) -> None:
+    model, how = model_of(name), SamplingSettings(20, temperature=0.7, seed=3, min_new_tokens=9)
+    rollout = engine_for(model, way).generate(make_prompts([4, 2, 33]), how, 3)
+    logprobs = log_softmax(exact_logits(model, rollout.tokens) / 0.7)
+    for i in range(len(rollout)):
         start, length = int(rollout.prompt_len[i]), int(rollout.lengths[i])
         wanted = logprobs[i, np.arange(start - 1, length - 1), rollout.tokens[i, start:length]]
         np.testing.assert_allclose(rollout.logprobs[i, : length - start], wanted, atol=1e-4)
 
 
-def test_the_rollout_does_not_depend_on_the_batch_size_or_the_order(llama: paddle.nn.Layer) -> None:
+def test_a_sliding_window_is_kept_in_prefill_and_decoding(way: str) -> None:
+    windowed = make_model("mistral")
+    windowed.config.sliding_window = 5
+    rollout = engine_for(windowed, way).generate(
+        make_prompts([9, 3, 6, 50]), SamplingSettings(10, seed=2, min_new_tokens=10)
+    )
+    logprobs = log_softmax(exact_logits(windowed, rollout.tokens))
+    for i in range(4):
+        start, length = int(rollout.prompt_len[i]), int(rollout.lengths[i])
+        wanted = logprobs[i, np.arange(start - 1, length - 1), rollout.tokens[i, start:length]]
+        np.testing.assert_allclose(rollout.logprobs[i, : length - start], wanted, atol=1e-4)
+
+
+def test_the_rollout_does_not_depend_on_batching_or_the_order(llama: paddle.nn.Layer, way: str) -> None:
     prompts, how = make_prompts([3, 9, 5, 1, 7]), SamplingSettings(10, seed=5)
-    reference = responses(engine_for(llama, 64).generate(prompts, how, 2))
-    for batch_size in (1, 2, 3, 7):
-        assert responses(engine_for(llama, batch_size).generate(prompts, how, 2)) == reference
-    backwards = responses(engine_for(llama, 4).generate(prompts[::-1], how, 2))
+    reference = engine_for(llama, way, batch_size=64, token_budget=4096).generate(prompts, how, 2)
+    for size in (1, 2, 3, 7):
+        same = engine_for(llama, way, batch_size=size, token_budget=16 * size).generate(prompts, how, 2)
+        assert responses(same) == responses(reference)
+        if way == "kernels":  # not a bit differs
+            np.testing.assert_array_equal(same.logprobs, reference.logprobs)
+    backwards = responses(engine_for(llama, way, batch_size=4).generate(prompts[::-1], how, 2))
     pairs = [backwards[i : i + 2] for i in range(0, 10, 2)][::-1]
-    assert [row for pair in pairs for row in pair] == reference
+    assert [row for pair in pairs for row in pair] == responses(reference)
+
+
+def test_the_ways_sample_the_same_tokens(llama: paddle.nn.Layer) -> None:
+    prompts, how = make_prompts([3, 9, 5, 1, 7]), SamplingSettings(12, seed=9, top_p=0.9, repetition_penalty=1.1)
+    by_kernels, by_paddle, plain = (
+        responses(engine_for(llama, way).generate(prompts, how, 2)) for way in ("kernels", "paddle", "plain")
+    )
+    assert by_kernels == by_paddle == plain
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_bursts_of_steps_change_nothing(llama: paddle.nn.Layer, penalty: float) -> None:
+    """A device looks at what was sampled every few steps only; what lies behind an end is dropped."""
+    prompts = make_prompts([3, 9, 5, 1, 7])
+    how = SamplingSettings(13, seed=5, temperature=2.0, repetition_penalty=penalty)
+    reference = engine_for(llama, "paddle", token_budget=100).generate(prompts, how, 3)
+    assert reference.finished.any()
+    engine = engine_for(llama, "paddle", token_budget=100)
+    assert engine.ops is not None
+    engine.ops.burst = 4
+    bursts = engine.generate(prompts, how, 3)
+    assert responses(bursts) == responses(reference)
+    assert bursts.finished.tolist() == reference.finished.tolist()
+    np.testing.assert_allclose(bursts.logprobs, reference.logprobs, atol=1e-5)
+
+
+def test_a_prompt_is_read_once_for_all_its_answers(llama: paddle.nn.Layer) -> None:
+    class Counting(LayerOps):
+        read = 0
+
+        def prefill(self, tokens: np.ndarray, batch: PackedBatch) -> paddle.Tensor:
+            type(self).read += len(tokens)
+            return super().prefill(tokens, batch)
+
+    prompts = make_prompts([3, 30, 5])
+    for budget in (4096, 64):  # with the small one a prompt's answers do not begin together
+        engine = engine_for(llama, "paddle", token_budget=budget)
+        assert engine.ops is not None
+        Counting.read, engine.ops = 0, Counting(llama, engine.ops.decoder)
+        engine.generate(prompts, SamplingSettings(8, seed=1), 6)
+        assert Counting.read == 38
+
+
+def test_steps_follow_the_tokens_that_are_produced(llama: paddle.nn.Layer) -> None:
+    """Four answers of 1 to 4 tokens and twelve that wait: no step is made for rows that have ended."""
+    base = make_prompts([4] * 16)
+    lengths = [1, 2, 3, 4] * 4
+    prompts = [
+        GenerationPrompt(p.input_ids, p.prompt_index, p.prompt, p.row, n) for p, n in zip(base, lengths, strict=True)
+    ]
+    engine = engine_for(llama, token_budget=4 * 32)  # four rows at a time
+    rollout = engine.generate(prompts, SamplingSettings(20, min_new_tokens=20, seed=1))
+    assert rollout.response_len.tolist() == lengths
+    assert engine.last is not None
+    assert engine.last.arena.most_used == 4 * 32
+    # 24 tokens come from decoding (the first ones come from prefill), at least 6 and in lockstep batches 12 steps
+    assert 6 <= engine.last.steps <= 9
 
 
 def test_samples_of_one_prompt_differ_and_another_seed_gives_others(llama: paddle.nn.Layer) -> None:
@@ -151,8 +169,9 @@ def test_samples_of_one_prompt_differ_and_another_seed_gives_others(llama: paddl
     assert responses(engine_for(llama).generate(prompts, SamplingSettings(12, seed=2), 4)) != first
 
 
-def test_lengths_and_finished_say_what_happened(llama: paddle.nn.Layer) -> None:
-    rollout = engine_for(llama).generate(make_prompts([3, 6, 2, 5]), SamplingSettings(20, seed=8, temperature=2.0), 8)
+def test_lengths_and_finished_say_what_happened(llama: paddle.nn.Layer, way: str) -> None:
+    how = SamplingSettings(20, seed=8, temperature=2.0)
+    rollout = engine_for(llama, way).generate(make_prompts([3, 6, 2, 5]), how, 8)
     ended = 0
     for i, tokens in enumerate(responses(rollout)):
         assert len(tokens) == rollout.response_len[i] >= 1
@@ -168,10 +187,31 @@ def test_lengths_and_finished_say_what_happened(llama: paddle.nn.Layer) -> None:
     assert rollout.sample_index.tolist() == list(range(8)) * 4
 
 
-def test_pad_equal_to_eos_changes_nothing(llama: paddle.nn.Layer) -> None:
+def test_several_eos_ids_end_an_answer(llama: paddle.nn.Layer, way: str) -> None:
+    engine = engine_for(llama, way)
+    engine.eos_ids = (EOS, 5, 9)
+    rollout = engine.generate(make_prompts([3, 6]), SamplingSettings(30, seed=8, temperature=2.0), 16)
+    last = {row[-1] for row, finished in zip(responses(rollout), rollout.finished, strict=True) if finished}
+    assert last == {EOS, 5, 9}
+    assert not any({EOS, 5, 9} & set(row[:-1]) for row in responses(rollout))
+
+
+def test_stop_strings_end_an_answer_and_are_cut_from_its_text(llama: paddle.nn.Layer, way: str) -> None:
+    plain = engine_for(llama, way).generate(make_prompts([3, 6]), SamplingSettings(20, seed=8), 4)
+    row = next(row for row in responses(plain) if len(row) > 6 and EOS not in row)
+    stop = f"{row[3]} {row[4]}"
+    rollout = engine_for(llama, way).generate(make_prompts([3, 6]), SamplingSettings(20, seed=8, stop=(stop,)), 4)
+    stopped = responses(rollout)[responses(plain).index(row)]
+    i = responses(rollout).index(stopped)
+    assert stopped == row[:5]
+    assert rollout.finished[i]
+    assert rollout.responses[i] == " ".join(str(token) for token in row[:3]) + " "
+
+
+def test_pad_equal_to_eos_changes_nothing(llama: paddle.nn.Layer, way: str) -> None:
     prompts, how = make_prompts([3, 9, 5]), SamplingSettings(15, seed=4, temperature=1.5)
-    plain = engine_for(llama).generate(prompts, how, 3)
-    engine = engine_for(llama)
+    plain = engine_for(llama, way).generate(prompts, how, 3)
+    engine = engine_for(llama, way)
     engine.tokenizer = type("PadIsEos", (IdTokenizer,), {"pad_token_id": EOS})()
     same = engine.generate(prompts, how, 3)
     assert responses(same) == responses(plain)
@@ -179,19 +219,117 @@ def test_pad_equal_to_eos_changes_nothing(llama: paddle.nn.Layer) -> None:
     assert same.finished.tolist() == plain.finished.tolist()
 
 
-def test_the_context_bounds_answers_and_refuses_prompts_that_fill_it(llama: paddle.nn.Layer) -> None:
-    rollout = engine_for(llama, context=12).generate(make_prompts([9, 2]), SamplingSettings(30, min_new_tokens=30))
-    assert rollout.lengths.tolist() == [12, 12]
+def test_the_context_bounds_answers_and_refuses_prompts_that_fill_it(llama: paddle.nn.Layer, way: str) -> None:
+    how = SamplingSettings(30, min_new_tokens=30)
+    rollout = engine_for(llama, way, context=12).generate(make_prompts([9, 2, 11]), how)
+    assert rollout.lengths.tolist() == [12, 12, 12]
     assert not rollout.finished.any()
     with pytest.raises(ModelError, match=r"prompt 100 has 12 tokens, and the model's context is 12"):
-        engine_for(llama, context=12).generate(make_prompts([12]), SamplingSettings(3))
+        engine_for(llama, way, context=12).generate(make_prompts([12]), SamplingSettings(3))
     with pytest.raises(ModelError, match="has no token"):
-        engine_for(llama).generate(make_prompts([0]), SamplingSettings(3))
+        engine_for(llama, way).generate(make_prompts([0]), SamplingSettings(3))
 
 
-def test_a_broken_model_is_named(llama: paddle.nn.Layer) -> None:
+def test_a_token_that_the_model_does_not_know_is_refused(llama: paddle.nn.Layer) -> None:
+    prompt = GenerationPrompt(np.array([3, 64]), 7, "strange", {})
+    with pytest.raises(ModelError, match=r"prompt 7 has the token 64, and the model knows 64 tokens; does the tokeni"):
+        engine_for(llama).generate([prompt], SamplingSettings(3))
+
+
+def test_a_broken_model_is_named(way: str) -> None:
     broken = make_model("llama")
     broken.lm_head.weight.set_value(paddle.full_like(broken.lm_head.weight, float("nan")))
     with pytest.raises(ModelError, match="NaN or infinite logits"):
-        engine_for(broken).generate(make_prompts([3]), SamplingSettings(3))
-    assert not llama.training
+        engine_for(broken, way).generate(make_prompts([3]), SamplingSettings(3))
+
+
+def test_weights_are_the_models_own(llama: paddle.nn.Layer) -> None:
+    """A change of the parameters is seen by the next rollout without anything being told."""
+    model = make_model("llama")
+    engine, prompts, how = engine_for(model), make_prompts([3, 5]), SamplingSettings(10, greedy=True)
+    before = responses(engine.generate(prompts, how))
+    for parameter in model.parameters():
+        parameter.set_value(parameter * 1.0 + 0.1 * paddle.randn(parameter.shape))
+    after = responses(engine.generate(prompts, how))
+    assert after == [greedy_by_paddlenlp(model, prompt.input_ids, 10) for prompt in prompts]
+    assert after != before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"repetition_penalty": 1.5},
+        {"min_new_tokens": 3},
+        {"top_k": 6, "top_p": 0.8, "temperature": 1.5, "repetition_penalty": 0.8, "min_new_tokens": 1},
+    ],
+    ids=str,
+)
+def test_answers_follow_the_exact_distribution(options: dict, way: str) -> None:
+    """Chi-square at p = 1e-4 of the first token and, behind the commonest first token, of the second one."""
+    model = make_model("llama", vocab_size=10)
+    prompt = GenerationPrompt(np.array([3, 7, 4]), 1, "", {})
+    how = SamplingSettings(2, seed=11, **options)
+    count = 6000
+    engine = engine_for(model, way, batch_size=count, token_budget=1 << 18)
+    tokens = engine.generate([prompt], how, count).tokens
+
+    def check(prefix: list[int], position: int, drawn: np.ndarray) -> None:
+        logits = exact_logits(model, np.array([prefix]))[:, -1].astype(np.float32)
+        seen = np.isin(np.arange(10), prefix)[None]
+        apply_repetition_penalty(logits, seen, how.repetition_penalty)
+        if position < how.min_new_tokens:
+            logits[:, EOS] = -np.inf
+        exact = truncated_probabilities(logits, how)[0]
+        counts, kept = np.bincount(drawn, minlength=10), exact > 0
+        assert not counts[~kept].any()
+        expected = len(drawn) * exact[kept]
+        # the 0.9999 quantiles of chi-square for 0 to 9 degrees of freedom
+        bound = [1e-9, 15.2, 18.5, 21.2, 23.6, 25.8, 27.9, 29.9, 31.9, 33.8][int(kept.sum()) - 1]
+        assert ((counts[kept] - expected) ** 2 / expected).sum() <= bound
+
+    first = tokens[:, 3]
+    check([3, 7, 4], 0, first)
+    commonest = int(np.bincount(first[first != EOS]).argmax())
+    check([3, 7, 4, commonest], 1, tokens[first == commonest, 4])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=7),
+    copies=st.integers(1, 3),
+    budget=st.integers(1, 300),
+    longest=st.integers(1, 24),
+    least=st.integers(0, 6),
+    temperature=st.sampled_from([0.7, 3.0]),
+    seed=st.integers(0, 1000),
+    context=st.sampled_from([41, 44, 64]),
+)
+def test_any_lengths_and_budgets(
+    llama: paddle.nn.Layer,
+    lengths: Sequence[int],
+    copies: int,
+    budget: int,
+    longest: int,
+    least: int,
+    temperature: float,
+    seed: int,
+    context: int,
+) -> None:
+    """Whatever the sizes: the same rows as with room for all, within their limits, eos at the end and nowhere else."""
+    prompts = make_prompts(list(lengths), seed)
+    how = SamplingSettings(longest, min_new_tokens=min(least, longest), temperature=temperature, seed=seed)
+    rollout = engine_for(llama, context=context, token_budget=budget).generate(prompts, how, copies)
+    roomy = engine_for(llama, context=context).generate(prompts, how, copies)
+    assert responses(rollout) == responses(roomy)
+    np.testing.assert_array_equal(rollout.logprobs, roomy.logprobs)
+    for i, tokens in enumerate(responses(rollout)):
+        limit = min(longest, context - lengths[i // copies])
+        assert 1 <= len(tokens) <= limit
+        assert EOS not in tokens[:-1]
+        assert rollout.finished[i] == (tokens[-1] == EOS)
+        assert rollout.finished[i] or len(tokens) == limit
+        assert not rollout.finished[i] or len(tokens) > how.min_new_tokens

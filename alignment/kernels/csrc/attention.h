@@ -170,6 +170,48 @@ struct Span {
   int64_t place, length;
 };
 
+// scores[g][..] of kCacheBlock tokens for G heads that share the keys.
+template <int G>
+inline void score_block(const float* q, int64_t d, const float* keys, float* scores, int64_t width) {
+  constexpr int kParts = kCacheBlock / kLanes;
+  Vec acc[G][kParts] = {};
+  for (int64_t i = 0; i < d; i++)
+    for (int j = 0; j < kParts; j++) {
+      const Vec k = load(keys + i * kCacheBlock + j * kLanes);
+      for (int g = 0; g < G; g++) acc[g][j] += q[g * d + i] * k;
+    }
+  for (int g = 0; g < G; g++)
+    for (int j = 0; j < kParts; j++) store(scores + g * width + j * kLanes, acc[g][j]);
+}
+
+// out[d] += sum over count tokens of weights[j] * v[j * stride ..]. Two chains of additions for every vector of four, so
+// that the units for multiply-adds do not wait for one another.
+inline void mix(const float* weights, const float* v, int64_t count, int64_t stride, int64_t d, float* out) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= d; i += 4 * kLanes) {
+    Vec acc[2][4] = {};
+    for (int64_t j = 0; j < count; j++)
+      for (int c = 0; c < 4; c++) acc[j & 1][c] += weights[j] * load(v + j * stride + i + c * kLanes);
+    for (int c = 0; c < 4; c++) store(out + i + c * kLanes, load(out + i + c * kLanes) + (acc[0][c] + acc[1][c]));
+  }
+  for (; i + 2 * kLanes <= d; i += 2 * kLanes) {
+    Vec acc[4][2] = {};
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4)
+      for (int e = 0; e < 4; e++)
+        for (int c = 0; c < 2; c++) acc[e][c] += weights[j + e] * load(v + (j + e) * stride + i + c * kLanes);
+    for (; j < count; j++)
+      for (int c = 0; c < 2; c++) acc[0][c] += weights[j] * load(v + j * stride + i + c * kLanes);
+    for (int c = 0; c < 2; c++)
+      store(out + i + c * kLanes, load(out + i + c * kLanes) + ((acc[0][c] + acc[1][c]) + (acc[2][c] + acc[3][c])));
+  }
+  over_columns(d - i, [&](int64_t at, int64_t n) {
+    Vec acc{};
+    for (int64_t j = 0; j < count; j++) acc += weights[j] * get(v + j * stride + i + at, n);
+    put(out + i + at, get(out + i + at, n) + acc, n);
+  });
+}
+
 // One query token of each row over the row's two spans (the shared prompt, then its own answer). q, out [rows, query * dim].
 inline void attend_cache(const float* q, const Cache& cache, const Span* spans, int64_t rows, const Heads& heads,
                          float* out) {
@@ -190,13 +232,10 @@ inline void attend_cache(const float* q, const Cache& cache, const Span* spans, 
     for (const Span& span : seen)
       for (int64_t t = 0; t < span.length; t += kCacheBlock, at += kCacheBlock) {
         const float* keys = key_place(cache, span.place + t, kv, heads);
-        for (int64_t g = 0; g < group; g++) {
-          Vec acc[kCacheBlock / kLanes] = {};
-          for (int64_t i = 0; i < d; i++)
-            for (int j = 0; j < kCacheBlock / kLanes; j++)
-              acc[j] += mine[g * d + i] * load(keys + i * kCacheBlock + j * kLanes);
-          for (int j = 0; j < kCacheBlock / kLanes; j++) store(scores + g * width + at + j * kLanes, acc[j]);
-        }
+        int64_t g = 0;
+        for (; g + 4 <= group; g += 4) score_block<4>(mine + g * d, d, keys, scores + g * width + at, width);
+        for (; g + 2 <= group; g += 2) score_block<2>(mine + g * d, d, keys, scores + g * width + at, width);
+        for (; g < group; g++) score_block<1>(mine + g * d, d, keys, scores + g * width + at, width);
       }
     for (int64_t g = 0; g < group; g++) {
       float* s = scores + g * width;
@@ -226,14 +265,12 @@ inline void attend_cache(const float* q, const Cache& cache, const Span* spans, 
       });
       float* to = out + (row * heads.query + kv * group + g) * d;
       const float inverse = 1.0f / norm;
-      over_columns(d, [&](int64_t i, int64_t n) {
-        Vec acc{};
-        each_run([&](float* run, int64_t place, int64_t count) {
-          const float* v = cache.values + (place * heads.key + kv) * d + i;
-          for (int64_t j = 0; j < count; j++) acc += run[j] * get(v + j * heads.key * d, n);
-        });
-        put(to + i, acc * inverse, n);
+      std::memset(to, 0, d * sizeof(float));
+      each_run([&](float* run, int64_t place, int64_t count) {
+        const float* v = cache.values + (place * heads.key + kv) * d;
+        mix(run, v, count, heads.key * d, d, to);
       });
+      over_columns(d, [&](int64_t i, int64_t n) { put(to + i, get(to + i, n) * inverse, n); });
     }
   });
 }

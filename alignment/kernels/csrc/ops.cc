@@ -96,6 +96,13 @@ Tensors Stack(const Tensor& x, const Tensors& weights, const Tensor& cosine, con
   return {y};
 }
 
+Tensors RmsNorm(const Tensor& x, const Tensor& weight, float epsilon, float norm_offset) {
+  const int64_t width = weight.shape()[0];
+  Tensor y = made(x.shape());
+  alignment::rms_norm(floats(x), floats(weight), norm_offset, epsilon, written(y), nullptr, x.numel() / width, width);
+  return {y};
+}
+
 Tensors LayerForward(const Tensor& x, const Tensors& weights, const Tensor& cosine, const Tensor& sine, const Tensor& plan,
                      const Dims& shape, float epsilon, float norm_offset, int64_t sequences) {
   const Shape s = shape_of(shape, epsilon, norm_offset);
@@ -193,6 +200,12 @@ PD_BUILD_OP(alignment_stack)
     .Attrs({"shape: std::vector<int64_t>", "epsilon: float", "norm_offset: float", "sequences: int64_t", "cached: bool",
             "part: int64_t", "first_layer: int64_t"})
     .SetKernelFn(PD_KERNEL(Stack));
+
+PD_BUILD_OP(alignment_rms_norm)
+    .Inputs({"X", "Weight"})
+    .Outputs({"Y"})
+    .Attrs({"epsilon: float", "norm_offset: float"})
+    .SetKernelFn(PD_KERNEL(RmsNorm));
 
 PD_BUILD_OP(alignment_layer_forward)
     .Inputs({"X", paddle::Vec("Weights"), "Cosine", "Sine", "Plan"})

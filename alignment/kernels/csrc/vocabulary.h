@@ -147,6 +147,40 @@ struct Sampling {
   bool greedy;
 };
 
+// Zeroes all but the smallest set of largest weights that together reach top_p of their sum; of equal weights the first
+// ones stay. The weights' leading bits give buckets in order of size, so only the bucket at the border is sorted.
+inline void keep_nucleus(float* weights, int64_t count, double top_p) {
+  constexpr int kShift = 19;  // exponent and four bits of the fraction
+  static thread_local std::vector<double> sums(1 << (32 - kShift - 1));
+  std::fill(sums.begin(), sums.end(), 0.);
+  auto bucket = [](float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return bits >> kShift;
+  };
+  double total = 0;
+  for (int64_t j = 0; j < count; j++) {
+    sums[bucket(weights[j])] += weights[j];
+    total += weights[j];
+  }
+  double needed = (top_p - 1e-12) * total;
+  int64_t border = static_cast<int64_t>(sums.size()) - 1;
+  while (border > 0 && sums[border] < needed) needed -= sums[border--];
+  std::vector<float> close;
+  for (int64_t j = 0; j < count; j++)
+    if (bucket(weights[j]) == border) close.push_back(weights[j]);
+  std::sort(close.begin(), close.end(), std::greater<float>());
+  size_t kept = 0;
+  while (kept < close.size() && needed > 0) needed -= close[kept++];
+  if (kept == 0) kept = close.empty() ? 0 : 1;
+  const float least = kept ? close[kept - 1] : 0.f;
+  int64_t equal = std::count(close.begin(), close.begin() + kept, least);
+  for (int64_t j = 0; j < count; j++) {
+    if (weights[j] > least || (weights[j] == least && equal-- > 0)) continue;
+    weights[j] = 0.f;
+  }
+}
+
 // One token for a row of logits. `seen` [vocabulary] bytes or null; `banned` ids have no chance. Returns the token,
 // -1 when a logit is NaN or infinite. `logprob` is of softmax(logits / temperature) before any filter.
 inline int64_t choose_token(const float* logits, int64_t vocabulary, const Sampling& how, double uniform,
@@ -206,21 +240,7 @@ inline int64_t choose_token(const float* logits, int64_t vocabulary, const Sampl
       filtered = true;
     }
     if (how.top_p < 1.0) {
-      double all = 0;
-      for (int64_t j = 0; j < vocabulary; j++) all += space[j];
-      // tokens below (1 - top_p) / vocabulary weigh less than 1 - top_p together, so none is in the nucleus
-      const double least = (1.0 - how.top_p) / static_cast<double>(vocabulary) * all;
-      std::vector<int64_t> order;
-      for (int64_t j = 0; j < vocabulary; j++)
-        if (space[j] >= least && space[j] > 0.f) order.push_back(j);
-      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return space[a] > space[b]; });
-      double reached = 0;
-      size_t keep = 0;
-      while (keep < order.size() && reached < (how.top_p - 1e-12) * all) reached += space[order[keep++]];
-      std::vector<float> kept(keep);
-      for (size_t i = 0; i < keep; i++) kept[i] = space[order[i]];
-      std::fill(space, space + vocabulary, 0.f);
-      for (size_t i = 0; i < keep; i++) space[order[i]] = kept[i];
+      keep_nucleus(space, vocabulary, how.top_p);
       filtered = true;
     }
     if (filtered) {

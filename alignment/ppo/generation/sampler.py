@@ -1,5 +1,5 @@
-"""From logits to the next token, on the host: penalties, filters and the inverse-CDF draw with counter-based
-numbers.
+"""From logits to the next token, on the host: penalties, filters and the draw by the inverse of the distribution
+function.
 """
 
 from __future__ import annotations
@@ -7,8 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-
-from alignment.ppo.generation.random_numbers import token_uniforms
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,7 @@ class SamplingSettings:
             (negative) by it (Keskar et al. 2019, CTRL); 1 for none.
         greedy: take the likeliest token; everything above but the penalty and the minimum length is then ignored.
         seed: of the random numbers.
+        stop: texts that end an answer, besides the eos tokens.
     """
 
     max_new_tokens: int
@@ -35,6 +34,7 @@ class SamplingSettings:
     repetition_penalty: float = 1.0
     greedy: bool = False
     seed: int = 42
+    stop: tuple[str, ...] = ()
 
     def as_greedy(self) -> SamplingSettings:
         """The same limits without chance."""
@@ -91,9 +91,8 @@ def apply_repetition_penalty(logits: np.ndarray, seen: np.ndarray, penalty: floa
 def choose_tokens(
     logits: np.ndarray,
     settings: SamplingSettings,
-    prompt_index: np.ndarray,
-    sample_index: np.ndarray,
-    position: int,
+    uniforms: np.ndarray,
+    early: np.ndarray,
     eos_ids: tuple[int, ...] = (),
     seen: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -102,31 +101,32 @@ def choose_tokens(
     Args:
         logits: ``[N, V]`` float32.
         settings: how.
-        prompt_index: ``[N]``, for the random numbers.
-        sample_index: ``[N]``, likewise.
-        position: which token of the response this is, from 0.
-        eos_ids: banned while ``position < settings.min_new_tokens``.
+        uniforms: ``[N]`` float64 in ``[0, 1)``, of :func:`token_uniforms`; not looked at when greedy.
+        early: ``[N]`` bool, rows in which ``eos_ids`` have no chance yet.
+        eos_ids: tokens that end an answer.
         seen: ``[N, V]`` bool, tokens in the row so far; needed with a repetition penalty.
 
     Returns:
         ``(tokens [N] int64, logprobs [N] float32)``; the log-probs are of ``softmax(logits / temperature)`` before any
-        filter or penalty, as the training network will compute them.
+        filter or penalty, as the training network will compute them. A token is -1 where a logit is NaN or infinite.
     """
+    sound = np.isfinite(logits).all(axis=-1)
+    logits = np.where(sound[:, None], logits, 0.0)
     plain = logits.astype(np.float64) / settings.temperature
     peak = plain.max(axis=-1, keepdims=True)
     normalizer = np.log(np.exp(plain - peak).sum(axis=-1)) + peak[:, 0]
     adjusted = logits.astype(np.float32, copy=True)
     if settings.repetition_penalty != 1.0 and seen is not None:
         apply_repetition_penalty(adjusted, seen, settings.repetition_penalty)
-    if position < settings.min_new_tokens and eos_ids:
-        adjusted[:, list(eos_ids)] = -np.inf
+    if eos_ids and early.any():
+        adjusted[np.ix_(early, list(eos_ids))] = -np.inf
     if settings.greedy:
         tokens = adjusted.argmax(axis=-1)
     else:
         cumulative = np.cumsum(truncated_probabilities(adjusted, settings), axis=-1)
         total = cumulative[:, -1]
-        draws = token_uniforms(settings.seed, prompt_index, sample_index, position) * total
-        draws = np.minimum(draws, np.nextafter(total, 0.0))  # rounding must not step over the last token
+        draws = np.minimum(uniforms * total, np.nextafter(total, 0.0))  # rounding must not step over the last token
         tokens = (cumulative <= draws[:, None]).sum(axis=-1)
     rows = np.arange(len(tokens))
-    return tokens.astype(np.int64), (plain[rows, tokens] - normalizer).astype(np.float32)
+    logprobs = (plain[rows, tokens] - normalizer).astype(np.float32)
+    return np.where(sound, tokens, -1).astype(np.int64), logprobs

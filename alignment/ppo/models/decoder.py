@@ -134,3 +134,10 @@ def _tensor_group(config: Any) -> Any:
     from paddle.distributed import fleet
 
     return fleet.get_hybrid_communicate_group().get_model_parallel_group()
+
+
+def head_weight(model: nn.Layer) -> tuple[Tensor, bool]:
+    """The LM head's weight, and whether it is ``[vocab, hidden]`` (as an embedding) rather than ``[hidden, vocab]``."""
+    head, config = unwrap(model).lm_head, model.config
+    by_config = config.model_type == "gemma" and config.tie_word_embeddings
+    return head.weight, bool(getattr(head, "transpose_y", by_config))

@@ -1,4 +1,4 @@
-"""`Decoder`: one step of generation through a model, whole or divided.
+"""`PlainDecoder`: one step of generation through a model, whole or divided.
 
 With tensor parallelism every tensor rank sees all logits and chooses the same tokens. With a pipeline the stages keep
 the caches of their own layers, hidden states travel forward, and the last stage chooses and tells the others.
@@ -18,7 +18,7 @@ from alignment.ppo.models import cached_hidden_states, lm_logits
 T = TypeVar("T")
 
 
-class Decoder:
+class PlainDecoder:
     """Runs a causal model, or this process's stage of one, token by token.
 
     Args:
