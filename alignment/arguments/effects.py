@@ -18,7 +18,7 @@ def unused(args: Arguments) -> dict[str, str]:
         own = key in args.specs()
         value = getattr(args, key) if own else args.passthrough[key]
         reason = _reason(args, spec)
-        # An own flag that is on by default (use_fusemt) asks for something when the user wrote it.
+        # An own flag that is on by default asks for something when the user wrote it.
         asks = not spec.is_neutral(value) or (own and value is True)
         if reason and asks:
             result[key] = reason

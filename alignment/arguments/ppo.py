@@ -54,7 +54,17 @@ class RolloutFields:
     per_device_prompt_batch_size: int = argument(16, "Prompts that a process reads at a time.", ge=1, unit="prompts")
     num_return_sequences: int = argument(1, "Samples per prompt.", ge=1, aliases=("rollout_n",))
     per_device_rollout_batch_size: int = argument(
-        -1, "Samples that a process generates at a time; -1: as per_device_train_batch_size.", ge=-1, unit="rows"
+        -1,
+        "Samples that a process generates at a time; -1: as many as rollout_token_budget allows (on the plain path "
+        "per_device_train_batch_size).",
+        ge=-1,
+        unit="rows",
+    )
+    rollout_token_budget: int = argument(
+        0,
+        "Tokens whose keys and values the rollout engine keeps at once; 0: as many as 1 GiB holds.",
+        ge=0,
+        unit="tokens",
     )
     rollout_logprob_batch_size: int | None = argument(
         None,
@@ -78,11 +88,9 @@ class RolloutFields:
     repetition_penalty: float = argument(
         1.0, "Divides the logits of tokens that were already there (CTRL's rule); 1: off.", gt=0
     )
+    stop_strings: list[str] | None = argument(None, "Texts that end an answer, besides the end-of-text tokens.")
     use_fusemt: bool = argument(
-        True,
-        "Use paddlenlp_ops' fused generation.",
-        neutral=(False,),
-        no_effect="paddlenlp_ops is not used; the rollout engine is this toolkit's own",
+        True, "Generate with the fused rollout engine; false: through paddlenlp's own layers, the plain path."
     )
     eval_mode: str | None = argument(
         None,

@@ -78,8 +78,6 @@ def _resolve_ppo(args: PPOArguments) -> None:
         args.max_dec_len = args.max_length
     if args.reward_critic_model_name_or_path is None:
         args.reward_critic_model_name_or_path = args.reward_model_name_or_path or args.actor_model_name_or_path
-    if args.per_device_rollout_batch_size < 1:
-        args.per_device_rollout_batch_size = args.per_device_train_batch_size
     if args.rollout_logprob_batch_size is None:
         args.rollout_logprob_batch_size = args.per_device_train_batch_size
     if args.clip_range_ratio_low is None:

@@ -128,6 +128,11 @@ class Engine:
         return self.settings.learning_rate_at(self.steps) if self.settings else 0.0
 
     @property
+    def dtype(self) -> str:
+        """Of the weights: ``"float32"``, ``"bfloat16"``, ..."""
+        return str(self.model.parameters()[0].dtype).split(".")[-1]
+
+    @property
     def parameters(self) -> dict[str, Tensor]:
         """The trained parameters of this process, by their names in the whole model."""
         return self._parameters

@@ -15,6 +15,31 @@ from alignment.ppo.engine import Engine
 _BOUNDS = {"float32": (1e-3, 1e-6), "bfloat16": (0.3, 5e-3), "float16": (0.1, 1e-3)}
 
 
+# The largest |log-prob of the rollout engine - log-prob of the training network| at temperature 1. Two ways to compute
+# the same function in float32 differ by rounding; in half precision a single token may be far off without any fault.
+_ROLLOUT_GAP = {"float32": 1e-3, "bfloat16": 1.0, "float16": 0.3}
+
+
+def check_rollout_gap(gap: float, dtype: str, temperature: float) -> None:
+    """What sampled the answers and what learns from them are the same policy.
+
+    Args:
+        gap: the largest difference of a response token's two log-probs (``train/rollout_logprob_gap``), in nats.
+        dtype: of the actor's weights; it sets how much rounding may show.
+        temperature: of sampling; a lower one magnifies rounding.
+
+    Raises:
+        InvariantError: the bound is passed.
+    """
+    bound = _ROLLOUT_GAP.get(dtype, _ROLLOUT_GAP["float32"]) / min(1.0, temperature)
+    if not gap <= bound:
+        raise InvariantError(
+            f"the rollout's log-probs differ from the training network's by up to {gap:.3g} nats (bound {bound:.3g}): "
+            "the answers were not sampled from the policy that is trained. `use_fusemt: false` generates through the "
+            "training network's own layers; if that helps, please report it with the model's config.json"
+        )
+
+
 def check_first_pass(max_ratio_error: float, approx_kl: float, dtype: str) -> None:
     """On the first pass over a rollout nothing was learnt yet: every ratio is 1 and the approximate KL is 0.
 

@@ -24,6 +24,7 @@ from alignment.ppo.experience import assemble_experience, describe_experience, s
 from alignment.ppo.generation.engine import GenerationPrompt
 from alignment.ppo.generation.layouts import RolloutEngine
 from alignment.ppo.generation.sampler import SamplingSettings
+from alignment.ppo.invariants import check_rollout_gap
 from alignment.ppo.rewards import RewardResult
 from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
 from alignment.ppo.rollout import Experience, Rollout, join_rollouts
@@ -174,6 +175,8 @@ class RolloutPhases:
             whole, join(1), join(2), join(4), totals, pieces, self.args, self.kl_controller, self.moments
         )
         self.stats = describe_experience(experience, self.kl_controller.kl_coeff)
+        gap = self.stats.result()["train/rollout_logprob_gap"]
+        check_rollout_gap(gap, self.roles.actor.engine.dtype, self.sampling.temperature)
         self.tokens = int(whole.lengths.sum())
         self.kl_controller.update(float(summed_k1(experience).mean()), len(experience))
         return experience

@@ -110,6 +110,7 @@ class PPOTrainer:
             top_p=args.top_p,
             repetition_penalty=args.repetition_penalty,
             seed=args.seed,
+            stop=tuple(args.stop_strings or ()),
         )
         self.eval_prompts = list(eval_prompts)
         self.phases = RolloutPhases(

@@ -225,8 +225,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     from alignment.training.runner import model_flags
 
     infer_rows = args.rollout_logprob_batch_size or args.per_device_train_batch_size
-    rollout_rows = args.per_device_rollout_batch_size
-    rollout_rows = args.per_device_train_batch_size if rollout_rows <= 0 else rollout_rows
+    most_rows = args.per_device_rollout_batch_size if args.per_device_rollout_batch_size > 0 else None
     model_options: dict[str, Any] = {
         "dtype": args.dtype,
         "config_overrides": model_flags(args),
@@ -272,7 +271,17 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
         actor,
         world,
         args.eval_mode or "",
-        lambda model, schedule: GenerationEngine(model, data.tokenizer, eos_ids, context, rollout_rows, schedule),
+        lambda model, schedule: GenerationEngine(
+            model,
+            data.tokenizer,
+            eos_ids,
+            context,
+            args.per_device_train_batch_size,
+            schedule,
+            fused=args.use_fusemt,
+            token_budget=args.rollout_token_budget,
+            most_rows=most_rows,
+        ),
     )
 
     def save_extras(folder: Path) -> None:

@@ -259,10 +259,9 @@ class PPOUpdater:
             stats.merge(figures)
 
     def _check_ratio(self, stats: Statistics) -> None:
-        dtype = str(next(iter(self.actor.engine.parameters.values())).dtype).split(".")[-1]
         joined = stats.over_ranks(self.world).result()
         if "train/approx_kl" in joined:
-            check_first_pass(joined["train/ratio_error_max"], joined["train/approx_kl"], dtype)
+            check_first_pass(joined["train/ratio_error_max"], joined["train/approx_kl"], self.actor.engine.dtype)
             self.check_ratio = False
 
     def _moved_too_far(self, stats: Statistics, tokens: float) -> bool:

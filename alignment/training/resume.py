@@ -76,7 +76,7 @@ FREE = frozenset(
         # the layout of the processes, and memory
         "sharding", "sharding_parallel_degree", "tensor_parallel_degree", "pipeline_parallel_degree",
         "pipeline_parallel_config", "sequence_parallel", "recompute", "critic_recompute", "offload_level",
-        "offload_dir", "eval_mode", "use_fusemt",
+        "offload_dir", "eval_mode", "use_fusemt", "rollout_token_budget",
         "per_device_eval_batch_size", "per_device_rollout_batch_size", "rollout_logprob_batch_size",
         "pad_to_multiple_of", "pad_to_max_length",
         # starting points, which the checkpoint replaces

@@ -29,7 +29,6 @@ def _args(cls: type, **values: Any) -> Any:
         ({"fp16": True}, "fp16", "computed in float32"),
         ({"bf16": True, "fp16_opt_level": "O2"}, "fp16_opt_level", "computed in float32"),
         ({"use_flash_attention": True}, "use_flash_attention", "need a GPU"),
-        ({"use_fusemt": True}, "use_fusemt", "paddlenlp_ops is not used"),
         ({"fused_linear": 1}, "fused_linear", "GPU kernels"),
         ({"tensor_parallel_degree": 2}, "tensor_parallel_degree", "no effect with one process"),
         ({"pipeline_parallel_degree": 2}, "pipeline_parallel_degree", "no effect with one process"),

@@ -40,10 +40,11 @@ class GenerationEngine:
         tokenizer: for decoding and for the pad id.
         eos_ids: tokens that end an answer.
         context_length: the longest row that the model can take, or ``None`` for no limit.
-        batch_size: answers that the plain way generates together.
+        batch_size: answers that the plain way generates together (with ``most_rows`` so many).
         schedule: of the pipeline, where ``model`` is a stage; every process of it makes the same calls.
         fused: whether to use the rollout engine where it can be used.
         token_budget: tokens that the rollout engine's cache holds; 0 for as many as 1 GiB takes.
+        most_rows: answers that are under way at once; None for as many as there is room for.
 
     Attributes:
         ops: the rollout engine's layers; None where the plain way is taken.
@@ -61,10 +62,12 @@ class GenerationEngine:
         *,
         fused: bool = True,
         token_budget: int = 0,
+        most_rows: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.schedule = model, tokenizer, schedule
         self.eos_ids = tuple(int(i) for i in eos_ids)
-        self.context_length, self.batch_size, self.token_budget = context_length, max(1, batch_size), token_budget
+        self.context_length, self.token_budget, self.most_rows = context_length, token_budget, most_rows
+        self.batch_size = max(1, most_rows or batch_size)
         self.ops: LayerOps | None = None
         self.last: ContinuousBatch | None = None
         if fused:
@@ -113,7 +116,7 @@ class GenerationEngine:
                 if self.ops is not None:
                     table = RowTable.start(prompts, num_return_sequences, settings, stop, self.context_length)
                     budget = self.token_budget or _CACHE_BYTES // self.ops.bytes_per_token
-                    self.last = ContinuousBatch(self.ops, table, settings, budget)
+                    self.last = ContinuousBatch(self.ops, table, settings, budget, self.most_rows)
                     self.last.run()
                     return table.rollout(self.pad_id)
                 parts = []

@@ -31,9 +31,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top_p", type=float, default=1.0, help="nucleus threshold; 1 is off (1.0)")
     parser.add_argument("--top_k", type=int, default=0, help="only the k likeliest tokens; 0 is off (0)")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition (1.0)")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer; may be given several times")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
     parser.add_argument("--num_return_sequences", type=int, default=1, help="answers per prompt (1)")
-    parser.add_argument("--batch_size", type=int, default=16, help="answers generated together (16)")
+    parser.add_argument("--batch_size", type=int, help="answers generated together (as many as fit the cache)")
     parser.add_argument("--seed", type=int, default=42, help="of the sampling (42)")
     parser.add_argument("--prompt_template", help='"beaver", "chat" or a Jinja string (the one saved with the model)')
     return parser
@@ -67,7 +68,8 @@ def _check(options: argparse.Namespace) -> None:
         (options.top_k < 0, "--top_k must not be negative"),
         (options.repetition_penalty <= 0, "--repetition_penalty must be above 0"),
         (options.num_return_sequences < 1, "--num_return_sequences must be at least 1"),
-        (options.batch_size < 1, "--batch_size must be at least 1"),
+        (options.batch_size is not None and options.batch_size < 1, "--batch_size must be at least 1"),
+        ("" in (options.stop or []), "--stop must not be empty"),
     ]
     messages = [message for failed, message in wrong if failed]
     if messages:
@@ -102,7 +104,9 @@ class Answerer:
         limit = (context or 1 << 20) - 1
         self.encoder = Encoder(tokenizer, template, Limits(max_length=limit, max_src_len=limit))
         model = load_causal_lm(options.model, role="--model")
-        self.engine = GenerationEngine(model, tokenizer, eos_token_ids(model, tokenizer), context, options.batch_size)
+        rows = options.batch_size
+        eos_ids = eos_token_ids(model, tokenizer)
+        self.engine = GenerationEngine(model, tokenizer, eos_ids, context, rows or 16, most_rows=rows)
         self.settings = SamplingSettings(
             max_new_tokens=longest,
             temperature=options.temperature,
@@ -111,6 +115,7 @@ class Answerer:
             repetition_penalty=options.repetition_penalty,
             greedy=options.greedy,
             seed=options.seed,
+            stop=tuple(options.stop or ()),
         )
         self.copies, self.asked = options.num_return_sequences, 0
 
