@@ -20,8 +20,30 @@ struct View {
 inline View plain(const float* p, int64_t width) { return {p, width, 1}; }
 inline View transposed(const float* p, int64_t width) { return {p, 1, width}; }
 
-template <int MR, bool kAcross>
-inline void tile(int64_t depth, const float* a, int64_t stride, const float* b, float* c, int64_t ldc, int64_t columns,
+constexpr int64_t kAhead = 24;  // rows of B that are fetched before they are needed
+
+// Where a tile finds B: packed before, or where it lies, in rows of `width`; then what was read is packed for the tiles
+// that follow, so that waiting for memory and computing overlap.
+struct Packed {
+  const float* b;
+  Vec at(int64_t k, int j) const { return load(b + k * kPanel + j * kLanes); }
+};
+struct Unpacked {
+  const float* b;
+  int64_t width;
+  float* packed;
+  Vec at(int64_t k, int j) const {
+    const float* line = b + k * width + j * kLanes;
+    // a panel is a narrow strip of wide rows, whose next lines the hardware does not foresee
+    __builtin_prefetch(line + kAhead * width);
+    const Vec v = load(line);
+    store(packed + k * kPanel + j * kLanes, v);
+    return v;
+  }
+};
+
+template <int MR, bool kAcross, class B>
+inline void tile(int64_t depth, const float* a, int64_t stride, B b, float* c, int64_t ldc, int64_t columns,
                  bool accumulate) {
   Vec acc[MR][kVectors];
   if (columns == kPanel) {
@@ -37,7 +59,7 @@ inline void tile(int64_t depth, const float* a, int64_t stride, const float* b, 
   }
   for (int64_t k = 0; k < depth; k++) {
     Vec right[kVectors];
-    for (int j = 0; j < kVectors; j++) right[j] = load(b + k * kPanel + j * kLanes);
+    for (int j = 0; j < kVectors; j++) right[j] = b.at(k, j);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
       const Vec left = splat(kAcross ? a[k * stride + i] : a[i * stride + k]);
@@ -57,60 +79,101 @@ inline void tile(int64_t depth, const float* a, int64_t stride, const float* b, 
   }
 }
 
-template <int MR, bool kAcross>
-inline int64_t tiles(int64_t m, int64_t rows, int64_t depth, const float* a, int64_t stride, const float* b, float* c,
-                     int64_t ldc, int64_t columns, bool accumulate) {
-  for (; m + MR <= rows; m += MR)
-    tile<MR, kAcross>(depth, a + (kAcross ? m : m * stride), stride, b, c + m * ldc, ldc, columns, accumulate);
-  return m;
+template <bool kAcross, class B>
+inline int64_t one_tile(int64_t m, int64_t rows, int64_t depth, View a, B b, float* c, int64_t ldc, int64_t columns,
+                        bool accumulate) {
+  const int64_t left = rows - m, stride = kAcross ? a.columns : a.rows;
+  const float* from = a.p + m * a.rows;
+  float* to = c + m * ldc;
+#define ALIGNMENT_TILE(HEIGHT)                                                         \
+  if (left >= HEIGHT) {                                                                \
+    tile<HEIGHT, kAcross, B>(depth, from, stride, b, to, ldc, columns, accumulate);    \
+    return m + HEIGHT;                                                                 \
+  }
+  ALIGNMENT_TILE(kRowsPerTile)
+  if (kRowsPerTile > 8) {
+    ALIGNMENT_TILE(8)
+  }
+  ALIGNMENT_TILE(4)
+  ALIGNMENT_TILE(2)
+  ALIGNMENT_TILE(1)
+#undef ALIGNMENT_TILE
+  return rows;
+}
+
+template <bool kAcross>
+inline void panel_from(int64_t m, int64_t rows, int64_t depth, View a, const float* b, float* c, int64_t ldc,
+                       int64_t columns, bool accumulate) {
+  while (m < rows) m = one_tile<kAcross>(m, rows, depth, a, Packed{b}, c, ldc, columns, accumulate);
 }
 
 // One panel of C: `rows` rows, `columns` <= kPanel; b is packed [depth][kPanel].
 inline void panel(int64_t rows, int64_t depth, View a, const float* b, float* c, int64_t ldc, int64_t columns,
                   bool accumulate) {
-  int64_t m = 0;
-#define ALIGNMENT_TILES(ACROSS, STRIDE)                                                                 \
-  m = tiles<kRowsPerTile, ACROSS>(m, rows, depth, a.p, STRIDE, b, c, ldc, columns, accumulate);         \
-  if (kRowsPerTile > 8) m = tiles<8, ACROSS>(m, rows, depth, a.p, STRIDE, b, c, ldc, columns, accumulate); \
-  m = tiles<4, ACROSS>(m, rows, depth, a.p, STRIDE, b, c, ldc, columns, accumulate);                    \
-  m = tiles<2, ACROSS>(m, rows, depth, a.p, STRIDE, b, c, ldc, columns, accumulate);                    \
-  m = tiles<1, ACROSS>(m, rows, depth, a.p, STRIDE, b, c, ldc, columns, accumulate);
+  if (a.columns == 1)
+    panel_from<false>(0, rows, depth, a, b, c, ldc, columns, accumulate);
+  else
+    panel_from<true>(0, rows, depth, a, b, c, ldc, columns, accumulate);
+}
+
+// The same with B where it lies, kPanel columns in rows of `width`, packed on the way.
+inline void panel_packing(int64_t rows, int64_t depth, View a, const float* b, int64_t width, float* packed, float* c,
+                          int64_t ldc, bool accumulate) {
+  const Unpacked first{b, width, packed};
   if (a.columns == 1) {
-    ALIGNMENT_TILES(false, a.rows)
+    const int64_t m = one_tile<false>(0, rows, depth, a, first, c, ldc, kPanel, accumulate);
+    panel_from<false>(m, rows, depth, a, packed, c, ldc, kPanel, accumulate);
   } else {
-    ALIGNMENT_TILES(true, a.columns)
+    const int64_t m = one_tile<true>(0, rows, depth, a, first, c, ldc, kPanel, accumulate);
+    panel_from<true>(m, rows, depth, a, packed, c, ldc, kPanel, accumulate);
   }
-#undef ALIGNMENT_TILES
+}
+
+// Rows become columns: kLanes vectors, by repeated perfect shuffles of the first half with the second.
+inline void transpose(Vec* rows) {
+  IntVec low, high;
+  for (int i = 0; i < kLanes; i++) {
+    low[i] = i / 2 + (i % 2) * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  Vec turned[kLanes];
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; i++) {
+      turned[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+      turned[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) rows[i] = turned[i];
+  }
 }
 
 // b[depth][kPanel] = B(k0.., n0..), zeros behind the last column.
 inline void pack(View b, int64_t k0, int64_t depth, int64_t n0, int64_t columns, float* packed) {
   if (b.columns == 1) {
     const float* from = b.p + k0 * b.rows + n0;
-    if (columns == kPanel) {
-      for (int64_t k = 0; k < depth; k++)
-        for (int j = 0; j < kVectors; j++)
-          store(packed + k * kPanel + j * kLanes, load(from + k * b.rows + j * kLanes));
-      return;
-    }
     for (int64_t k = 0; k < depth; k++) {
       std::memcpy(packed + k * kPanel, from + k * b.rows, columns * sizeof(float));
-      std::memset(packed + k * kPanel + columns, 0, (kPanel - columns) * sizeof(float));
+      if (columns < kPanel) std::memset(packed + k * kPanel + columns, 0, (kPanel - columns) * sizeof(float));
     }
     return;
   }
-  // a transposition: k is contiguous in memory; blocks of 16 x 16 use each cache line once
+  // a transposition: k is contiguous in memory
   const float* from = b.p + n0 * b.columns + k0;
-  for (int64_t k = 0; k < depth; k += 16) {
-    const int64_t deep = depth - k < 16 ? depth - k : 16;
-    for (int64_t n = 0; n < columns; n++) {
-      const float* line = from + n * b.columns + k;
-      float* to = packed + k * kPanel + n;
-      for (int64_t i = 0; i < deep; i++) to[i * kPanel] = line[i];
+  int64_t k = 0;
+  for (; k + kLanes <= depth; k += kLanes)
+    for (int j = 0; j < kVectors; j++) {
+      Vec rows[kLanes];
+      for (int i = 0; i < kLanes; i++) {
+        const int64_t n = j * kLanes + i;
+        rows[i] = n < columns ? load(from + n * b.columns + k) : Vec{};
+      }
+      transpose(rows);
+      for (int i = 0; i < kLanes; i++) store(packed + (k + i) * kPanel + j * kLanes, rows[i]);
     }
-  }
-  for (int64_t n = columns; n < kPanel; n++)
-    for (int64_t k = 0; k < depth; k++) packed[k * kPanel + n] = 0.f;
+  for (; k < depth; k++)
+    for (int64_t n = 0; n < kPanel; n++) packed[k * kPanel + n] = n < columns ? from[n * b.columns + k] : 0.f;
 }
 
 inline int64_t panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
@@ -127,9 +190,15 @@ inline void gemm_task(View a, View b, int64_t m0, int64_t m1, int64_t n0, int64_
   float* packed = packing_space();
   for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
     const int64_t deep = depth - k0 < kDepth ? depth - k0 : kDepth;
-    pack(b, k0, deep, n0, columns, packed);
     const View part{a.p + m0 * a.rows + k0 * a.columns, a.rows, a.columns};
-    panel(m1 - m0, deep, part, packed, c + m0 * ldc + n0, ldc, columns, accumulate || k0 > 0);
+    float* to = c + m0 * ldc + n0;
+    const bool add = accumulate || k0 > 0;
+    if (b.columns == 1 && columns == kPanel) {
+      panel_packing(m1 - m0, deep, part, b.p + k0 * b.rows + n0, b.rows, packed, to, ldc, add);
+    } else {
+      pack(b, k0, deep, n0, columns, packed);
+      panel(m1 - m0, deep, part, packed, to, ldc, columns, add);
+    }
   }
 }
 
