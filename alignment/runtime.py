@@ -29,6 +29,8 @@ from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from alignment import frontpage
+
 OPT_OUT = "ALIGNMENT_RUNTIME"
 # Remembers, for child processes, the thread count that we (and not the user) put into the environment.
 OWN_THREADS = "ALIGNMENT_OMP_NUM_THREADS"
@@ -86,6 +88,7 @@ def prepare() -> RuntimeReport:
     else:
         report.settings += set_environment(os.environ)
     report.settings.append(set_allocator(os.environ))
+    frontpage.defer()
     for text in _WARNING_NOISE:
         warnings.filterwarnings("ignore", message=text, category=UserWarning)
     return report

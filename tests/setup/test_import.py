@@ -45,3 +45,28 @@ def test_importing_prints_nothing(repo: Path) -> None:
     environ = {**os.environ, "PYTHONPATH": str(repo)}
     done = subprocess.run([sys.executable, "-c", "import alignment"], env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+FRONT_PAGE = """
+import sys
+import alignment
+import paddlenlp.transformers
+assert not {"sklearn", "pandas", "scipy.stats"} & set(sys.modules), "the front page was read"
+import paddlenlp
+assert paddlenlp.__version__ == "3.0.0b4"
+if len(sys.argv) > 1:
+    from paddlenlp.peft import LoRAModel  # cannot be imported by itself
+    assert sys.modules["paddlenlp.peft"].LoRAModel is LoRAModel
+assert paddlenlp.Taskflow.__name__ == "Taskflow"
+assert type(paddlenlp) is type(sys)
+assert paddlenlp.transformers is sys.modules["paddlenlp.transformers"]
+assert paddlenlp.peft.LoRAModel
+"""
+
+
+@pytest.mark.parametrize("first", [[], ["peft"]], ids=["attribute", "part"])
+def test_paddlenlps_front_page_is_read_when_it_is_needed(repo: Path, first: list[str]) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(repo)}
+    command = [sys.executable, "-W", "ignore", "-c", FRONT_PAGE, *first]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

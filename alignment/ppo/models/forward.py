@@ -10,6 +10,7 @@ segment, and Mistral's sliding window, which paddlenlp's modeling code ignores.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,9 @@ Lengths = paddle.Tensor | np.ndarray | list[int]
 
 def unwrap(model: nn.Layer) -> nn.Layer:
     """Return the model inside LoRA's wrapper, or the model itself."""
-    from paddlenlp.peft import LoRAModel
-
-    return model.model if isinstance(model, LoRAModel) else model
+    # Whoever made a wrapper has imported its module; the import takes seconds and most runs have no LoRA.
+    peft = sys.modules.get("paddlenlp.peft")
+    return model.model if peft is not None and isinstance(model, peft.LoRAModel) else model
 
 
 def backbone_of(model: nn.Layer) -> nn.Layer:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paddle import nn
-from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.transformers import PretrainedModel
 
 from alignment.errors import ModelError
 from alignment.log import get_logger
 
 from .folders import CONFIG_FILE, LORA_CONFIG_FILE, LORA_WEIGHT_FILES, read_config, read_json
+
+if TYPE_CHECKING:  # at run time it is imported where it is needed: it takes seconds
+    from paddlenlp.peft import LoRAModel
 
 #: The linear layers of attention and MLP, fused or not, under the names that all four architectures share.
 DEFAULT_TARGETS: tuple[str, ...] = (
@@ -60,6 +63,8 @@ def add_lora(model: PretrainedModel, settings: LoRASettings, *, base: str | os.P
         ModelError: no linear layer matches the target modules.
     """
     model.config.architectures = [type(model).__name__]
+    from paddlenlp.peft import LoRAConfig, LoRAModel
+
     config = LoRAConfig(
         r=settings.rank,
         lora_alpha=settings.alpha if settings.alpha is not None else 2 * settings.rank,
@@ -149,6 +154,7 @@ def merge_lora(path: str | os.PathLike, output_dir: str | os.PathLike, base: str
 def _apply_adapter(model: PretrainedModel, folder: Path) -> None:
     """Load an adapter into a plain model and merge it into the weights."""
     import paddle
+    from paddlenlp.peft import LoRAConfig, LoRAModel
 
     try:
         config = LoRAConfig.from_pretrained(str(folder))

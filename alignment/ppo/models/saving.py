@@ -36,13 +36,11 @@ def save_model(
     Raises:
         ModelError: the folder cannot be written.
     """
-    from paddlenlp.peft import LoRAModel
-
     quiet_paddlenlp()
     inner = unwrap(model)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if isinstance(model, LoRAModel):
+        if inner is not model:  # LoRA's wrapper
             if isinstance(inner, ScoreModelMixin):
                 inner.write_normalizer_to_config()
             model.save_pretrained(str(folder))
