@@ -44,6 +44,7 @@ def main() -> int:
     """Measure, print the table and the JSON line."""
     args = parse_arguments()
     results: Results = defaultdict(list)
+    failures: list[str] = []
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as temporary:
         driver = Driver(args, Path(temporary))
@@ -52,11 +53,19 @@ def main() -> int:
             sides = SIDES if number % 2 == 0 else SIDES[::-1]
             for key, spec in driver.tasks(number):
                 for side in sides:
-                    if (result := driver.child(side, key, spec)) is not None:
+                    try:
+                        result = driver.child(side, key, spec)
+                    except ChildError as error:  # what has been measured is worth showing all the same
+                        print(error, file=sys.stderr, flush=True)
+                        failures.append(f"{' '.join(filter(None, key))}: {side}, round {number + 1}")
+                        continue
+                    if result is not None:
                         results[(*key, side)].append(result)
     load.append(os.getloadavg()[0])
     comparisons = compare(results)
     print(render(comparisons), file=sys.stderr)
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
     limits = {side: results[("limits", "", side)] for side in SIDES if results.get(("limits", "", side))}
     print(
         json.dumps(
@@ -64,6 +73,7 @@ def main() -> int:
                 "benchmark": "peers",
                 "machine": {"cpu": cpu_name(), "threads": args.threads, "load_before_and_after": load},
                 "rounds": args.rounds,
+                "failures": failures,
                 "versions": versions(results),
                 "figures": {comparison.name: rounded(comparison.figures()) for comparison in comparisons},
                 "phases": phases(results),
@@ -71,7 +81,7 @@ def main() -> int:
             }
         )
     )
-    return 0
+    return 1 if failures else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -111,6 +121,10 @@ def parse_arguments() -> argparse.Namespace:
 
         args.threads = runtime.physical_cores()
     return args
+
+
+class ChildError(Exception):
+    """A child failed, or did not do the work that is compared; the text says which and why."""
 
 
 class Driver:
@@ -186,7 +200,7 @@ class Driver:
         command = [python, "-W", "ignore", *arguments]
         done = subprocess.run(command, env=environ, cwd=REPO, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\nfailed with status {done.returncode}:\n{done.stderr[-6000:]}")
+            raise ChildError(f"{' '.join(command)}\nfailed with status {done.returncode}:\n{done.stderr[-6000:]}")
         return done.stdout
 
 
