@@ -20,9 +20,11 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from benchmarks.peers.workloads import GROWTH_BATCHES, GROWTH_LENGTHS, WORKLOADS
 TASKS = ("rollout", "growth", "ppo", "sft", "rm", "start", "limits")
 TRAINING_BATCH = 16
 SIDES = ("ours", "peer")
+# Cores that others may keep busy before the figures come with a warning.
+QUIET = 0.1
 
 Results = dict[tuple[str, ...], list[dict[str, Any]]]
 
@@ -45,7 +49,6 @@ def main() -> int:
     args = parse_arguments()
     results: Results = defaultdict(list)
     failures: list[str] = []
-    load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as temporary:
         driver = Driver(args, Path(temporary))
         driver.write_models()
@@ -61,9 +64,14 @@ def main() -> int:
                         continue
                     if result is not None:
                         results[(*key, side)].append(result)
-    load.append(os.getloadavg()[0])
     comparisons = compare(results)
     print(render(comparisons), file=sys.stderr)
+    if driver.others > QUIET:
+        print(
+            f"NOT A QUIET MACHINE: other processes kept up to {driver.others:.1f} cores busy beside a measurement; "
+            "both libraries wait actively for their threads, so no figure here is worth much",
+            file=sys.stderr,
+        )
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     limits = {side: results[("limits", "", side)] for side in SIDES if results.get(("limits", "", side))}
@@ -71,7 +79,7 @@ def main() -> int:
         json.dumps(
             {
                 "benchmark": "peers",
-                "machine": {"cpu": cpu_name(), "threads": args.threads, "load_before_and_after": load},
+                "machine": {"cpu": cpu_name(), "threads": args.threads, "others_busy_cores": round(driver.others, 2)},
                 "rounds": args.rounds,
                 "failures": failures,
                 "versions": versions(results),
@@ -133,10 +141,13 @@ class Driver:
     Args:
         args: the command line.
         folder: for models and runs; removed at the end.
+
+    Attributes:
+        others: the most cores that other processes kept busy while a child ran, on the average of its time.
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.args, self.folder, self.runs = args, folder, 0
+        self.args, self.folder, self.runs, self.others = args, folder, 0, 0.0
 
     def write_models(self) -> None:
         """Our side's model folders, one for workloads of the same shape."""
@@ -187,7 +198,9 @@ class Driver:
         spec = {**spec, "output": str(self.folder / f"run-{self.runs}")}
         spec |= {"library": "paddle" if side == "ours" else "torch"} if task == "limits" else {}
         print(f"{' '.join(filter(None, key))}: {side}", file=sys.stderr, flush=True)
+        began, busy = time.perf_counter(), busy_seconds()
         done = self._run(side, ["-m", f"benchmarks.peers.{module}", json.dumps(spec)])
+        self.others = max(self.others, (busy_seconds() - busy) / (time.perf_counter() - began))
         return json.loads(done.splitlines()[-1])
 
     def _run(self, side: str, arguments: list[str]) -> str:
@@ -202,6 +215,18 @@ class Driver:
         if done.returncode:
             raise ChildError(f"{' '.join(command)}\nfailed with status {done.returncode}:\n{done.stderr[-6000:]}")
         return done.stdout
+
+
+def busy_seconds(proc: Path = Path("/proc")) -> float:
+    """CPU seconds of this machine so far that did not go to children of this process; 0 where there is no /proc."""
+    try:
+        fields = (proc / "stat").read_text().splitlines()[0].split()[1:]
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, irq, softirq, *_ = map(int, fields)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    everyone = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    return everyone - children.ru_utime - children.ru_stime
 
 
 def compare(results: Results) -> list[Comparison]:
@@ -222,6 +247,8 @@ def compare(results: Results) -> list[Comparison]:
             check_equal(ours, peer, ("optimizer_steps", "rows", "tokens", "trained_parameters"))
             steps = [tuple(result["seconds_per_step"] for result in side) for side in (ours, peer)]
             lines.append(Comparison(f"{task} step, {variant} lengths", "s", False, *steps))
+            peaks = [tuple(result["peak_bytes"] / MIB for result in side) for side in (ours, peer)]
+            lines.append(Comparison(f"{task}, {variant} lengths, peak memory", "MiB", False, *peaks))
         elif task == "start":
             lines.append(Comparison("import alignment", "s", False, tuple(ours[0]["import_seconds"]), ()))
             first = (ours[0]["demo_first_step_seconds"],)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -190,6 +192,17 @@ def test_a_round_measures_everything_and_later_rounds_what_varies(tmp_path: Path
     assert {run["batch"] for run in first["rollout", "W1"]["runs"]} == {16, 64}
     assert len(first["growth", "W1"]["runs"]) == 12
     assert list(dict(run.Driver(options(only=["ppo"]), tmp_path).tasks(0))) == [("ppo", "W1"), ("ppo", "W3")]
+
+
+def test_the_time_of_other_processes_leaves_out_our_children(tmp_path: Path) -> None:
+    (tmp_path / "stat").write_text("cpu  700 100 150 9000 50 20 30 0 0 0\ncpu0 0 0 0 0 0 0 0 0 0 0\n")
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = run.busy_seconds(tmp_path)
+    busy = 1000 / os.sysconf("SC_CLK_TCK")  # neither idle nor waiting for a disk
+    assert before == pytest.approx(busy - children.ru_utime - children.ru_stime)
+    subprocess.run([sys.executable, "-c", "while __import__('time').process_time() < 0.3: pass"], check=True)
+    assert 0.3 <= before - run.busy_seconds(tmp_path) < 30
+    assert run.busy_seconds(tmp_path / "nothing") == 0.0
 
 
 def rollout_result(seconds: float | None, tokens: int = 4096) -> dict:
