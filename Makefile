@@ -1,9 +1,10 @@
-# make demo | test | test-slow | chaos | lint | format | docs | lock | clean
+# make demo | test | test-slow | chaos | bench | lint | format | docs | lock | clean
 # Each target sets up its own environment in $(VENV) the first time; later runs start at once.
 #   PYTHON=/path/to/python3.11   which Python to use (3.10-3.12; found by itself otherwise)
 #   ARGS="..."                   passed on: make demo ARGS="--seed 1", make test ARGS="-k kl"
 
 VENV ?= .venv
+BENCH_VENV ?= .venv-bench
 PYTHON ?=
 ARGS ?=
 
@@ -17,7 +18,14 @@ ifeq ($(shell $(RUN) -c "print(1)" 2>/dev/null),)
 $(LOCKED): FORCE
 endif
 
-.PHONY: help setup demo test test-slow chaos parallel lint format docs lock clean FORCE
+# The peers of the benchmarks cannot live with the lock (other NumPy, other tokenizers): an environment of their own.
+BENCH_PIP ?=
+BENCH_READY := $(BENCH_VENV)/.ready
+ifeq ($(shell $(BENCH_VENV)/bin/python -c "print(1)" 2>/dev/null),)
+$(BENCH_READY): FORCE
+endif
+
+.PHONY: help setup demo test test-slow chaos parallel bench bench-env lint format docs lock clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -56,6 +64,18 @@ chaos: $(READY)
 parallel: $(READY)
 	$(RUN) -m tests.parallel.matrix --write docs/layouts.md $(ARGS)
 
+# transformers and trl on torch, which the benchmarks compare with. The registry's torch brings CUDA with it (several GB);
+# BENCH_PIP="--index-url ..." may name an index with torch's CPU builds instead.
+bench-env: $(BENCH_READY)
+
+$(BENCH_READY): requirements/bench.txt
+	@python=$$(sh requirements/find_python.sh $(PYTHON)) && $$python -m venv --clear $(BENCH_VENV)
+	@PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BENCH_VENV)/bin/python -m pip install --quiet $(BENCH_PIP) -r requirements/bench.txt
+	@touch $@
+
+bench: $(READY) bench-env
+	$(RUN) benchmarks/peers/run.py --peer-python $(BENCH_VENV)/bin/python $(ARGS)
+
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -72,5 +92,5 @@ lock:
 	requirements/lock.sh
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find alignment tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -61,7 +61,7 @@ def test_no_registry_is_named(repo: Path, name: str) -> None:
 def test_the_projects_dependencies_are_locked_within_their_ranges(repo: Path, project: dict) -> None:
     lock = locked(repo / "requirements/lock.txt")
     extras = project["optional-dependencies"]
-    assert set(extras) == {"cpu", "gpu", "dev"}
+    assert set(extras) == {"cpu", "gpu", "dev", "bench"}
     for text in [*project["dependencies"], *extras["cpu"], *extras["dev"]]:
         wanted = Requirement(text)
         assert canonicalize_name(wanted.name) in lock, text
@@ -78,6 +78,19 @@ def test_the_inputs_of_the_lock_say_what_pyproject_says(repo: Path, project: dic
     assert names_in(folder / "dev.in") == {
         canonicalize_name(Requirement(text).name) for text in project["optional-dependencies"]["dev"]
     }
+
+
+def test_the_peers_of_the_benchmarks_are_pinned_within_their_ranges(repo: Path, project: dict) -> None:
+    text = (repo / "requirements/bench.txt").read_text()
+    assert "://" not in text and "index-url" not in text
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    pinned = {canonicalize_name(r.name): r for r in map(Requirement, filter(None, lines))}
+    wanted = [Requirement(text) for text in project["optional-dependencies"]["bench"]]
+    assert set(pinned) == {canonicalize_name(requirement.name) for requirement in wanted}
+    for requirement in wanted:
+        (exact,) = pinned[canonicalize_name(requirement.name)].specifier
+        assert exact.operator == "=="
+        assert requirement.specifier.contains(exact.version)
 
 
 def test_what_locked_packages_need_is_locked_too(repo: Path) -> None:

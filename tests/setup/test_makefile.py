@@ -41,6 +41,15 @@ def test_every_target_resolves_in_a_fresh_checkout(repo: Path, tmp_path: Path, t
     assert installs == (target != "clean")
 
 
+def test_the_peers_get_an_environment_of_their_own(repo: Path, tmp_path: Path) -> None:
+    venv, peers = fake_environment(tmp_path / "venv"), tmp_path / "peers"
+    done = make(repo, "--dry-run", "bench", f"VENV={venv}", f"BENCH_VENV={peers}", "ARGS=--rounds 1")
+    assert done.returncode == 0, done.stderr
+    assert f"{peers}/bin/python -m pip install --quiet  -r requirements/bench.txt" in done.stdout
+    assert f"{venv}/bin/python -m pip" not in done.stdout
+    assert f"{venv}/bin/python benchmarks/peers/run.py --peer-python {peers}/bin/python --rounds 1" in done.stdout
+
+
 def test_a_second_run_starts_at_once(repo: Path, tmp_path: Path) -> None:
     venv = fake_environment(tmp_path / "venv")
     done = make(repo, "--dry-run", "test", f"VENV={venv}", "ARGS=-k kl")
