@@ -202,6 +202,51 @@ inline void gemm_task(View a, View b, int64_t m0, int64_t m1, int64_t n0, int64_
   }
 }
 
+// Few rows: every weight is used once or a few times, so the time is that of reading B. Strips of B as wide as the
+// registers allow are read in place; each element is the same chain of multiply-adds as in a tile.
+constexpr int64_t kFewRows = 4;
+constexpr int64_t kStrip = 4 * kLanes;
+
+template <int R>
+inline void strip(int64_t depth, const float* a, int64_t stride, const float* b, int64_t width, float* c, int64_t ldc,
+                  int64_t columns, bool accumulate) {
+  Vec acc[R][4] = {};
+  if (columns == kStrip) {
+    if (accumulate)
+      for (int r = 0; r < R; r++)
+        for (int j = 0; j < 4; j++) acc[r][j] = load(c + r * ldc + j * kLanes);
+    for (int64_t k = 0; k < depth; k++)
+      for (int j = 0; j < 4; j++) {
+        __builtin_prefetch(b + (k + kAhead) * width + j * kLanes);
+        const Vec right = load(b + k * width + j * kLanes);
+        for (int r = 0; r < R; r++) acc[r][j] += splat(a[r * stride + k]) * right;
+      }
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < 4; j++) store(c + r * ldc + j * kLanes, acc[r][j]);
+    return;
+  }
+  for (int64_t n = 0; n < columns; n += kLanes) {
+    const int64_t some = columns - n < kLanes ? columns - n : kLanes;
+    for (int r = 0; r < R; r++) {
+      Vec one = accumulate ? load_some(c + r * ldc + n, some) : Vec{};
+      for (int64_t k = 0; k < depth; k++) one += splat(a[r * stride + k]) * load_some(b + k * width + n, some);
+      store_some(c + r * ldc + n, one, some);
+    }
+  }
+}
+
+inline void strip_task(View a, int64_t rows, View b, int64_t n0, int64_t columns, int64_t depth, float* c, int64_t ldc,
+                       bool accumulate) {
+  const float* from = b.p + n0;
+  float* to = c + n0;
+  switch (rows) {
+    case 1: return strip<1>(depth, a.p, a.rows, from, b.rows, to, ldc, columns, accumulate);
+    case 2: return strip<2>(depth, a.p, a.rows, from, b.rows, to, ldc, columns, accumulate);
+    case 3: return strip<3>(depth, a.p, a.rows, from, b.rows, to, ldc, columns, accumulate);
+    default: return strip<4>(depth, a.p, a.rows, from, b.rows, to, ldc, columns, accumulate);
+  }
+}
+
 // A product of a list of them that share A: C_i = A B_i (+ C_i).
 struct Product {
   View b;
@@ -213,8 +258,12 @@ struct Product {
 // The products of one A with several B, all cores.
 inline void gemm(View a, int64_t rows, int64_t depth, const Product* products, int count, bool accumulate = false) {
   if (rows == 0) return;
+  bool in_place = rows <= kFewRows && a.columns == 1;
+  for (int i = 0; i < count; i++) in_place = in_place && products[i].b.columns == 1;
+  const int64_t width = in_place ? kStrip : kPanel;
+  auto pieces = [&](int i) { return (products[i].columns + width - 1) / width; };
   int64_t wide = 0;
-  for (int i = 0; i < count; i++) wide += panels(products[i].columns);
+  for (int i = 0; i < count; i++) wide += pieces(i);
   const int64_t threads = omp_get_max_threads();
   int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
   while (blocks * wide < 2 * threads && rows / (blocks + 1) >= kRowsPerTile) blocks++;
@@ -225,10 +274,13 @@ inline void gemm(View a, int64_t rows, int64_t depth, const Product* products, i
     const int64_t m0 = task / wide * height, m1 = m0 + height < rows ? m0 + height : rows;
     int64_t at = task % wide;
     int i = 0;
-    while (at >= panels(products[i].columns)) at -= panels(products[i++].columns);
+    while (at >= pieces(i)) at -= pieces(i++);
     const Product& one = products[i];
-    const int64_t n0 = at * kPanel, columns = one.columns - n0 < kPanel ? one.columns - n0 : kPanel;
-    gemm_task(a, one.b, m0, m1, n0, columns, depth, one.c, one.ldc, accumulate);
+    const int64_t n0 = at * width, columns = one.columns - n0 < width ? one.columns - n0 : width;
+    if (in_place)
+      strip_task(a, rows, one.b, n0, columns, depth, one.c, one.ldc, accumulate);
+    else
+      gemm_task(a, one.b, m0, m1, n0, columns, depth, one.c, one.ldc, accumulate);
   });
 }
 
