@@ -35,7 +35,6 @@ def arguments(w: Workload, folder: Path, output: Path, iterations: int) -> dict[
         "temperature": 1.0,
         "top_p": 1.0,
         "per_device_prompt_batch_size": w.prompts,
-        "per_device_rollout_batch_size": w.micro_batch,
         "rollout_logprob_batch_size": w.micro_batch,
         "per_device_train_batch_size": w.micro_batch,
         "gradient_accumulation_steps": w.prompts // w.micro_batch,
