@@ -15,7 +15,7 @@ import paddle
 from paddle import Tensor
 
 from alignment.ppo.engine import Engine
-from alignment.ppo.models import Rows, hidden_states, scores_of, take_end
+from alignment.ppo.models import Rows, scores_of, take_end
 from alignment.ppo.rollout import Rollout, join_micro_batches, split_rollout
 
 B = TypeVar("B")
@@ -77,7 +77,7 @@ class PolicyRole:
         """``(logprobs, entropy)``, both ``[B, R]`` float32, zero behind the ends; differentiable when the engine is
         trainable. For a model on one pipeline stage; :meth:`train` is for all.
         """
-        return self.of_hidden(hidden_states(self.engine.model, rows_of(rollout)), rollout, entropy_grad)
+        return self.of_hidden(self.engine.hidden_states(rows_of(rollout)), rollout, entropy_grad)
 
     def of_hidden(self, hidden: Tensor, rollout: Rollout, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, from final hidden states ``[B, T, hidden]``."""
@@ -126,7 +126,7 @@ class PolicyRole:
 
         Args:
             batches: ``input_ids`` and ``labels`` ``[B, T]`` int64, right-padded; labels not shifted, -100 where there
-                is nothing to learn.
+                is nothing to learn; ``lengths`` ``[B]``.
             loss: from the summed next-token loss and the number of its tokens to a scalar and a result.
 
         Returns:
@@ -134,7 +134,7 @@ class PolicyRole:
         """
         return self.engine.train_pass(
             batches,
-            lambda batch: Rows(batch["input_ids"]),
+            lambda batch: Rows(batch["input_ids"], lengths=batch["lengths"]),
             lambda hidden, batch: loss(*self.negative_log_likelihood(hidden, batch["labels"]), batch),
         )
 
@@ -237,7 +237,7 @@ class RewardRole:
         def compute(hidden: Tensor, part: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
             return take_end(scores_of(self.engine.model, hidden), part[1]).astype("float32").numpy().reshape(-1)
 
-        scores = self.engine.infer_pass(parts, lambda part: Rows(part[0]), compute)
+        scores = self.engine.infer_pass(parts, lambda part: Rows(part[0], lengths=part[1]), compute)
         return np.concatenate(scores) if scores else np.zeros(0, dtype=np.float32)
 
 
@@ -248,4 +248,4 @@ def _states(hidden: Tensor, positions: ResponsePositions) -> Tensor:
 
 def rows_of(rollout: Rollout) -> Rows:
     """A rollout as a model reads it."""
-    return Rows(rollout.tokens)
+    return Rows(rollout.tokens, lengths=rollout.lengths)

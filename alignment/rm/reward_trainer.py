@@ -70,7 +70,7 @@ class RewardStage:
 
     def rows(self, batch: Batch) -> Rows:
         """Both replies' tokens."""
-        return Rows(batch["input_ids"])
+        return Rows(batch["input_ids"], lengths=batch["lengths"])
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
         """Sum over pairs of the loss; stats: ``chosen`` and ``rejected`` ``[pairs]`` end scores (``raw`` too when

@@ -76,8 +76,8 @@ class SFTStage:
     def rows(self, batch: Batch) -> Rows:
         """The tokens; of packed rows also which sample each belongs to."""
         if not self.packed:
-            return Rows(batch["input_ids"])
-        return Rows(batch["input_ids"], batch["segment_ids"], batch["position_ids"])
+            return Rows(batch["input_ids"], lengths=batch["lengths"])
+        return Rows(batch["input_ids"], batch["segment_ids"], batch["position_ids"], batch["lengths"])
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
         """Sum of ``-log p`` over answer tokens; stats: ``nll``, ``answer_tokens``, ``correct`` (greedy token right)."""
