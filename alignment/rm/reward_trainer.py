@@ -60,6 +60,10 @@ class RewardStage:
         """``{"input_ids" [2 * pairs, seq], "lengths" [2 * pairs], "prompt_lens" [pairs]}``, better replies first."""
         return collate_preference(rows, self.tokenizer.pad_token_id)
 
+    def row_tokens(self, row: Any) -> int:
+        """Twice the longer reply's length: both are as wide."""
+        return 2 * max(len(row["better_input_ids"]), len(row["worse_input_ids"]))
+
     def count(self, batch: Batch) -> int:
         """Pairs."""
         return len(batch["lengths"]) // 2
