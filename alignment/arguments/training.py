@@ -57,6 +57,14 @@ class BatchFields:
     per_device_train_batch_size: int = argument(8, "Rows of one micro batch per process.", ge=1, unit="rows")
     per_device_eval_batch_size: int = argument(8, "Rows of one evaluation batch per process.", ge=1, unit="rows")
     gradient_accumulation_steps: int = argument(1, "Micro batches of one optimizer step.", ge=1, unit="micro batches")
+    max_tokens_per_micro_batch: int = argument(
+        0,
+        "Cuts the rows of an optimizer step, grouped by length, into micro batches of at most this many padded tokens "
+        "(at least one row each), and so the rows of passes without gradient; the loss stays the same. 0: fixed "
+        "numbers of rows.",
+        ge=0,
+        unit="tokens",
+    )
     eval_accumulation_steps: int | None = argument(
         None,
         "Evaluation batches kept on the device.",

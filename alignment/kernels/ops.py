@@ -157,11 +157,16 @@ class Kernels:
         temperature: float,
         *,
         tied: bool,
-    ) -> list[Tensor]:
-        """Gradients ``[of x, of weight]`` from those of log-probs and entropy (None: not differentiated)."""
+        of_weight: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients ``(of x, of weight)`` from those of log-probs and entropy (None: not differentiated); that of the
+        weight None unless ``of_weight``.
+        """
         of_logprobs, of_entropy = grads
         inputs = (x, weight, labels, log_norm, entropy, of_logprobs, of_logprobs if of_entropy is None else of_entropy)
-        return _run("alignment_label_logprobs_backward", *inputs, float(temperature), tied, of_entropy is not None)
+        values = (float(temperature), tied, of_entropy is not None, of_weight)
+        dx, dweight = _run("alignment_label_logprobs_backward", *inputs, *values)
+        return dx, dweight if of_weight else None
 
     def project(self, x: Tensor, weight: Tensor, *, tied: bool) -> Tensor:
         """``x @ weight`` (or its transpose when ``tied``): ``[B, hidden]`` -> ``[B, vocab]``."""

@@ -32,19 +32,20 @@ from alignment.parallel.layerwise import Layerwise
 from alignment.parallel.sharding import Sharding
 from alignment.parallel.vocabulary import VocabularyShard
 from alignment.parallel.whole import Share, gather_whole
-from alignment.ppo.algorithms.logprobs import TokenScores, score_labels
+from alignment.ppo.algorithms.logprobs import TokenScores
+from alignment.ppo.label_scores import head_columns, label_scores
 from alignment.ppo.models import (
     Piece,
     Rows,
     backbone_of,
     divides_vocabulary,
     hidden_states,
-    lm_logits,
     pieces_of,
     save_model,
     save_whole_model,
     ties_ends,
 )
+from alignment.ppo.models.fused import FusedDecoder
 from alignment.training.optimizer import OptimizerSettings, StepResult, global_norm, live_tensors, slots_of
 from alignment.training.weights import load_weights_into, some_names
 
@@ -93,6 +94,8 @@ class Engine:
             shared = self._parameters or {self._pieces[n].name: p for n, p in named.items()}
             self._sharding = Sharding(self.topology, world.groups.sharding, shared)
         self._layers = self._layerwise(bool(trained))
+        divided = self.topology.splits_model or self.topology.sharding_stage >= 3
+        self._fused = None if divided else FusedDecoder.of(model, recompute=recompute)
         if optimizer is None:
             for parameter in model.parameters():
                 parameter.stop_gradient = True
@@ -168,7 +171,7 @@ class Engine:
             )
         else:
             for batch in batches:
-                value, result = loss(hidden_states(self.model, rows(batch)), batch)
+                value, result = loss(self.hidden_states(rows(batch)), batch)
                 value.backward()
                 results.append(result)
         if self._sharding is not None and self._reduces_in_passes:
@@ -190,7 +193,15 @@ class Engine:
                 lambda number, hidden: compute(hidden, batches[number]),
             )
         with paddle.no_grad():
-            return [compute(hidden_states(self.model, rows(batch)), batch) for batch in batches]
+            return [compute(self.hidden_states(rows(batch)), batch) for batch in batches]
+
+    def hidden_states(self, rows: Rows) -> Tensor:
+        """Final hidden states ``[batch, seq, hidden]`` of a micro batch; on the CPU by the fused kernels where they
+        can stand for the whole model (see :mod:`alignment.ppo.models.fused`). Those of pads are meaningless.
+        """
+        if self._fused is not None and self._fused.applies:
+            return self._fused.hidden_states(rows)
+        return hidden_states(self.model, rows)
 
     def _layerwise(self, trained: bool) -> Layerwise | None:
         """Sharding stage 3 inside passes, for models whose parameters are trained all or not at all."""
@@ -246,22 +257,22 @@ class Engine:
         entropy: bool = False,
         entropy_grad: bool = False,
     ) -> TokenScores:
-        """Look tokens up in what a causal model predicts, its vocabulary divided or not; see
-        :func:`alignment.ppo.algorithms.logprobs.score_labels`.
+        """Look tokens up in what a causal model predicts, its vocabulary divided or not; the logits are never whole in
+        memory, see :func:`alignment.ppo.label_scores.label_scores`.
 
         Args:
             states: ``[N, hidden]`` final hidden states of the positions that predict the labels.
             labels: ``[N]`` int64.
             temperature, entropy, entropy_grad: as there.
         """
-        divided = self.topology.tensor > 1 and divides_vocabulary(self.model)
-        logits = lm_logits(self.model, states, own_columns=divided)
         shard = None
-        if divided:
+        if self.topology.tensor > 1 and divides_vocabulary(self.model):
             assert self.world.groups is not None
-            columns = int(logits.shape[-1])
+            columns = head_columns(self.model)
             shard = VocabularyShard(self.world.groups.tensor, columns * self.topology.tensor_rank, columns)
-        return score_labels(logits, labels, temperature, entropy=entropy, entropy_grad=entropy_grad, shard=shard)
+        return label_scores(
+            self.model, states, labels, temperature, entropy=entropy, entropy_grad=entropy_grad, shard=shard
+        )
 
     @property
     def _schedule(self) -> Any:

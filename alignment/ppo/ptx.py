@@ -11,6 +11,7 @@ import numpy as np
 from alignment.parallel import World
 from alignment.ppo.data import collate_supervised
 from alignment.ppo.streams import IndexStream
+from alignment.training.order import micro_batches
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class PtxWindow:
     tokens: int
     pad_id: int
 
-    def micro_batches(self, size: int) -> Iterator[dict[str, np.ndarray]]:
-        """Collated batches of at most ``size`` rows: ``input_ids`` and ``labels`` ``[b, T]``, ``lengths`` ``[b]``."""
-        for start in range(0, len(self.mine), size):
-            yield collate_supervised(self.mine[start : start + size], self.pad_id)
+    def micro_batches(self, size: int, max_tokens: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Collated batches of at most ``size`` rows, or of ``max_tokens`` padded tokens (see
+        :func:`alignment.training.order.micro_batches`): ``input_ids`` and ``labels`` ``[b, T]``, ``lengths`` ``[b]``.
+        """
+        for group in micro_batches([len(row["input_ids"]) for row in self.mine], size, max_tokens):
+            yield collate_supervised([self.mine[i] for i in group], self.pad_id)
 
 
 class PtxStream:

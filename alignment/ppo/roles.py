@@ -15,8 +15,9 @@ import paddle
 from paddle import Tensor
 
 from alignment.ppo.engine import Engine
-from alignment.ppo.models import Rows, hidden_states, scores_of, take_end
-from alignment.ppo.rollout import Rollout, join_micro_batches, split_rollout
+from alignment.ppo.models import Rows, scores_of, take_end
+from alignment.ppo.rollout import Rollout, join_micro_batches
+from alignment.training.order import micro_batches
 
 B = TypeVar("B")
 R = TypeVar("R")
@@ -68,16 +69,18 @@ class PolicyRole:
         engine: around a causal language model.
         temperature: of sampling.
         micro_batch_size: rows of a forward without gradient.
+        max_tokens: padded tokens of such a forward, in place of its rows; 0: not limited.
     """
 
-    def __init__(self, engine: Engine, temperature: float, micro_batch_size: int) -> None:
-        self.engine, self.temperature, self.micro_batch_size = engine, temperature, micro_batch_size
+    def __init__(self, engine: Engine, temperature: float, micro_batch_size: int, max_tokens: int = 0) -> None:
+        self.engine, self.temperature = engine, temperature
+        self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
 
     def forward(self, rollout: Rollout, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """``(logprobs, entropy)``, both ``[B, R]`` float32, zero behind the ends; differentiable when the engine is
         trainable. For a model on one pipeline stage; :meth:`train` is for all.
         """
-        return self.of_hidden(hidden_states(self.engine.model, rows_of(rollout)), rollout, entropy_grad)
+        return self.of_hidden(self.engine.hidden_states(rows_of(rollout)), rollout, entropy_grad)
 
     def of_hidden(self, hidden: Tensor, rollout: Rollout, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, from final hidden states ``[B, T, hidden]``."""
@@ -126,7 +129,7 @@ class PolicyRole:
 
         Args:
             batches: ``input_ids`` and ``labels`` ``[B, T]`` int64, right-padded; labels not shifted, -100 where there
-                is nothing to learn.
+                is nothing to learn; ``lengths`` ``[B]``.
             loss: from the summed next-token loss and the number of its tokens to a scalar and a result.
 
         Returns:
@@ -134,7 +137,7 @@ class PolicyRole:
         """
         return self.engine.train_pass(
             batches,
-            lambda batch: Rows(batch["input_ids"]),
+            lambda batch: Rows(batch["input_ids"], lengths=batch["lengths"]),
             lambda hidden, batch: loss(*self.negative_log_likelihood(hidden, batch["labels"]), batch),
         )
 
@@ -167,8 +170,9 @@ class PolicyRole:
             scores = self.engine.score_labels(_states(hidden, positions), labels, self.temperature)
             return positions.spread(scores.logprobs).numpy()
 
-        parts = split_rollout(rollout, self.micro_batch_size)
-        return join_micro_batches(self.engine.infer_pass(parts, rows_of, compute), rollout.width)
+        groups = micro_batches(rollout.lengths, self.micro_batch_size, self.max_tokens)
+        pieces = self.engine.infer_pass([rollout.select(group) for group in groups], rows_of, compute)
+        return join_micro_batches(pieces, groups, rollout.width)
 
 
 class ValueRole:
@@ -177,10 +181,11 @@ class ValueRole:
     Args:
         engine: around a score model of type ``critic``.
         micro_batch_size: rows of a forward without gradient.
+        max_tokens: padded tokens of such a forward, in place of its rows; 0: not limited.
     """
 
-    def __init__(self, engine: Engine, micro_batch_size: int) -> None:
-        self.engine, self.micro_batch_size = engine, micro_batch_size
+    def __init__(self, engine: Engine, micro_batch_size: int, max_tokens: int = 0) -> None:
+        self.engine, self.micro_batch_size, self.max_tokens = engine, micro_batch_size, max_tokens
 
     def of_hidden(self, hidden: Tensor, rollout: Rollout) -> Tensor:
         """``[B, R]`` float32, zero behind the ends, from final hidden states ``[B, T, hidden]``; differentiable."""
@@ -203,9 +208,10 @@ class ValueRole:
 
     def values(self, rollout: Rollout) -> np.ndarray:
         """``[B, R]`` float32 without gradient, in micro batches."""
-        parts = split_rollout(rollout, self.micro_batch_size)
+        groups = micro_batches(rollout.lengths, self.micro_batch_size, self.max_tokens)
+        parts = [rollout.select(group) for group in groups]
         pieces = self.engine.infer_pass(parts, rows_of, lambda hidden, part: self.of_hidden(hidden, part).numpy())
-        return join_micro_batches(pieces, rollout.width)
+        return join_micro_batches(pieces, groups, rollout.width)
 
 
 class RewardRole:
@@ -214,10 +220,11 @@ class RewardRole:
     Args:
         engine: around a frozen score model.
         micro_batch_size: rows of a forward.
+        max_tokens: padded tokens of a forward, in place of its rows; 0: not limited.
     """
 
-    def __init__(self, engine: Engine, micro_batch_size: int) -> None:
-        self.engine, self.micro_batch_size = engine, micro_batch_size
+    def __init__(self, engine: Engine, micro_batch_size: int, max_tokens: int = 0) -> None:
+        self.engine, self.micro_batch_size, self.max_tokens = engine, micro_batch_size, max_tokens
 
     def score_rows(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Scores of right-padded rows.
@@ -229,16 +236,14 @@ class RewardRole:
         Returns:
             ``[B]`` float32.
         """
-        parts = []
-        for start in range(0, len(lengths), self.micro_batch_size):
-            some = lengths[start : start + self.micro_batch_size]
-            parts.append((tokens[start : start + self.micro_batch_size, : int(some.max())], some))
+        groups = micro_batches(lengths, self.micro_batch_size, self.max_tokens)
+        parts = [(tokens[group][:, : int(lengths[group].max())], lengths[group]) for group in groups]
 
         def compute(hidden: Tensor, part: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
             return take_end(scores_of(self.engine.model, hidden), part[1]).astype("float32").numpy().reshape(-1)
 
-        scores = self.engine.infer_pass(parts, lambda part: Rows(part[0]), compute)
-        return np.concatenate(scores) if scores else np.zeros(0, dtype=np.float32)
+        scores = self.engine.infer_pass(parts, lambda part: Rows(part[0], lengths=part[1]), compute)
+        return join_micro_batches(scores, groups, 1) if scores else np.zeros(0, dtype=np.float32)
 
 
 def _states(hidden: Tensor, positions: ResponsePositions) -> Tensor:
@@ -248,4 +253,4 @@ def _states(hidden: Tensor, positions: ResponsePositions) -> Tensor:
 
 def rows_of(rollout: Rollout) -> Rows:
     """A rollout as a model reads it."""
-    return Rows(rollout.tokens)
+    return Rows(rollout.tokens, lengths=rollout.lengths)

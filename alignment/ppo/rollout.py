@@ -190,19 +190,15 @@ def join_experiences(parts: Sequence[Experience], pad_id: int) -> Experience:
     return Experience(rollout=rollout, **joined)
 
 
-def split_rollout(rollout: Rollout, size: int) -> list[Rollout]:
-    """Cut a rollout into micro batches of ``size`` rows, each as narrow as its rows allow."""
-    return [rollout.select(range(i, min(i + size, len(rollout)))) for i in range(0, len(rollout), size)]
-
-
-def join_micro_batches(pieces: Sequence[np.ndarray], width: int) -> np.ndarray:
-    """Join the ``[b]`` or ``[b, r]`` float arrays of micro batches to ``[B]`` or ``[B, width]``.
+def join_micro_batches(pieces: Sequence[np.ndarray], groups: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """Join the ``[b]`` or ``[b, r]`` float arrays of micro batches to ``[B]`` or ``[B, width]``, in the rows' order.
 
     Args:
         pieces: one array per micro batch; none gives ``[0, width]``.
+        groups: the numbers of each micro batch's rows, all of ``0 ... B - 1`` once.
         width: R of the result.
     """
     if not pieces:
         return np.zeros((0, width), dtype=np.float32)
-    joined = _join_arrays(list(pieces), 0)
+    joined = _join_arrays(list(pieces), 0)[np.argsort(np.concatenate(groups))]
     return _pad_to(joined, width, 0) if joined.ndim == 2 else joined

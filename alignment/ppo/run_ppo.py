@@ -224,6 +224,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     from alignment.ppo.scoring import RewardModelScorer
     from alignment.training.runner import model_flags
 
+    budget = args.max_tokens_per_micro_batch
     infer_rows = args.rollout_logprob_batch_size or args.per_device_train_batch_size
     most_rows = args.per_device_rollout_batch_size if args.per_device_rollout_batch_size > 0 else None
     model_options: dict[str, Any] = {
@@ -260,7 +261,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
         if args.normalize_reward and int(model.normalizer.count) > 0:
             get_logger().info("normalize_reward: by the statistics that are stored with the reward model")
             model.config.do_normalize, running_normalization = True, False
-        reward_role = RewardRole(offloaded(Engine("reward", model, world)), infer_rows)
+        reward_role = RewardRole(offloaded(Engine("reward", model, world)), infer_rows, budget)
         limit = model_context_length(reward_path) or args.max_src_len + 2 * args.max_dec_len
         scorer = RewardModelScorer(reward_role, data.reward_tokenizer, data.reward_template, limit)
     rewards = resolve_rewards(args.reward, scorer, Path(args.file).resolve().parent if args.file else None)
@@ -289,9 +290,9 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
         data.template.save(folder)
 
     roles = Roles(
-        PolicyRole(actor, args.temperature, infer_rows),
-        PolicyRole(reference, args.temperature, infer_rows),
-        ValueRole(critic, infer_rows),
+        PolicyRole(actor, args.temperature, infer_rows, budget),
+        PolicyRole(reference, args.temperature, infer_rows, budget),
+        ValueRole(critic, infer_rows, budget),
         reward_role,
     )
     return PPOTrainer(

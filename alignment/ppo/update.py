@@ -23,6 +23,7 @@ from alignment.ppo.ptx import PtxStream
 from alignment.ppo.roles import PolicyRole, ValueRole
 from alignment.ppo.rollout import Experience, Rollout
 from alignment.ppo.statistics import Statistics
+from alignment.training.order import micro_batches
 
 # An update stops when its approximate KL passes this multiple of target_kl (the factor of TRL v1 and
 # Stable-Baselines3).
@@ -172,8 +173,9 @@ class PPOUpdater:
 
     def _micro_batches(self, mine: Experience) -> list[Experience]:
         """This rank's rows in micro batches; those without any response token teach nothing."""
-        size = self.args.per_device_train_batch_size
-        parts = [mine.select(range(start, min(start + size, len(mine)))) for start in range(0, len(mine), size)]
+        args = self.args
+        groups = micro_batches(mine.rollout.lengths, args.per_device_train_batch_size, args.max_tokens_per_micro_batch)
+        parts = [mine.select(group) for group in groups]
         return [part for part in parts if part.rollout.response_len.any()]
 
     def _critic_step(self, window: Window, stats: Statistics, global_step: int) -> None:
@@ -281,7 +283,9 @@ class PPOUpdater:
 
         batches = [
             batch
-            for batch in window.micro_batches(self.args.per_device_train_batch_size)
+            for batch in window.micro_batches(
+                self.args.per_device_train_batch_size, self.args.max_tokens_per_micro_batch
+            )
             if (batch["labels"][:, 1:] != -100).any()
         ]
         for value, count in self.actor.train_supervised(batches, loss_of):

@@ -60,6 +60,10 @@ class RewardStage:
         """``{"input_ids" [2 * pairs, seq], "lengths" [2 * pairs], "prompt_lens" [pairs]}``, better replies first."""
         return collate_preference(rows, self.tokenizer.pad_token_id)
 
+    def row_tokens(self, row: Any) -> int:
+        """Twice the longer reply's length: both are as wide."""
+        return 2 * max(len(row["better_input_ids"]), len(row["worse_input_ids"]))
+
     def count(self, batch: Batch) -> int:
         """Pairs."""
         return len(batch["lengths"]) // 2
@@ -70,7 +74,7 @@ class RewardStage:
 
     def rows(self, batch: Batch) -> Rows:
         """Both replies' tokens."""
-        return Rows(batch["input_ids"])
+        return Rows(batch["input_ids"], lengths=batch["lengths"])
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
         """Sum over pairs of the loss; stats: ``chosen`` and ``rejected`` ``[pairs]`` end scores (``raw`` too when

@@ -57,13 +57,20 @@ class SFTStage:
         pad_id = self.tokenizer.pad_token_id
         batch = collate(rows, pad_id)
         width = batch["input_ids"].shape[1]
-        more = math.ceil(max(width, self._pad_to) / self._multiple) * self._multiple - width
+        more = self._padded(width) - width
         if more:
             fills = {"input_ids": pad_id, "labels": IGNORE_INDEX, "segment_ids": 0, "position_ids": 0}
             for name, fill in fills.items():
                 if name in batch:
                     batch[name] = np.pad(batch[name], ((0, 0), (0, more)), constant_values=fill)
         return batch
+
+    def row_tokens(self, row: Any) -> int:
+        """The row's length, padded as the arguments ask."""
+        return self._padded(len(row["input_ids"]))
+
+    def _padded(self, width: int) -> int:
+        return math.ceil(max(width, self._pad_to) / self._multiple) * self._multiple
 
     def count(self, batch: Batch) -> int:
         """Answer tokens that are predicted."""
@@ -76,8 +83,8 @@ class SFTStage:
     def rows(self, batch: Batch) -> Rows:
         """The tokens; of packed rows also which sample each belongs to."""
         if not self.packed:
-            return Rows(batch["input_ids"])
-        return Rows(batch["input_ids"], batch["segment_ids"], batch["position_ids"])
+            return Rows(batch["input_ids"], lengths=batch["lengths"])
+        return Rows(batch["input_ids"], batch["segment_ids"], batch["position_ids"], batch["lengths"])
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
         """Sum of ``-log p`` over answer tokens; stats: ``nll``, ``answer_tokens``, ``correct`` (greedy token right)."""

@@ -126,10 +126,7 @@ class StageTrainer:
         stage, engine = self.stage, self.stage.engine
         self.world.phase("train", step)
         mine = rank_slice(self.order.batch(step), self.world.rank, self.world.size)
-        batches = [
-            stage.collate([self.train_rows[int(i)] for i in rows])
-            for rows in micro_batches(mine, self.args.per_device_train_batch_size)
-        ]
+        batches = self._micro_batches([self.train_rows[int(i)] for i in mine], self.args.per_device_train_batch_size)
         here = (sum(map(stage.count, batches)), sum(map(stage.tokens, batches)), interrupt_requested)
         everyone = self.world.all_gather_object(here, f"count of step {step + 1}")
         count, tokens, interrupted = (sum(values) for values in zip(*everyone, strict=True))
@@ -166,6 +163,12 @@ class StageTrainer:
         self.writer.advance(progress.step, tokens)
         return tokens, False
 
+    def _micro_batches(self, rows: list[Any], size: int) -> list[Batch]:
+        """This rank's rows, collated by ``size`` or by the budget of tokens."""
+        lengths = [self.stage.row_tokens(row) for row in rows]
+        groups = micro_batches(lengths, size, self.args.max_tokens_per_micro_batch)
+        return [self.stage.collate([rows[i] for i in group]) for group in groups]
+
     def evaluate(self) -> dict[str, float]:
         """Evaluate over all ranks and log a row of ``eval/*``.
 
@@ -182,10 +185,7 @@ class StageTrainer:
         engine, stage = self.stage.engine, self.stage
         engine.model.eval()
         mine = rank_slice(np.arange(len(self.eval_rows)), self.world.rank, self.world.size)
-        batches = [
-            stage.collate([self.eval_rows[int(i)] for i in rows])
-            for rows in micro_batches(mine, self.args.per_device_eval_batch_size)
-        ]
+        batches = self._micro_batches([self.eval_rows[int(i)] for i in mine], self.args.per_device_eval_batch_size)
 
         def measure(hidden: Tensor, batch: Batch) -> Stats:
             loss_sum, stats = stage.loss(hidden, batch)

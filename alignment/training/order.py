@@ -8,6 +8,7 @@ and micro batches. Rank ``r`` takes the ``r``-th contiguous slice of it, in micr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,9 +33,29 @@ def rank_slice(batch: np.ndarray, rank: int, size: int) -> np.ndarray:
     return batch[start : start + short + (1 if rank < longer else 0)]
 
 
-def micro_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut ``rows`` into pieces of ``size`` (the last may be shorter)."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def micro_batches(lengths: Sequence[int] | np.ndarray, size: int, max_tokens: int = 0) -> list[np.ndarray]:
+    """Cut rows into micro batches.
+
+    Args:
+        lengths: ``[rows]`` tokens of each row.
+        size: rows of a micro batch where there is no budget; the last may have fewer.
+        max_tokens: the budget: a micro batch's rows times the longest of them stay within it, but for a single row that
+            is longer. Rows are grouped by length, the longest first, so that padding is small and the largest micro
+            batch is met at once. 0: no budget.
+
+    Returns:
+        The numbers of each micro batch's rows, int64.
+    """
+    rows = np.arange(len(lengths))
+    if max_tokens <= 0:
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+    rows = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    parts, start = [], 0
+    while start < len(rows):
+        count = max(1, max_tokens // max(1, int(lengths[rows[start]])))
+        parts.append(rows[start : start + count])
+        start += count
+    return parts
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ FREE = frozenset(
         "pipeline_parallel_config", "sequence_parallel", "recompute", "critic_recompute", "offload_level",
         "offload_dir", "eval_mode", "use_fusemt", "rollout_token_budget",
         "per_device_eval_batch_size", "per_device_rollout_batch_size", "rollout_logprob_batch_size",
-        "pad_to_multiple_of", "pad_to_max_length",
+        "max_tokens_per_micro_batch", "pad_to_multiple_of", "pad_to_max_length",
         # starting points, which the checkpoint replaces
         "lora_path", "reward_critic_model_name_or_path",
     }

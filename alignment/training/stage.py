@@ -36,6 +36,9 @@ class Stage(Protocol):
     def collate(self, rows: Sequence[Any]) -> Batch:
         """Rows of the data set -> one micro batch of numpy arrays."""
 
+    def row_tokens(self, row: Any) -> int:
+        """Tokens that a row takes in a micro batch of its like, pads included."""
+
     def count(self, batch: Batch) -> int:
         """What the loss is a mean over: valid tokens or pairs in this batch."""
 

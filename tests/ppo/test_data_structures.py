@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from alignment.parallel import World
 from alignment.ppo.dataflow import PPO_ITERATION, Dataflow, ModelCall, PhaseTimer
-from alignment.ppo.rollout import Rollout, join_micro_batches, join_rollouts, split_rollout
+from alignment.ppo.rollout import Rollout, join_micro_batches, join_rollouts
 from alignment.ppo.statistics import Statistics
 from alignment.ppo.streams import IndexStream
+from alignment.training.order import micro_batches
 
 from .conftest import make_rollout
 
@@ -49,20 +50,22 @@ def test_an_empty_selection_is_an_empty_rollout() -> None:
     empty = make_rollout([(3, 2)]).select([])
     assert len(empty) == 0
     assert empty.mask.shape == (0, 1)
-    assert join_micro_batches([part.mask for part in split_rollout(empty, 4)], 5).shape == (0, 5)
+    assert micro_batches(empty.lengths, 4) == []
+    assert join_micro_batches([], [], 5).shape == (0, 5)
     with pytest.raises(ValueError, match="no rollout to join"):
         join_rollouts([], 0)
 
 
 @settings(max_examples=30, deadline=None)
-@given(row_lengths, st.integers(1, 5))
-def test_micro_batches_are_joined_to_the_whole_width(lengths: list, size: int) -> None:
+@given(row_lengths, st.integers(1, 5), st.sampled_from([0, 1, 7, 30]))
+def test_micro_batches_are_joined_to_the_whole_width_in_order(lengths: list, size: int, max_tokens: int) -> None:
     rollout = make_rollout(lengths)
-    parts = split_rollout(rollout, size)
-    assert max(len(part) for part in parts) <= size
-    result = join_micro_batches([part.mask * part.prompt_len[:, None] for part in parts], rollout.width)
+    groups = micro_batches(rollout.lengths, size, max_tokens)
+    parts = [rollout.select(group) for group in groups]
+    pieces = [part.mask * part.prompt_len[:, None] for part in parts]
+    result = join_micro_batches(pieces, groups, rollout.width)
     np.testing.assert_array_equal(result, rollout.mask * rollout.prompt_len[:, None])
-    lengths = join_micro_batches([part.prompt_len for part in parts], rollout.width)
+    lengths = join_micro_batches([part.prompt_len for part in parts], groups, rollout.width)
     np.testing.assert_array_equal(lengths, rollout.prompt_len)
 
 

@@ -62,6 +62,20 @@ def test_logprobs_are_those_of_each_row_alone(policy: PolicyRole, micro: int) ->
     assert not entropy.numpy()[rollout.mask == 0].any()
 
 
+def test_a_budget_of_tokens_gives_every_row_its_own_figures(policy: PolicyRole, critic: ValueRole) -> None:
+    rollout = make_rollout(LENGTHS)
+    reward = RewardRole(critic.engine, 2)
+    scores = reward.score_rows(rollout.tokens, rollout.lengths)
+    for budget in (1, 14, 25, 1000):
+        role = PolicyRole(policy.engine, policy.temperature, 2, budget)
+        np.testing.assert_allclose(role.logprobs(rollout), policy.logprobs(rollout), atol=1e-5)
+        np.testing.assert_allclose(
+            ValueRole(critic.engine, 2, budget).values(rollout), critic.values(rollout), atol=1e-5
+        )
+        grouped = RewardRole(critic.engine, 2, budget).score_rows(rollout.tokens, rollout.lengths)
+        np.testing.assert_allclose(grouped, scores, atol=1e-5)
+
+
 def test_pads_and_their_id_and_the_order_of_rows_change_nothing(policy: PolicyRole, critic: ValueRole) -> None:
     rollout, other_pad = make_rollout(LENGTHS), make_rollout(LENGTHS, pad_id=0)
     other_pad.tokens = np.pad(other_pad.tokens, ((0, 0), (0, 7)), constant_values=0)

@@ -34,7 +34,7 @@ def make_args(**changes: Any) -> SimpleNamespace:
         "update_iters": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "seed": 3,
         "clip_range_value": 5.0, "value_coeff": 1.0, "clip_range_ratio_low": 0.2, "clip_range_ratio_high": 0.2,
         "dual_clip": None, "policy_loss_mean": "token", "entropy_coeff": 0.0, "target_kl": None,
-        "critic_warmup_steps": 0, "ptx_coeff": 0.0, "output_dir": "unused",
+        "critic_warmup_steps": 0, "ptx_coeff": 0.0, "output_dir": "unused", "max_tokens_per_micro_batch": 0,
         "normalize_advantage": True, "missing_eos_rule": "none", "missing_eos_score": -1.0,
         "missing_eos_penalty": 1.0, "kl_estimator": "k1", "clip_range_score": 50.0, "gamma": 1.0, "gae_lambda": 0.95,
     }  # fmt: skip
@@ -150,6 +150,22 @@ def test_micro_batch_size_changes_nothing(policy_dir: Path, mean: str) -> None:
             assert one.keys() == other.keys()
             for key in one:
                 assert other[key] == pytest.approx(one[key], abs=2e-5, rel=1e-4), key
+
+
+def test_a_budget_of_tokens_changes_no_update(policy_dir: Path) -> None:
+    """Grouped by length, in any number of micro batches, in any order of the rows: the same weights afterwards."""
+    results = []
+    for budget, order in ((0, range(8)), (1, range(8)), (30, range(8)), (30, range(7, -1, -1)), (1000, range(8))):
+        args = make_args(max_tokens_per_micro_batch=budget)
+        setup = Setup(policy_dir, args, learning_rate=1e-4)
+        rollout = make_rollout(LENGTHS)
+        experience = make_experience(rollout.select(list(range(len(rollout)))[:8]), setup.actor, setup.critic, args)
+        setup.run(experience.select(order))
+        weights = [p.numpy() for e in (setup.actor_engine, setup.critic_engine) for p in e.parameters.values()]
+        results.append(weights)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_the_first_pass_has_ratio_one_and_the_next_one_moves(policy_dir: Path) -> None:

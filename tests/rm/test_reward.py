@@ -101,6 +101,14 @@ def test_micro_batches_do_not_change_the_losses(
     assert column(many, "train/margin") == pytest.approx(column(one, "train/margin"), abs=1e-4)
 
 
+def test_a_budget_of_tokens_does_not_change_the_losses(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    evaluated = {"evaluation_strategy": "steps", "eval_steps": 4, "max_steps": 4}
+    one = train(model_dir, data_dir, tmp_path / "a", **evaluated)
+    many = train(model_dir, data_dir, tmp_path / "b", max_tokens_per_micro_batch=110, **evaluated)
+    for name in ("train/loss", "train/margin", "eval/loss", "eval/margin"):
+        assert column(many, name) == pytest.approx(column(one, name), abs=1e-5), name
+
+
 @pytest.mark.parametrize("kind", ["ExponentialMovingAverage", "RunningMeanStd"])
 def test_normalised_training(model_dir: Path, data_dir: Path, tmp_path: Path, kind: str) -> None:
     """The normaliser learns from the step's scores whatever the micro batches, is saved, and resumes."""

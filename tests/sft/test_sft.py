@@ -144,6 +144,18 @@ def test_micro_batches_do_not_change_the_losses(
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_budget_of_tokens_does_not_change_the_losses(
+    model_dir: Path, data_dir: Path, tmp_path: Path, packed: bool
+) -> None:
+    extra = {"max_steps": 4, "zero_padding": packed, "evaluation_strategy": "steps", "eval_steps": 4}
+    one = train(model_dir, data_dir, tmp_path / "a", **extra)
+    many = train(model_dir, data_dir, tmp_path / "b", max_tokens_per_micro_batch=90, **extra)
+    assert losses(many) == pytest.approx(losses(one), abs=1e-5)
+    found = [[row["eval/loss"] for row in rows if "eval/loss" in row] for rows in (one, many)]
+    assert found[0] and found[1] == pytest.approx(found[0], abs=1e-5)
+
+
 def test_logging_several_steps_at_once_averages_them(
     reference: Path, model_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:

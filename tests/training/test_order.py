@@ -36,10 +36,11 @@ def test_the_same_global_batch_in_every_layout(size: int, micro: int, accumulati
     order = TrainingOrder(50, size * micro * accumulation, seed=3)
     for step in range(order.steps_per_epoch):
         seen = [
-            row
+            int(mine[row])
             for rank in range(size)
-            for part in micro_batches(rank_slice(order.batch(step), rank, size), micro)
-            for row in part.tolist()
+            for mine in [rank_slice(order.batch(step), rank, size)]
+            for part in micro_batches(np.ones(len(mine)), micro)
+            for row in part
         ]
         assert seen == epoch_permutation(3, 0, 50)[step * 12 : step * 12 + 12].tolist()
 
@@ -53,3 +54,17 @@ def test_steps() -> None:
     assert len(order.batch(4)) == 2
     assert order.batch(5).tolist() == epoch_permutation(0, 1, 50)[:12].tolist()
     assert order.epoch_at(5) == 1.0
+
+
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 100), st.integers(1, 5))
+def test_a_budget_of_tokens_takes_every_row_once_and_is_kept(lengths: list[int], budget: int, size: int) -> None:
+    parts = micro_batches(lengths, size, budget)
+    assert sorted(int(row) for part in parts for row in part) == list(range(len(lengths)))
+    widths = [max(lengths[i] for i in part) for part in parts]
+    for part, width in zip(parts, widths, strict=True):
+        assert len(part) == 1 or len(part) * width <= budget
+    for (part, width), after in zip(zip(parts, widths, strict=True), parts[1:], strict=False):
+        assert (len(part) + 1) * width > budget  # no room was left
+        assert width >= max(lengths[i] for i in after)  # grouped by length
+    fixed = micro_batches(lengths, size)
+    assert [len(part) for part in fixed] == [min(size, len(lengths) - i) for i in range(0, len(lengths), size)]

@@ -154,11 +154,12 @@ Tensors LabelLogprobs(const Tensor& x, const Tensor& weight, const Tensor& label
 
 Tensors LabelLogprobsBackward(const Tensor& x, const Tensor& weight, const Tensor& labels, const Tensor& log_norm,
                               const Tensor& entropy, const Tensor& dlogprob, const Tensor& dentropy, float temperature,
-                              bool tied, bool through_entropy) {
-  Tensor dx = made(x.shape()), dweight = made(weight.shape());
+                              bool tied, bool through_entropy, bool of_weight) {
+  Tensor dx = made(x.shape()), dweight = made(of_weight ? weight.shape() : Dims{0});
   alignment::label_logprobs_backward(floats(x), head_of(weight, tied), labels.data<int64_t>(), temperature, x.shape()[0],
                                      floats(log_norm), floats(entropy), floats(dlogprob),
-                                     through_entropy ? floats(dentropy) : nullptr, written(dx), written(dweight));
+                                     through_entropy ? floats(dentropy) : nullptr, written(dx),
+                                     of_weight ? written(dweight) : nullptr);
   return {dx, dweight};
 }
 
@@ -228,7 +229,7 @@ PD_BUILD_OP(alignment_label_logprobs)
 PD_BUILD_OP(alignment_label_logprobs_backward)
     .Inputs({"X", "Weight", "Labels", "LogNorm", "Entropy", "DLogprobs", "DEntropy"})
     .Outputs({"DX", "DWeight"})
-    .Attrs({"temperature: float", "tied: bool", "through_entropy: bool"})
+    .Attrs({"temperature: float", "tied: bool", "through_entropy: bool", "of_weight: bool"})
     .SetKernelFn(PD_KERNEL(LabelLogprobsBackward));
 
 PD_BUILD_OP(alignment_project)

@@ -94,7 +94,7 @@ inline void label_logprobs(const float* x, const Head& head, const int64_t* labe
   });
 }
 
-// dx [rows, hidden] and dweight (shaped as the weight) from the gradients of logprob and entropy (null: none).
+// dx [rows, hidden] and dweight (shaped as the weight; null: not wanted) from the gradients of logprob and entropy (null: none).
 // The logits are made anew block by block.
 inline void label_logprobs_backward(const float* x, const Head& head, const int64_t* labels, float temperature,
                                     int64_t rows, const float* log_norm, const float* entropy, const float* dlogprob,
@@ -103,7 +103,7 @@ inline void label_logprobs_backward(const float* x, const Head& head, const int6
   Buffer space(std::min(rows, kTokenBlock) * kVocabularyBlock);
   const int64_t h = head.hidden;
   std::memset(dx, 0, rows * h * sizeof(float));
-  if (rows == 0) std::memset(dweight, 0, head.vocabulary * h * sizeof(float));
+  if (rows == 0 && dweight) std::memset(dweight, 0, head.vocabulary * h * sizeof(float));
   for (int64_t r0 = 0; r0 < rows; r0 += kTokenBlock) {
     const int64_t count = std::min(rows - r0, kTokenBlock);
     const float* xs = x + r0 * h;
@@ -131,6 +131,7 @@ inline void label_logprobs_backward(const float* x, const Head& head, const int6
         }
       });
       gemm(plain(z, width), count, width, head.backward(v0), h, dx + r0 * h, h, true);
+      if (!dweight) continue;
       if (head.tied)
         gemm(transposed(z, width), width, count, plain(xs, h), h, dweight + v0 * h, h, r0 > 0);
       else

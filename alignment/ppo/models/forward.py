@@ -63,7 +63,7 @@ def final_hidden_states(
     """
     backbone = backbone_of(model)
     batch, seq = input_ids.shape
-    _check_context(backbone, seq)
+    check_context(backbone, seq)
     if mask is None:
         mask = _window_mask(backbone, input_ids.shape)
     split = backbone.config.tensor_parallel_degree if getattr(backbone.config, "sequence_parallel", False) else 1
@@ -172,7 +172,7 @@ def causal_logits(model: nn.Layer, input_ids: paddle.Tensor, lengths: Lengths | 
         ModelError: a length is below 1 or beyond the rows' width.
     """
     if lengths is not None:
-        _checked_lengths(lengths, input_ids.shape)
+        checked_lengths(lengths, input_ids.shape)
     return lm_logits(model, final_hidden_states(model, input_ids))
 
 
@@ -227,11 +227,14 @@ class Rows:
         input_ids: ``[batch, seq]`` int64, right-padded.
         segment_ids: ``[batch, seq]`` int of packed rows, see :func:`packed_causal_logits`; None for one sample a row.
         position_ids: ``[batch, seq]`` int64 of packed rows.
+        lengths: ``[batch]`` int, real tokens of each row, at least 1; what lies behind need not be computed and may
+            have any hidden states. None: nothing is known.
     """
 
     input_ids: np.ndarray
     segment_ids: np.ndarray | None = None
     position_ids: np.ndarray | None = None
+    lengths: np.ndarray | None = None
 
 
 def hidden_states(model: nn.Layer, rows: Rows, received: paddle.Tensor | None = None) -> paddle.Tensor:
@@ -267,7 +270,7 @@ def score_tokens(
         ModelError: the model gives more than one score per token, or a length is out of range.
     """
     if lengths is not None:
-        _checked_lengths(lengths, input_ids.shape)
+        checked_lengths(lengths, input_ids.shape)
     return scores_of(model, final_hidden_states(model, input_ids), raw=raw)
 
 
@@ -297,7 +300,7 @@ def take_end(scores: paddle.Tensor, lengths: Lengths) -> paddle.Tensor:
     Returns:
         ``[batch]`` or ``[batch, score_dim]``.
     """
-    last = _checked_lengths(lengths, scores.shape) - 1
+    last = checked_lengths(lengths, scores.shape) - 1
     rows = np.arange(len(last), dtype=np.int64)
     return paddle.gather_nd(scores, paddle.to_tensor(np.stack([rows, last], axis=1)))
 
@@ -307,7 +310,12 @@ def end_scores(model: nn.Layer, input_ids: paddle.Tensor, lengths: Lengths, *, r
     return take_end(score_tokens(model, input_ids, lengths, raw=raw), lengths)
 
 
-def _checked_lengths(lengths: Lengths, shape: list[int]) -> np.ndarray:
+def checked_lengths(lengths: Lengths, shape: list[int]) -> np.ndarray:
+    """``[batch]`` int64 lengths of rows of ``shape`` (batch, seq, ...).
+
+    Raises:
+        ModelError: their number is not the batch's, or one is below 1 or beyond the rows' width.
+    """
     values = (
         np.asarray(lengths.numpy() if isinstance(lengths, paddle.Tensor) else lengths).astype(np.int64).reshape([-1])
     )
@@ -321,7 +329,12 @@ def _checked_lengths(lengths: Lengths, shape: list[int]) -> np.ndarray:
     return values
 
 
-def _check_context(backbone: nn.Layer, seq: int) -> None:
+def check_context(backbone: nn.Layer, seq: int) -> None:
+    """Check that the model's positions reach as far as rows of ``seq`` tokens.
+
+    Raises:
+        ModelError: they do not.
+    """
     # paddlenlp's Llama keeps a table of rotary positions and reads beyond its end without complaint; the others
     # compute what they need.
     if backbone.config.model_type != "llama" or backbone.config.rope_scaling_type == "dynamic_ntk":
