@@ -1,4 +1,4 @@
-"""Compiling the CPU kernels: once for a machine, a compiler and a version of Paddle; loaded from a cache afterwards.
+"""Compiling the CPU kernels: once for a kind of processor and a version of Paddle; loaded from a cache afterwards.
 
 ``make setup`` compiles them at installation; where that did not happen, the first run does (some ten seconds). Without
 a C++ compiler everything works on Paddle's own operators, slower.
@@ -58,11 +58,11 @@ def library() -> Path:
     """
     if platform.system() != "Linux":
         raise BuildError(f"the CPU kernels are built on Linux only, this is {platform.system()}")
-    program = compiler()
     folder = cache_folder()
-    target = folder / f"alignment-kernels-{_fingerprint(program)}.so"
-    if target.exists():
+    target = folder / f"alignment-kernels-{_fingerprint()}.so"
+    if target.exists():  # also where the compiler is gone by now
         return target
+    program = compiler()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         from filelock import FileLock
@@ -83,14 +83,13 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "alignment"
 
 
-def _fingerprint(program: str) -> str:
+def _fingerprint() -> str:
     import paddle
 
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
-    digest.update("\0".join([version, paddle.__version__, *FLAGS, platform.machine(), _instructions()]).encode())
+    digest.update("\0".join([paddle.__version__, *FLAGS, platform.machine(), _instructions()]).encode())
     return digest.hexdigest()[:16]
 
 
