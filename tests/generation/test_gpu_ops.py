@@ -1,4 +1,4 @@
-"""The engine's GPU layers on a machine without a GPU: with the fused operators' semantics in numpy, and without them."""
+"""The engine's GPU layers without a GPU: with the fused operators' semantics in numpy, and without the operators."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paddle import Tensor
 
+from alignment.errors import ModelError
 from alignment.ppo.generation.engine import GenerationEngine
 from alignment.ppo.generation.gpu_cache import Burst, block_tables, padded, slots
 from alignment.ppo.generation.gpu_check import sound_steps
-from alignment.ppo.generation.gpu_operators import BLOCK, KERNELS, UNSEEN, CachedRows
+from alignment.ppo.generation.gpu_operators import BLOCK, KERNELS, UNSEEN, CachedRows, GpuOperators
 from alignment.ppo.generation.gpu_ops import GpuOps
 from alignment.ppo.generation.gpu_sampling import choose_on_device, truncated_probabilities
+from alignment.ppo.generation.layers import PackedBatch
 from alignment.ppo.generation.sampler import SamplingSettings, choose_tokens
 from alignment.ppo.generation.sampler import truncated_probabilities as on_the_host
 from alignment.ppo.models.decoder import Decoder, decoder_of
@@ -117,7 +119,60 @@ def test_the_engine_takes_the_gpu_layers_where_paddle_computes_on_a_gpu(
     assert_same(engine.generate(make_prompts(LENGTHS), SAMPLING, 2), wanted)
 
 
-# -- the check before use
+def test_nan_logits_in_the_middle_of_a_burst_are_reported() -> None:
+    model = make_model("llama", max_position_embeddings=LONG)
+    engine, _ = gpu_engine(model, KERNELS)
+
+    class Broken(GpuOps):
+        """From the third step on a row's logits are NaN."""
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            self.count = getattr(self, "count", 0) + 1
+            return super().logits(hidden) * (float("nan") if self.count > 2 else 1.0)
+
+    assert isinstance(engine.ops, GpuOps)
+    engine.ops = Broken(model, engine.ops.decoder, engine.ops.operators, engine.ops.steps)
+    with pytest.raises(ModelError, match="NaN"):
+        engine.generate(make_prompts([5, 9]), SamplingSettings(20, min_new_tokens=20))
+    assert not engine.ops.keys, "the cache was to be given back"
+
+
+def test_a_prefill_writes_into_the_cache_that_is_there() -> None:
+    ops = gpu_engine(make_model("llama", max_position_embeddings=LONG), [])[0].ops
+    assert isinstance(ops, GpuOps)
+    ops.allocate(4 * BLOCK)
+    before = [cache.data_ptr() for cache in (*ops.keys, *ops.values)]
+    ops.prefill(np.arange(70) % 64, PackedBatch(np.arange(70), BLOCK + np.arange(70), np.array([0, 70])))
+    assert [cache.data_ptr() for cache in (*ops.keys, *ops.values)] == before
+    kept = ops.keys[1].numpy()
+    assert kept[1].all() and kept[2, :, :6].all() and not kept[2, :, 6:].any() and not kept[[0, 3]].any()
+
+
+# -- the operators of a build, and the check before use
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "capability", "wanted"),
+    [
+        ("bfloat16", 128, (8, 0), list(KERNELS)),
+        ("float16", 64, (9, 0), list(KERNELS)),
+        ("bfloat16", 96, (9, 0), list(KERNELS)[:4]),
+        ("bfloat16", 20, (9, 0), list(KERNELS)[:3]),
+        ("float16", 64, (7, 0), list(KERNELS)[:3]),
+        ("float32", 64, (9, 0), list(KERNELS)[:3]),
+        ("float64", 64, (9, 0), []),
+    ],
+)
+def test_what_a_gpu_build_has(dtype: str, head_dim: int, capability: tuple[int, int], wanted: list[str]) -> None:
+    types = ("float16", "bfloat16", "float32", "float64")
+    kernels = [f"({place}, Undefined(AnyLayout), {name})" for place in ("GPU", "CPU") for name in types]
+    build = GpuOperators(dict.fromkeys(KERNELS.values(), kernels), capability)
+    assert [step for step in KERNELS if build.has(step, getattr(paddle, dtype), head_dim)] == wanted
+
+
+def test_this_build_has_none_for_a_gpu() -> None:
+    build = GpuOperators()
+    assert not any(build.has(step, paddle.float32, 64) or build.has(step, paddle.bfloat16, 64) for step in KERNELS)
 
 
 def decoder_for(name: str = "qwen2") -> Decoder:

@@ -31,6 +31,18 @@ from alignment.ppo.models.decoder import Decoder
 
 HIDDEN, INTERMEDIATE, HEAD_DIM, QUERY_HEADS, VOCAB = 96, 160, 32, 4, 50
 LENGTHS = np.array([3, BLOCK + 5, BLOCK])
+# Kernels that a GPU build has and this one has not, in 16 bits and, where True, in float32. The last ones belong to
+# Paddle's plain operators around the fused ones.
+MISSING = {
+    "block_multihead_attention": False,
+    "flash_attn_unpadded": False,
+    "fused_rotary_position_embedding": True,
+    "fused_rms_norm_quant": True,
+    "swiglu": True,
+    "scatter": False,
+    "matmul": False,
+    "add": False,
+}
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +104,9 @@ def in_a_fork(library: Path, build: Callable[..., Any], *args: Any) -> Any:
 
     def work(end: Any) -> None:
         try:
-            ctypes.CDLL(str(library)).allow_gpu_kernels()
+            allow = ctypes.CDLL(str(library)).allow_kernel
+            for name, float32 in MISSING.items():
+                allow(name.encode(), int(float32))
             paddle.enable_static()
             with paddle.static.program_guard(paddle.static.Program()):
                 end.send((True, build(*args)))
@@ -193,7 +207,7 @@ def test_windows_gelu_and_offset_norms_fit_together(kernel_names: Path, cached: 
 
 
 def build_wrong(what: str) -> None:
-    ops, (packed, cached) = symbolic_ops(2, False, "bfloat16"), batches()
+    ops, (_, cached) = symbolic_ops(2, False, "bfloat16"), batches()
     angles = tuple(paddle.static.data(name, [256, HEAD_DIM // 2], "float32") for name in ("cosine", "sine"))
     q, k = (paddle.static.data(f"new{heads}", [3, heads * HEAD_DIM], "bfloat16") for heads in (QUERY_HEADS, 2))
     if what == "heads":

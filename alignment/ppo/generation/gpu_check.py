@@ -15,7 +15,17 @@ import paddle
 from paddle import Tensor
 
 from alignment.log import get_logger
-from alignment.ppo.generation.gpu_operators import BLOCK, CACHED, KERNELS, NORM, PROMPT, ROTARY, SWIGLU, GpuOperators
+from alignment.ppo.generation.gpu_operators import (
+    BLOCK,
+    CACHED,
+    KERNELS,
+    NORM,
+    PROMPT,
+    ROTARY,
+    SWIGLU,
+    GpuOperators,
+    dtype_name,
+)
 from alignment.ppo.generation.gpu_ops import GpuOps
 from alignment.ppo.generation.layers import CachedBatch, PackedBatch
 from alignment.ppo.models.decoder import Decoder
@@ -38,7 +48,7 @@ def sound_steps(decoder: Decoder, operators: GpuOperators) -> list[str]:
         except Exception as error:  # whatever an operator raises on a GPU that it does not know
             get_logger().warning("%s (Paddle's %s) cannot be used here: %s", step, KERNELS[step], _message(error))
             continue
-        limit = TOLERANCE[str(dtype).rsplit(".", 1)[-1].lower()]
+        limit = TOLERANCE[dtype_name(dtype)]
         if gap <= limit:  # false for NaN
             found.append(step)
         else:

@@ -7,6 +7,8 @@ plain step that it replaces on the GPU at hand before it is used.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import paddle
@@ -60,25 +62,43 @@ class CachedRows:
     longest: Tensor
 
 
-class GpuOperators:
-    """The operators that this build of Paddle has for the GPU."""
+def dtype_name(dtype: paddle.dtype) -> str:
+    """``float32``, ``bfloat16``, ..."""
+    return str(dtype).rsplit(".", 1)[-1].lower()
 
-    def __init__(self) -> None:
-        registered = paddle.base.core._get_registered_phi_kernels("function")
-        self._found = {name: registered.get(kernel) or [] for name, kernel in KERNELS.items()}
+
+class GpuOperators:
+    """The operators that a build of Paddle has for its GPU.
+
+    Args:
+        registered: the build's kernels by name, as texts ``(backend, layout, dtype)``; this build's if not given.
+        capability: of the GPU; of the one at hand if not given.
+    """
+
+    def __init__(
+        self, registered: Mapping[str, Sequence[str]] | None = None, capability: tuple[int, int] | None = None
+    ) -> None:
+        if registered is None:
+            registered = paddle.base.core._get_registered_phi_kernels("function")
+        self._found = {step: registered.get(kernel, ()) for step, kernel in KERNELS.items()}
+        self._capability = capability
 
     def has(self, step: str, dtype: paddle.dtype, head_dim: int) -> bool:
         """Whether there is an operator for one of :data:`KERNELS` with this dtype and width of heads."""
-        name = str(dtype).rsplit(".", 1)[-1].lower()
-        if not any("(GPU" in kernel and kernel.rstrip(")").endswith(f" {name}") for kernel in self._found[step]):
+        name = dtype_name(dtype)
+        if not any(re.fullmatch(rf"\(GPU, .*, {name}\)", kernel) for kernel in self._found[step]):
             return False
-        if step in (PROMPT, CACHED) and (
-            name not in ("float16", "bfloat16") or paddle.device.cuda.get_device_capability() < (8, 0)
-        ):
+        if step in (NORM, ROTARY, SWIGLU):
+            return name in ("float32", "float16", "bfloat16")
+        # FlashAttention computes in 16 bits on Ampere and newer; some builds list its kernel for float32 all the same.
+        if name not in ("float16", "bfloat16") or self._gpu() < (8, 0):
             return False
-        if step == PROMPT:
-            return head_dim % 8 == 0 and head_dim <= 256
-        return head_dim in (32, 64, 128) if step == CACHED else True
+        return head_dim in (32, 64, 128) if step == CACHED else head_dim % 8 == 0 and head_dim <= 256
+
+    def _gpu(self) -> tuple[int, int]:
+        if self._capability is None:
+            self._capability = tuple(paddle.device.cuda.get_device_capability())
+        return self._capability
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Root-mean-square norm.
