@@ -212,8 +212,12 @@ class Wrong(ReferenceOperators):
         return super().cached_attention(qkv, keys, values, rows)
 
 
-def test_sound_operators_are_used() -> None:
-    assert sound_steps(decoder_for(), ReferenceOperators()) == list(KERNELS)
+@pytest.mark.parametrize("name", list(MODELS))
+def test_sound_operators_are_used(model_of: Callable[[str], paddle.nn.Layer], name: str) -> None:
+    """Also for a model whose context is shorter than a block."""
+    decoder = decoder_of(model_of(name))
+    assert isinstance(decoder, Decoder)
+    assert sound_steps(decoder, ReferenceOperators()) == list(KERNELS)
 
 
 @pytest.mark.parametrize("raises", [False, True])

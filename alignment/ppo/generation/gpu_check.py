@@ -84,12 +84,18 @@ def _projected(ops: GpuOps, tokens: int) -> list[Tensor]:
     return [_random(ops, tokens, count * ops.shape.head_dim) for count in heads]
 
 
+def _angles(ops: GpuOps) -> tuple[Tensor, Tensor]:
+    """Not the model's: its context may be shorter than the rows here."""
+    turns = np.random.default_rng(1).uniform(0, 2 * np.pi, (4 * BLOCK, ops.shape.head_dim // 2)).astype(np.float32)
+    return paddle.to_tensor(np.cos(turns)), paddle.to_tensor(np.sin(turns))
+
+
 def _prompts(ops: GpuOps) -> tuple[Any, list[Tensor]]:
     lengths = np.array(_LENGTHS)
     positions = np.concatenate([np.arange(length) for length in lengths])
     places = np.repeat(np.arange(3) * 4 * BLOCK, lengths) + positions
     batch = PackedBatch(positions, places, np.concatenate([[0], np.cumsum(lengths)]))
-    return ops.prepare(batch, ops.decoder.angles(4 * BLOCK)), _projected(ops, len(places))
+    return ops.prepare(batch, _angles(ops)), _projected(ops, len(places))
 
 
 def _norm(ops: GpuOps) -> list[Tensor]:
@@ -121,7 +127,7 @@ def _cached_attention(ops: GpuOps) -> list[Tensor]:
     for step in range(2):
         spans = np.stack([prompt, prompt_len, own, before + step], axis=1)
         batch = CachedBatch(prompt_len + before + step - 1, own + before + step - 1, spans, step)
-        plan = ops.prepare(batch, ops.decoder.angles(4 * BLOCK))
+        plan = ops.prepare(batch, _angles(ops))
         mixed.append(ops.attend(*_projected(ops, 4), 0, plan))
     return [*mixed, ops.keys[0], ops.values[0]]
 
