@@ -6,13 +6,13 @@ become. So nothing moves while rows come and go, and a row that ends makes room 
 
 from __future__ import annotations
 
-# Regions begin at multiples of this: the kernels keep the keys of so many tokens together.
+# Regions begin at multiples of this: the CPU kernels keep the keys of so many tokens together.
 BLOCK = 16
 
 
-def rounded(tokens: int) -> int:
+def rounded(tokens: int, block: int = BLOCK) -> int:
     """``tokens``, up to whole blocks."""
-    return -(-tokens // BLOCK) * BLOCK
+    return -(-tokens // block) * block
 
 
 class TokenArena:
@@ -20,22 +20,24 @@ class TokenArena:
 
     Args:
         tokens: in all; rounded up to whole blocks.
+        block: regions begin at multiples of so many tokens.
 
     Attributes:
+        block: see above.
         capacity: tokens in all.
         used: tokens in regions now.
         most_used: the most that there were.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.capacity = rounded(tokens)
+    def __init__(self, tokens: int, block: int = BLOCK) -> None:
+        self.block, self.capacity = block, rounded(tokens, block)
         self.used = self.most_used = 0
         self._free: list[tuple[int, int]] = [(0, self.capacity)]  # (place, length), by place, never touching
         self._sizes: dict[int, int] = {}
 
     def allocate(self, tokens: int) -> int | None:
         """The place of a new region of at least ``tokens`` >= 1 tokens, or None while there is no room for it."""
-        size = rounded(tokens)
+        size = rounded(tokens, self.block)
         for number, (place, length) in enumerate(self._free):
             if length >= size:
                 if length == size:

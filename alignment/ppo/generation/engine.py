@@ -17,6 +17,7 @@ from alignment.errors import ModelError
 from alignment.kernels.ops import kernels
 from alignment.log import get_logger
 from alignment.ppo.generation.fused import ContinuousBatch
+from alignment.ppo.generation.gpu_check import gpu_layers
 from alignment.ppo.generation.layers import CpuKernelOps, LayerOps
 from alignment.ppo.generation.plain import PlainBatch
 from alignment.ppo.generation.plain_decoder import PlainDecoder
@@ -83,6 +84,8 @@ class GenerationEngine:
         if isinstance(decoder, str):
             get_logger().info("generation goes through paddlenlp's own layers, which is slower: %s", decoder)
             return None
+        if paddle.get_device().startswith("gpu"):
+            return gpu_layers(self.model, decoder)
         found = kernels() if decoder.layers[0][0].dtype == paddle.float32 else None
         return LayerOps(self.model, decoder) if found is None else CpuKernelOps(self.model, decoder, found)
 

@@ -10,13 +10,14 @@ So time follows the tokens that are really produced. Nothing is padded, neither 
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 import paddle
 from paddle import Tensor
 
 from alignment.errors import ModelError
-from alignment.ppo.generation.arena import BLOCK, TokenArena, rounded
+from alignment.ppo.generation.arena import TokenArena, rounded
 from alignment.ppo.generation.layers import CachedBatch, LayerOps, PackedBatch
 from alignment.ppo.generation.random_numbers import token_uniforms
 from alignment.ppo.generation.rows import RowTable
@@ -43,7 +44,7 @@ class ContinuousBatch:
     ) -> None:
         self.ops, self.table, self.settings, self.steps = ops, table, settings, 0
         self.most_rows = most_rows or len(table)
-        self.arena = TokenArena(_cache_size(table, budget))
+        self.arena = TokenArena(_cache_size(table, budget, ops.block), ops.block)
         self._waiting = deque(range(len(table)))
         self._active = np.zeros(0, dtype=np.int64)
         self._newest = np.zeros(0, dtype=np.int64)  # the active rows' newest tokens
@@ -116,7 +117,7 @@ class ContinuousBatch:
             self._hidden.clear()
         else:
             self._hidden = {self._waiting[0] // self.table.copies: hidden[-1:]}
-        tokens, logprobs = self._choose(hidden, fresh, 0)
+        tokens, logprobs = self._choose(hidden, self._chance(fresh, 1), 0)
         self._take(fresh, tokens.numpy()[None], logprobs.numpy()[None])
 
     def _forget_prompts(self) -> None:
@@ -135,14 +136,16 @@ class ContinuousBatch:
         prompt_place = np.array([self._prompt_place[prompt] for prompt in (rows // table.copies).tolist()])
         own = self._own[rows]
         newest, chosen, logprobs = paddle.to_tensor(self._newest), [], []
+        chance = self._chance(rows, steps)
         for step in range(steps):
             before = lengths + step  # answer tokens, of which the newest is not in the cache yet
             batch = CachedBatch(
                 positions=prompt_len + before - 1,
                 places=own + before - 1,
                 spans=np.stack([prompt_place, prompt_len, own, before], axis=1),
+                step=step,
             )
-            newest, logprob = self._choose(self.ops.decode(newest, batch), rows, step)
+            newest, logprob = self._choose(self.ops.decode(newest, batch), chance, step)
             chosen.append(newest)
             logprobs.append(logprob)
         self.steps += steps
@@ -152,18 +155,21 @@ class ContinuousBatch:
         else:
             self._take(rows, paddle.stack(chosen).numpy(), paddle.stack(logprobs).numpy())
 
-    def _choose(self, hidden: Tensor, rows: np.ndarray, step: int) -> tuple[Tensor, Tensor]:
-        position = self.table.response_len[rows] + step
-        uniforms = self._uniforms[rows, position] if self._uniforms is not None else np.zeros(len(rows))
-        seen = None
-        if self._seen is not None:
-            seen = paddle.gather(self._seen, paddle.to_tensor(rows))
-        early = position < self.settings.min_new_tokens
+    def _chance(self, rows: np.ndarray, steps: int) -> tuple[Any, Any, Tensor | None]:
+        """What the choices of a burst need besides the logits, brought to the device before it begins."""
+        positions = self.table.response_len[rows] + np.arange(steps)[:, None]
+        uniforms = np.zeros(positions.shape) if self._uniforms is None else self._uniforms[rows, positions]
+        staged = self.ops.stage(uniforms, positions < self.settings.min_new_tokens)
+        return *staged, None if self._seen is None else paddle.to_tensor(rows)
+
+    def _choose(self, hidden: Tensor, chance: tuple[Any, Any, Tensor | None], step: int) -> tuple[Tensor, Tensor]:
+        uniforms, early, rows = chance
+        seen = None if rows is None else paddle.gather(self._seen, rows)
         tokens, logprobs = self.ops.choose(
-            self.ops.logits(hidden), self.settings, uniforms, early, self.table.stop.eos_ids, seen
+            self.ops.logits(hidden), self.settings, uniforms[step], early[step], self.table.stop.eos_ids, seen
         )
-        if self._seen is not None:
-            paddle.index_put_(self._seen, (paddle.to_tensor(rows), tokens.clip(min=0)), self._mark)
+        if rows is not None:
+            paddle.index_put_(self._seen, (rows, tokens.clip(min=0)), self._mark)
         return tokens, logprobs
 
     def _take(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
@@ -208,9 +214,9 @@ class ContinuousBatch:
         return paddle.to_tensor(seen)
 
 
-def _cache_size(table: RowTable, budget: int) -> int:
+def _cache_size(table: RowTable, budget: int, block: int) -> int:
     """Tokens of the cache: no more than all rows need at once, no less than the largest row needs."""
-    own = -(-table.limit // BLOCK) * BLOCK
-    prompts = -(-table.prompt_len // BLOCK) * BLOCK
+    own = -(-table.limit // block) * block
+    prompts = -(-table.prompt_len // block) * block
     everything = int(own.sum() + prompts[:: table.copies].sum())
-    return min(everything, max(rounded(budget), int((own + prompts).max())))
+    return min(everything, max(rounded(budget, block), int((own + prompts).max())))

@@ -46,11 +46,13 @@ class CachedBatch:
         places: ``[B]`` int64, where in the cache the new token is kept.
         spans: ``[B, 4]`` int64: place and length of the row's prompt, place and length of its answer so far with the
             new token.
+        step: of a burst, from 0; every further step has the same rows, each one token longer.
     """
 
     positions: np.ndarray
     places: np.ndarray
     spans: np.ndarray
+    step: int = 0
 
 
 class LayerOps:
@@ -62,9 +64,11 @@ class LayerOps:
 
     Attributes:
         burst: decoding steps between two looks at what was sampled (a look waits for the device).
+        block: regions of the cache begin at multiples of so many tokens.
     """
 
     burst = 1
+    block = BLOCK
 
     def __init__(self, model: Any, decoder: Decoder) -> None:
         self.model, self.decoder, self.shape = model, decoder, decoder.shape
@@ -136,20 +140,17 @@ class LayerOps:
 
     def attention(self, x: Tensor, weights: list[Tensor], number: int, plan: Any) -> Tensor:
         """What the attention of a layer adds: norm, q/k/v, rotary positions, cache, attention, output."""
-        shape = self.shape
         normed = self.norm(x, weights[0])
-        biases = weights[9:] if shape.biases else [None] * 3
+        biases = weights[9:] if self.shape.biases else [None] * 3
         q, k, v = (F.linear(normed, w, b) for w, b in zip(weights[1:4], biases, strict=True))
-        q, k = self.rotate(q, shape.query_heads, plan), self.rotate(k, shape.key_heads, plan)
-        paddle.scatter_(self.keys[number], plan.places, k)
-        paddle.scatter_(self.values[number], plan.places, v)
-        return F.linear(self.attend(q, number, plan), weights[4])
+        q, k = self.rotate(q, k, plan)
+        return F.linear(self.attend(q, k, v, number, plan), weights[4])
 
     def mlp(self, x: Tensor, weights: list[Tensor], plan: Any) -> Tensor:
         """What the feed-forward half of a layer adds: norm, gate and up, activation, down."""
         normed = self.norm(x, weights[5])
         gate, up = F.linear(normed, weights[6]), F.linear(normed, weights[7])
-        return F.linear((F.gelu(gate) if self.shape.activation else F.silu(gate)) * up, weights[8])
+        return F.linear(self.activate(gate, up), weights[8])
 
     # -- its steps
 
@@ -159,15 +160,24 @@ class LayerOps:
         scaled = wide * paddle.rsqrt(wide.square().mean(-1, keepdim=True) + self.shape.epsilon)
         return scaled.astype(x.dtype) * (weight + self.shape.norm_offset if self.shape.norm_offset else weight)
 
-    def rotate(self, x: Tensor, heads: int, plan: Any) -> Tensor:
-        """Rotary positions of ``[T, heads * head_dim]``, halves as in Llama's code."""
-        cosine, sine = plan.rotary
-        first, second = x.reshape([-1, heads, self.shape.head_dim]).chunk(2, axis=-1)
-        turned = paddle.concat([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-        return turned.reshape([-1, heads * self.shape.head_dim])
+    def rotate(self, q: Tensor, k: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
+        """Rotary positions of ``[T, heads * head_dim]`` each, halves as in Llama's code."""
+        return tuple(_rotated(x, self.shape.head_dim, *plan.rotary) for x in (q, k))
 
-    def attend(self, q: Tensor, number: int, plan: Any) -> Tensor:
-        """Attention of new tokens over the places that they see, ``[T, query_heads * head_dim]``."""
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The feed-forward half's activation, ``[T, intermediate]``."""
+        return (F.gelu(gate) if self.shape.activation else F.silu(gate)) * up
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, number: int, plan: Any) -> Tensor:
+        """Keep the new tokens' keys and values ``[T, key_heads * head_dim]`` in layer ``number``'s cache, then the
+        attention of the new tokens over the places that they see, ``[T, query_heads * head_dim]``.
+        """
+        paddle.scatter_(self.keys[number], plan.places, k)
+        paddle.scatter_(self.values[number], plan.places, v)
+        return self.attend_over(q, self.keys[number], self.values[number], plan)
+
+    def attend_over(self, q: Tensor, keys: Tensor, values: Tensor, plan: Any) -> Tensor:
+        """Attention over ``keys`` and ``values`` ``[places, key_heads * head_dim]`` as ``plan`` says."""
         shape, (rows, places) = self.shape, plan.index.shape
         if plan.gathered is not None:
             slots, (rows, length) = plan.gathered
@@ -176,10 +186,8 @@ class LayerOps:
             q = paddle.scatter(spread, slots, q)
         flat = plan.index.reshape([-1])
         k, v = (
-            paddle.gather(cache[number], flat)
-            .reshape([rows, places, shape.key_heads, shape.head_dim])
-            .transpose([0, 2, 1, 3])
-            for cache in (self.keys, self.values)
+            paddle.gather(cache, flat).reshape([rows, places, shape.key_heads, shape.head_dim]).transpose([0, 2, 1, 3])
+            for cache in (keys, values)
         )
         group = shape.query_heads // shape.key_heads
         q = q.reshape([rows, -1, shape.key_heads, group, shape.head_dim]).transpose([0, 2, 3, 1, 4])
@@ -199,6 +207,10 @@ class LayerOps:
         """``[B, hidden]`` -> ``[B, vocab]`` float32, all columns on every tensor rank."""
         return lm_logits(self.model, hidden).astype("float32")
 
+    def stage(self, uniforms: np.ndarray, early: np.ndarray) -> tuple[Any, Any]:
+        """Bring what :meth:`choose` needs in the steps of a burst, ``[steps, B]`` each, to where it is needed."""
+        return uniforms, early
+
     def choose(
         self,
         logits: Tensor,
@@ -213,8 +225,8 @@ class LayerOps:
         Args:
             logits: ``[B, V]``.
             settings: how.
-            uniforms: ``[B]`` float64, the rows' random numbers.
-            early: ``[B]`` bool, where eos has no chance yet.
+            uniforms: ``[B]`` float64, the rows' random numbers; of :meth:`stage`.
+            early: ``[B]`` bool, where eos has no chance yet; of :meth:`stage`.
             eos_ids: tokens that end an answer.
             seen: ``[B, V]`` uint8, tokens that stand in the row; None without a repetition penalty.
 
@@ -238,6 +250,12 @@ class _Plan:
     index: Tensor
     mask: Tensor
     gathered: tuple[np.ndarray, tuple[int, int]] | None
+
+
+def _rotated(x: Tensor, head_dim: int, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = x.reshape([x.shape[0], -1, head_dim]).chunk(2, axis=-1)
+    turned = paddle.concat([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return turned.reshape([x.shape[0], -1])
 
 
 def _seen_places(batch: PackedBatch | CachedBatch, window: int) -> tuple[np.ndarray, np.ndarray]:
