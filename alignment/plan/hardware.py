@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from alignment.errors import ArgumentsError, nearest
 
@@ -30,7 +30,8 @@ class Card:
         link_efficiency: share of the links that collectives reach.
         launch: seconds of one operator's start in eager mode.
         hop: seconds of one message's start.
-        transcendental: exponentials per second of softmax and SiLU; infinite where they hide behind memory.
+        kernels: GB/s of elementwise kernels that do not reach the bandwidth, by kind (see :class:`alignment.plan.work.Op`);
+            on a CPU Paddle's kernels are single-threaded and far from it.
         attention_efficiency: share of the peak of the small products of attention.
         reserved: GiB that the context, the allocator and the communication buffers take.
         node: cards of one node.
@@ -51,7 +52,7 @@ class Card:
     link_efficiency: float = 0.7
     launch: float = 6e-6
     hop: float = 1e-5
-    transcendental: float = float("inf")
+    kernels: Mapping[str, float] = field(default_factory=dict)
     attention_efficiency: float = 0.35
     reserved: float = 2.0
     node: int = 8
@@ -66,10 +67,9 @@ class Card:
         """The same of attention's products."""
         return 1e12 * (self.tflops if item == 2 else self.tflops_float32) * self.attention_efficiency
 
-    @property
-    def memory_rate(self) -> float:
-        """Bytes per second of elementwise work."""
-        return 1e9 * self.bandwidth * self.memory_efficiency
+    def moving_rate(self, kind: str) -> float:
+        """Bytes per second that elementwise kernels of a kind read and write."""
+        return 1e9 * self.kernels.get(kind, self.bandwidth * self.memory_efficiency)
 
     def link_rate(self, inside_node: bool) -> float:
         """Bytes per second from one card to another."""
@@ -104,7 +104,7 @@ CARDS: dict[str, Card] = {
             link_efficiency=1.0,
             launch=5e-6,
             hop=2e-4,
-            transcendental=6e8,
+            kernels={"stream": 12, "broadcast": 2.5, "reduction": 8, "power": 0.45, "exponential": 6},
             attention_efficiency=0.4,
             reserved=0.4,
             node=1 << 20,

@@ -122,7 +122,7 @@ def forward_ops(
     if topology.first_stage:
         ops += work.embedding(role.shape, setting.item, topology.tensor, rows * width, False)
     if topology.last_stage:
-        ops += _head_ops(setting, role, topology, rows * width, labels, trained=False, entropy=entropy)
+        ops += _head_ops(setting, role, topology, rows * width, labels, entropy)
     return ops
 
 
@@ -140,8 +140,12 @@ def train_ops(
     layer = work.layer_forward(
         role.shape, setting.item, topology.tensor, rows, width, width, flash=setting.flash, outside=outside
     )
-    layers = [op.times(layers_here(role.shape.layers, topology)) for op in layer]
-    first, second = list(layers), work.backward(layers)
+    behind = work.layer_backward(
+        role.shape, setting.item, topology.tensor, rows, width, flash=setting.flash, outside=outside
+    )
+    count = layers_here(role.shape.layers, topology)
+    layers = [op.times(count) for op in layer]
+    first, second = list(layers), [op.times(count) for op in behind]
     part = part_of(role, topology)
     if role.recompute or (part.sharded and topology.sharding_stage == 3):
         second += layers
@@ -149,28 +153,27 @@ def train_ops(
         first += work.embedding(role.shape, setting.item, topology.tensor, rows * width, False)
         second += work.embedding(role.shape, setting.item, topology.tensor, rows * width, True)
     if topology.last_stage:
-        head = _head_ops(setting, role, topology, rows * width, labels, trained=True, entropy=entropy)
-        plain = _head_ops(setting, role, topology, rows * width, labels, trained=False, entropy=entropy)
-        first, second = first + plain, second + head[len(plain) :]
+        first += _head_ops(setting, role, topology, rows * width, labels, entropy)
+        second += _head_backward(setting, role, topology, rows * width, labels)
     # Weights' gradients are added to those of the micro batch before.
-    second.append(Op("elementwise", moved=3.0 * setting.item * part.trained_elements, launches=0))
+    second.append(Op("far", moved=3.0 * setting.item * part.trained_elements, launches=0))
     return first, second
 
 
 def _head_ops(
-    setting: Setting,
-    role: RolePlan,
-    topology: Topology,
-    tokens: float,
-    labels: float,
-    *,
-    trained: bool,
-    entropy: bool,
+    setting: Setting, role: RolePlan, topology: Topology, tokens: float, labels: float, entropy: bool
 ) -> list[Op]:
     if role.head == "score":
-        return work.score_head(role.shape, tokens, trained=trained)
+        return work.score_head(role.shape, tokens)
     columns = WholeHead(role.shape, setting.item, topology.tensor).columns
-    return work.lm_head(role.shape, setting.item, columns, labels, trained=trained, entropy=entropy)
+    return work.lm_head(role.shape, setting.item, columns, labels, entropy=entropy)
+
+
+def _head_backward(setting: Setting, role: RolePlan, topology: Topology, tokens: float, labels: float) -> list[Op]:
+    if role.head == "score":
+        return work.score_head(role.shape, tokens, trained=True)
+    columns = WholeHead(role.shape, setting.item, topology.tensor).columns
+    return work.lm_head_backward(role.shape, setting.item, columns, labels)
 
 
 def _pass_traffic(
@@ -327,7 +330,7 @@ def _generate(setting: Setting, card: Card, role: RolePlan, phase: PhaseTime) ->
         if stage.last_stage:
             columns = WholeHead(role.shape, setting.item, stage.tensor).columns
             head = [work.product(rows, role.shape.hidden, columns, setting.item)]
-            head.append(Op("elementwise", moved=rows * role.shape.vocab * (setting.item + 4.0), launches=3))
+            head.append(Op("stream", moved=rows * role.shape.vocab * (setting.item + 4.0), launches=3))
             ops += [op.times(setting.mean_response) for op in head]
             phase.flops = batches * work.flops(ops)
         # The stages take turns: one batch is under way at a time.

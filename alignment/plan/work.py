@@ -20,38 +20,33 @@ class Op:
     """Operators of one kind.
 
     Attributes:
-        kind: ``"gemm"``, ``"attention"`` or ``"elementwise"``.
+        kind: ``"gemm"`` and ``"attention"`` are products. The others are elementwise, by what limits them on a CPU:
+            ``"stream"`` (sums, products, copies of whole tensors), ``"broadcast"`` (one operand is smaller),
+            ``"reduction"`` (along an axis, or with its result), ``"power"``, ``"exponential"`` (softmax, SiLU),
+            ``"turn"`` (copies of turned views), ``"pad"`` (gradients of slices) and ``"fold"`` (gradients of what was
+            broadcast, which are summed up); ``"far"`` goes once over all weights, which no cache holds.
         flops: of products.
         moved: bytes read and written.
-        exponentials: of softmax and SiLU.
         launches: kernels that are started.
     """
 
     kind: str
     flops: float = 0.0
     moved: float = 0.0
-    exponentials: float = 0.0
     launches: float = 1.0
 
     def times(self, factor: float) -> Op:
         """The same ``factor`` times."""
-        return replace(
-            self,
-            flops=self.flops * factor,
-            moved=self.moved * factor,
-            exponentials=self.exponentials * factor,
-            launches=self.launches * factor,
-        )
+        return replace(self, flops=self.flops * factor, moved=self.moved * factor, launches=self.launches * factor)
 
     def seconds(self, card: Card, item: int) -> float:
-        """On a card; what is computed runs while the next operator is started, but on a CPU."""
-        rate = card.attention_rate(item) if self.kind == "attention" else card.gemm_rate(item)
-        exponentials = self.exponentials / card.transcendental
-        moved = self.moved / card.memory_rate
+        """On a card: computing and moving at the same time; an accelerator starts the next operator meanwhile."""
+        computing = 0.0
+        if self.flops:
+            computing = self.flops / (card.attention_rate(item) if self.kind == "attention" else card.gemm_rate(item))
+        spent = max(computing, self.moved / card.moving_rate(self.kind))
         started = self.launches * card.launch
-        if card.collectives == "mailbox":
-            return (self.flops / rate + exponentials + (moved if not self.flops else 0.0)) + started
-        return max(self.flops / rate, moved, started)
+        return spent + started if card.collectives == "mailbox" else max(spent, started)
 
 
 def seconds(ops: Iterable[Op], card: Card, item: int) -> float:
@@ -103,38 +98,62 @@ def layer_forward(
         product(tokens, h, inner, item),
         product(tokens, inner, h, item),
     ]
-    # two norms: square, mean, reciprocal root times input, times weight
-    ops.append(Op("elementwise", moved=2 * 7 * max(item, 4) * tokens * h / outside, launches=12))
+    ops += elementwise("forward", item, norms(shape, tokens / outside), 6)
     if shape.biases:
-        ops.append(Op("elementwise", moved=2 * item * tokens * (q + 2 * kv), launches=3))
-    # rotary: x cos, the rotated half, times sin, sum
-    ops.append(Op("elementwise", moved=item * tokens * (10 * (q + kv) + 4 * shape.head_dim), launches=18))
+        ops.append(Op("stream", moved=2 * item * tokens * (q + 2 * kv), launches=3))
+    # rotary, for q and k: times cos, the rotated half times sin; the half itself, and the sum
+    ops.append(Op("broadcast", moved=4 * item * tokens * (q + kv), launches=4))
+    ops.append(Op("stream", moved=item * tokens * 6 * (q + kv), launches=12))
     if cached:
-        ops.append(Op("elementwise", moved=4 * item * keys * kv, launches=2))
+        ops.append(Op("stream", moved=4 * item * keys * kv, launches=2))
     ops += (
         _flash(shape, item, tensor, rows, new, context) if flash else _scores(shape, item, tensor, rows, new, context)
     )
-    ops.append(Op("elementwise", moved=6 * item * tokens * h / outside, launches=2))
+    ops.append(Op("stream", moved=6 * item * tokens * h / outside, launches=2))
     gate = 5 if shape.model_type in UNFUSED_GATE else 3
-    ops.append(Op("elementwise", moved=gate * item * tokens * inner, exponentials=tokens * inner, launches=gate // 2))
+    ops.append(Op("exponential", moved=gate * item * tokens * inner, launches=gate // 2))
     return ops
 
 
+def norms(shape: ModelShape, tokens: float) -> dict[str, tuple[float, float]]:
+    """Numbers read and written by the two norms of a layer, ``{kind: (forward, backward)}``.
+
+    Forward: square; mean; the reciprocal root times the input; times the weight. Backward: the same products for the
+    input, and products that are summed up for the root and for the weight; three sums of gradients.
+    """
+    numbers = 2 * tokens * shape.hidden
+    return {
+        "power": (2 * numbers, 2 * numbers),
+        "reduction": (numbers, 2 * numbers),
+        "broadcast": (2 * numbers, 0.0),
+        "fold": (0.0, 6 * numbers),
+        "stream": (2 * numbers, 10 * numbers),
+    }
+
+
+def elementwise(way: str, item: int, numbers: dict[str, tuple[float, float]], launches: float) -> list[Op]:
+    """Operators of a table ``{kind: (forward, backward)}``; norms compute in float32."""
+    place = 0 if way == "forward" else 1
+    return [
+        Op(kind, moved=max(item, 4) * both[place], launches=launches * (1 + place) / len(numbers))
+        for kind, both in numbers.items()
+    ]
+
+
 def _scores(shape: ModelShape, item: int, tensor: int, rows: float, new: float, context: float) -> list[Op]:
-    """Attention operator by operator, masked half included (:func:`layer_forward`)."""
+    """Attention operator by operator, masked half included (:func:`layer_forward`); products read turned views."""
     q, kv, heads = shape.query / tensor, shape.key / tensor, shape.heads / tensor
     tokens, keys, scores = rows * new, rows * context, rows * new * context * heads
     half = 2.0 * rows * new * context * q
     ops = [
-        Op("attention", half, item * (tokens * q + keys * q + scores)),
-        Op("attention", half, item * (scores + keys * q + tokens * q)),
-        # query: turn, divide; keys: turn twice; values: turn; output: turn
-        Op("elementwise", moved=item * (6 * tokens * q + 6 * keys * q), launches=6),
-        # mask, softmax in float32
-        Op("elementwise", moved=(3 * item + 8) * scores, exponentials=scores, launches=3 if item == 4 else 5),
+        Op("attention", half, item * (3 * tokens * q + 3 * keys * q + scores)),
+        Op("attention", half, item * (scores + 3 * keys * q + tokens * q)),
+        Op("turn", moved=item * 4 * tokens * q, launches=6),  # queries divided by the root of d; the output
+        Op("broadcast", moved=item * 2 * scores, launches=1),  # mask
+        Op("exponential", moved=(2 * item if item == 4 else 14) * scores, launches=1 if item == 4 else 3),
     ]
     if shape.kv_heads != shape.heads:
-        ops.append(Op("elementwise", moved=2 * item * keys * (kv + q), launches=4))
+        ops.append(Op("stream", moved=2 * item * keys * (kv + q), launches=4))
     return ops
 
 
@@ -146,39 +165,78 @@ def _flash(shape: ModelShape, item: int, tensor: int, rows: float, new: float, c
     ]
 
 
-def backward(ops: Iterable[Op]) -> list[Op]:
-    """The backward of a forward: of each product two, of everything else about twice the traffic."""
-    return [op.times(2.0) if op.flops else replace(op.times(2.0), exponentials=op.exponentials) for op in ops]
-
-
-def embedding(shape: ModelShape, item: int, tensor: int, tokens: float, trained: bool) -> list[Op]:
-    """Looking tokens up; trained also the gradient, which is as large as the table and zero at first."""
-    moved = 2.0 * item * tokens * shape.hidden
-    if trained:
-        moved += 2.0 * item * shape.vocab * shape.hidden / tensor + 3.0 * item * tokens * shape.hidden
-    return [Op("elementwise", moved=moved, launches=2)]
-
-
-def lm_head(
-    shape: ModelShape, item: int, columns: float, labels: float, *, trained: bool = False, entropy: bool = False
+def layer_backward(
+    shape: ModelShape,
+    item: int,
+    tensor: int,
+    rows: float,
+    row_tokens: float,
+    *,
+    flash: bool = False,
+    outside: int = 1,
 ) -> list[Op]:
-    """Final norm, logits of the wanted positions and their log-probabilities (in float32), and the backward."""
-    numbers = labels * columns
-    scan = 4.0 * numbers * (8 + (3 if entropy else 0)) + (6.0 * numbers if item == 2 else 0.0)
-    ops = [
-        product(labels, shape.hidden, columns, item),
-        Op("elementwise", moved=2 * item * labels * shape.hidden, launches=2),
-        Op("elementwise", moved=scan, exponentials=numbers, launches=14),
-    ]
-    if trained:
-        ops += [ops[0].times(2.0), Op("elementwise", moved=4.0 * numbers * 6, launches=8)]
+    """The backward of :func:`layer_forward` without a cache: of each product two, of the rest what its gradients need."""
+    forward = layer_forward(shape, item, tensor, rows, row_tokens, row_tokens, flash=flash, outside=outside)
+    ops = [op.times(2.0) for op in forward if op.flops]
+    h, q, kv, inner = shape.hidden, shape.query / tensor, shape.key / tensor, shape.intermediate / tensor
+    tokens = rows * row_tokens
+    ops += elementwise("backward", item, norms(shape, tokens / outside), 12)
+    if shape.biases:
+        ops.append(Op("fold", moved=2 * item * tokens * (q + 2 * kv), launches=3))
+    # rotary: times cos, the half times sin; the halves back into their places, twice
+    ops.append(Op("broadcast", moved=4 * item * tokens * (q + kv), launches=4))
+    ops.append(Op("pad", moved=3 * item * tokens * (q + kv), launches=8))
+    ops.append(Op("stream", moved=item * tokens * 8 * (q + kv), launches=8))
+    ops.append(Op("turn", moved=item * 4 * tokens * q, launches=4))
+    ops.append(Op("stream", moved=item * tokens * 9 * h / outside, launches=4))
+    if not flash:
+        scores = rows * row_tokens * row_tokens * shape.heads / tensor
+        ops.append(Op("exponential", moved=(3 * item if item == 4 else 18) * scores, launches=2))
+        if shape.kv_heads != shape.heads:
+            ops.append(Op("reduction", moved=2 * item * tokens * (kv + q), launches=4))
+    gate = 9 if shape.model_type in UNFUSED_GATE else 5
+    ops.append(Op("exponential", moved=gate * item * tokens * inner, launches=gate // 2))
     return ops
 
 
+def embedding(shape: ModelShape, item: int, tensor: int, tokens: float, trained: bool) -> list[Op]:
+    """Looking tokens up; trained the gradient, which is as large as the table and zero at first."""
+    if not trained:
+        return [Op("stream", moved=2.0 * item * tokens * shape.hidden, launches=2)]
+    moved = 2.0 * item * shape.vocab * shape.hidden / tensor + 3.0 * item * tokens * shape.hidden
+    return [Op("far", moved=moved, launches=2)]
+
+
+def lm_head(shape: ModelShape, item: int, columns: float, labels: float, *, entropy: bool = False) -> list[Op]:
+    """Final norm, logits of the wanted positions and their log-probabilities (in float32)."""
+    numbers = labels * columns
+    ops = [
+        product(labels, shape.hidden, columns, item),
+        Op("stream", moved=2 * item * labels * shape.hidden, launches=8),
+        # largest, difference, sum, quotient
+        Op("reduction", moved=4.0 * numbers * 6, launches=6),
+        Op("exponential", moved=4.0 * numbers * 2, launches=1),
+    ]
+    if item == 2:
+        ops.append(Op("stream", moved=6.0 * numbers, launches=1))
+    if entropy:
+        ops += [Op("stream", moved=4.0 * numbers * 3), Op("reduction", moved=4.0 * numbers)]
+    return ops
+
+
+def lm_head_backward(shape: ModelShape, item: int, columns: float, labels: float) -> list[Op]:
+    """Its backward: the probabilities times a number per row, one added in each row, two products."""
+    numbers = labels * columns
+    return [
+        product(labels, shape.hidden, columns, item).times(2.0),
+        Op("reduction", moved=4.0 * numbers * 2, launches=4),
+        Op("stream", moved=(4.0 * 3 + (6.0 if item == 2 else 0.0)) * numbers, launches=4),
+    ]
+
+
 def score_head(shape: ModelShape, tokens: float, *, trained: bool = False) -> list[Op]:
-    """A head of width 1 on every token, in float32."""
-    op = Op("elementwise", moved=4.0 * tokens * shape.hidden * (4 if trained else 1), launches=4)
-    return [op]
+    """A head of width 1 on every token, in float32; trained: its backward."""
+    return [Op("stream", moved=4.0 * tokens * shape.hidden * (3 if trained else 1), launches=4)]
 
 
 def adamw(elements: float, item: int) -> list[Op]:
@@ -186,7 +244,7 @@ def adamw(elements: float, item: int) -> list[Op]:
     and weights are read, moments and weights written; the norm squares and sums, the clip reads and writes.
     """
     update = 28.0 if item == 4 else 30.0
-    return [Op("elementwise", moved=elements * (update + 3 * 4 + 2 * item), launches=20)]
+    return [Op("far", moved=elements * (update + 3 * 4 + 2 * item), launches=20)]
 
 
 def matmul_flops(shape: ModelShape, rows: float, row_tokens: float, labels: float, head: str) -> float:
