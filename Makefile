@@ -65,6 +65,7 @@ format: $(READY)
 
 docs: $(READY)
 	$(RUN) -m alignment.arguments
+	$(RUN) -m alignment.plan
 
 # For maintainers: resolve the newest versions that work together (needs uv).
 lock:

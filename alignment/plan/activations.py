@@ -128,13 +128,11 @@ class WholeHead:
         shape: the model.
         item: bytes of an activation.
         tensor: tensor ranks, which share the vocabulary where their number divides it.
-        temperature: of sampling; logits that are divided by one other than 1 are a copy.
     """
 
     shape: ModelShape
     item: int = 4
     tensor: int = 1
-    temperature: float = 1.0
 
     @property
     def columns(self) -> int:
@@ -147,11 +145,10 @@ class WholeHead:
         return self.item * self.shape.hidden + 4 * self.columns
 
     def running(self, entropy: bool) -> float:
-        """At most: logits, their float32 or scaled copy, shifted logits, probabilities, and with the entropy the
-        products of these two.
+        """At most: logits, their float32 copy, shifted logits, probabilities, and with the entropy the products of these
+        two.
         """
-        copy = 4 if self.item == 2 or self.temperature != 1.0 else 0
-        return self.item * self.shape.hidden + (self.item + copy + 8 + (4 if entropy else 0)) * self.columns
+        return self.item * self.shape.hidden + (self.item + 12 + (4 if entropy else 0)) * self.columns
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ class Card:
         link_efficiency: share of the links that collectives reach.
         launch: seconds of one operator's start in eager mode.
         hop: seconds of one message's start.
-        kernels: GB/s of elementwise kernels that do not reach the bandwidth, by kind (see :class:`alignment.plan.work.Op`);
-            on a CPU Paddle's kernels are single-threaded and far from it.
+        kernels: GB/s of elementwise kernels that do not reach the bandwidth, by kind (those of
+            :class:`alignment.plan.work.Op`); on a CPU Paddle's kernels are single-threaded and far from it.
         attention_efficiency: share of the peak of the small products of attention.
         reserved: GiB that the context, the allocator and the communication buffers take.
         node: cards of one node.
@@ -88,13 +88,13 @@ CARDS: dict[str, Card] = {
         Card("h800", 80, 989, 67, 3350, 200, 50, 50),
         Card("h200", 140, 989, 67, 4800, 450, 50, 50),
         Card("v100-32g", 32, 125, 15.7, 900, 150, 12.5, 12),
-        # Two cores of an AMD EPYC with AVX-512, as `benchmarks/plan.py` measured them (float32; the efficiencies are
-        # in the rates). Other machines: run it, and give --tflops and --bandwidth.
+        # One core of an AMD EPYC, beside other work, by `benchmarks/plan.py` (float32; efficiencies are in the rates).
+        # For another machine run it, and give --tflops and --bandwidth.
         Card(
             "cpu",
             memory=16,
-            tflops=0.15,
-            tflops_float32=0.15,
+            tflops=0.1,
+            tflops_float32=0.1,
             bandwidth=12,
             link=1,
             network=1,
@@ -102,10 +102,20 @@ CARDS: dict[str, Card] = {
             gemm_efficiency=1.0,
             memory_efficiency=1.0,
             link_efficiency=1.0,
-            launch=5e-6,
+            launch=2e-6,
             hop=2e-4,
-            kernels={"stream": 12, "broadcast": 2.5, "reduction": 8, "power": 0.45, "exponential": 6},
-            attention_efficiency=0.4,
+            kernels={
+                "stream": 47,
+                "broadcast": 1.9,
+                "reduction": 7,
+                "power": 0.55,
+                "exponential": 6,
+                "turn": 0.7,
+                "pad": 3.7,
+                "fold": 1,
+                "far": 12,
+            },
+            attention_efficiency=0.2,
             reserved=0.4,
             node=1 << 20,
             collectives="mailbox",

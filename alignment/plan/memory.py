@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from alignment.parallel.offload import LEVELS
 from alignment.parallel.owners import assign_owners
@@ -28,7 +28,7 @@ KINDS = ("parameters", "optimizer", "gradients", "activations", "kv_cache", "wor
 
 @dataclass(frozen=True)
 class Part:
-    """One model on one process.
+    """One model on one process; sums are taken once.
 
     Attributes:
         role: which model.
@@ -45,35 +45,37 @@ class Part:
     owned: frozenset[str]
     sharded: bool
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Of all parameters of the part."""
         return sum(tensor.elements for tensor in self.tensors.values())
 
-    @property
+    @cached_property
     def owned_elements(self) -> int:
         """Of those that this process owns."""
         return sum(self.tensors[name].elements for name in self.owned)
 
-    @property
+    @cached_property
     def trained_elements(self) -> int:
         """Of those with gradients."""
         return sum(tensor.elements for tensor in self.trained.values())
 
-    @property
+    @cached_property
     def owned_trained(self) -> list[PartTensor]:
         """Those that this process updates."""
         return [tensor for name, tensor in self.trained.items() if name in self.owned]
 
-    @property
+    @cached_property
     def largest(self) -> int:
         """Elements of the largest parameter."""
         return max((tensor.elements for tensor in self.tensors.values()), default=0)
 
+    @cached_property
     def outside_elements(self) -> int:
         """Of embedding, final norm and head, which sharding stage 3 has here for a whole pass."""
         return sum(tensor.elements for name, tensor in self.tensors.items() if layer_of(name) is None)
 
+    @cached_property
     def in_pass(self) -> int:
         """Elements that are here at most while a pass runs under sharding stage 3: what is owned, what lies outside
         the layers, and one layer.
@@ -87,21 +89,35 @@ class Part:
         return stay + max(missing.values(), default=0)
 
 
-@lru_cache(maxsize=4096)
 def part_of(role: RolePlan, topology: Topology) -> Part:
-    """What a process holds of a model."""
-    tensors = dict(part_tensors(role.shape, role.head, topology))
-    trained = dict(tensors) if role.trained else {}
-    if role.lora_rank:
-        trained = lora_tensors(role.shape, role.lora_rank)
-        tensors.update(trained)
-    shared = trained or tensors
+    """What a process holds of a model: the same on every tensor rank and replica."""
+    stage, rank = topology.stage, topology.sharding_rank
+    process = (stage * topology.sharding + rank) * topology.tensor
+    one = topology.tensor * topology.pipeline * topology.sharding
+    return _part(role, replace(topology, processes=one, process=process))
+
+
+@lru_cache(maxsize=4096)
+def _part(role: RolePlan, topology: Topology) -> Part:
+    shared, tensors, trained = _shared(role, topology)
     divides = topology.sharding > 1 and (bool(trained) or topology.sharding_stage == 3)
     if not divides:
         return Part(role, tensors, trained, frozenset(tensors), False)
     owners = _owners(tuple((name, tensor.elements) for name, tensor in shared.items()), topology.sharding)
     mine = {name for name, owner in owners.items() if owner == topology.sharding_rank}
     return Part(role, tensors, trained, frozenset(mine | (set(tensors) - set(shared))), True)
+
+
+def _shared(
+    role: RolePlan, topology: Topology
+) -> tuple[dict[str, PartTensor], dict[str, PartTensor], dict[str, PartTensor]]:
+    """What sharding divides, all tensors, and the trained ones, of a process."""
+    tensors = part_tensors(role.shape, role.head, topology)
+    trained = dict(tensors) if role.trained else {}
+    if role.lora_rank:
+        trained = lora_tensors(role.shape, role.lora_rank)
+        tensors = {**tensors, **trained}
+    return trained or tensors, tensors, trained
 
 
 @lru_cache(maxsize=256)
@@ -237,7 +253,7 @@ def _awake(setting: Setting, topology: Topology, role: RolePlan, whole: bool) ->
     part = part_of(role, topology)
     if not part.sharded or topology.sharding_stage < 3:
         return 0.0
-    there = part.elements if whole or role.lora_rank else part.in_pass()
+    there = part.elements if whole or role.lora_rank else part.in_pass
     return float(setting.item * (there - part.owned_elements))
 
 
@@ -292,7 +308,7 @@ def _head(
     """Bytes of a head: of an LM head by wanted positions, of a score head a float32 copy of all states."""
     if role.head == "score":
         return tokens * (4.0 * role.shape.hidden if setting.item == 2 else 0.0) + 8.0 * tokens
-    head = WholeHead(role.shape, setting.item, topology.tensor, setting.temperature)
+    head = WholeHead(role.shape, setting.item, topology.tensor)
     return labels * (head.kept() if kept else head.running(entropy))
 
 
@@ -352,13 +368,28 @@ def _travelling(part: Part, topology: Topology) -> float:
     return 8.0 * max(min(BUCKET_ELEMENTS, part.trained_elements), largest)
 
 
-def all_processes(setting: Setting) -> list[Topology]:
-    """One process of every kind: each pipeline stage and place in the sharding group (tensor ranks and replicas hold
-    the same amounts).
+def telling_processes(setting: Setting) -> list[Topology]:
+    """Processes among which the fullest one is: of each pipeline stage sharding rank 0, and the ranks that own most of
+    each model and of all together (tensor ranks and replicas hold the same amounts).
     """
-    base = setting.topology
-    return [
-        replace(base, process=(stage * base.sharding + rank) * base.tensor)
-        for stage in range(base.pipeline)
-        for rank in range(base.sharding)
-    ]
+    base, found = setting.topology, list[Topology]()
+    for stage in range(base.pipeline):
+        first = replace(base, process=stage * base.sharding * base.tensor)
+        chosen = {0}
+        if base.sharding > 1:
+            loads = [_loads(role, first) for role in setting.roles if role.trained or base.sharding_stage == 3]
+            together = [sum(column) for column in zip(*loads, strict=True)]
+            chosen |= {load.index(max(load)) for load in [*loads, together]}
+        found += [replace(base, process=(stage * base.sharding + rank) * base.tensor) for rank in sorted(chosen)]
+    return found
+
+
+@lru_cache(maxsize=256)
+def _loads(role: RolePlan, topology: Topology) -> list[int]:
+    """Elements that each sharding rank owns of a model's part on one stage."""
+    shared = _shared(role, topology)[0]
+    owners = _owners(tuple((name, tensor.elements) for name, tensor in shared.items()), topology.sharding)
+    load = [0] * topology.sharding
+    for name, owner in owners.items():
+        load[owner] += shared[name].elements
+    return load

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignment.plan.hardware import GIB, Card
-from alignment.plan.memory import PhaseMemory, all_processes, memory_of
+from alignment.plan.memory import PhaseMemory, memory_of, telling_processes
 from alignment.plan.setting import Setting
 from alignment.plan.times import PhaseTime, times_of
 
@@ -81,6 +81,9 @@ class Plan:
 
 def predict(setting: Setting, card: Card) -> Plan:
     """Predict memory and times of a setting on a card."""
-    processes = all_processes(setting)
-    memory = [(topology.process, memory_of(setting, topology)) for topology in processes]
-    return Plan(setting, card, memory, times_of(setting, card))
+    return Plan(setting, card, memory_everywhere(setting), times_of(setting, card))
+
+
+def memory_everywhere(setting: Setting) -> list[tuple[int, list[PhaseMemory]]]:
+    """The phases' memory on the processes among which the fullest is."""
+    return [(topology.process, memory_of(setting, topology)) for topology in telling_processes(setting)]

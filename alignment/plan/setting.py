@@ -56,7 +56,6 @@ class Setting:
         update_iters: PPO: passes over a rollout.
         eval_mode, offload_level: as in the argument file.
         ptx: PPO: whether the actor's steps have a ptx loss too.
-        temperature: of sampling.
     """
 
     stage: str
@@ -79,7 +78,6 @@ class Setting:
     eval_mode: str = ""
     offload_level: str = ""
     ptx: bool = False
-    temperature: float = 1.0
 
     @property
     def width(self) -> int:
@@ -183,7 +181,6 @@ def setting_of(
         eval_mode=args.eval_mode,
         offload_level=args.offload_level,
         ptx=args.use_ptx,
-        temperature=args.temperature,
         **common,
     )
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from alignment.parallel.topology import Topology
 from alignment.plan.hardware import GIB, card_named
 from alignment.plan.known import MODELS
-from alignment.plan.model import Plan, predict
+from alignment.plan.model import Plan, memory_everywhere
 from alignment.plan.setting import RolePlan, Setting
+from alignment.plan.times import times_of
 
 CARDS = (8, 16, 32, 64, 128, 256, 512)
 SIZES = {"7B": "Llama-2-7b", "70B": "Llama-2-70b"}
@@ -20,8 +22,8 @@ OFFLOAD = ("", "freeze_model", "freeze_model optimizer", "freeze_model optimizer
 
 
 def settings(name: str, cards: int) -> Iterator[Setting]:
-    """The layouts that are tried: tensor parallelism inside a node, pipelines, sharding stages 1 to 3, offloading,
-    rows of a micro batch. All share one rollout of :data:`SAMPLES` answers and one optimizer step.
+    """The layouts that are tried: tensor parallelism inside a node, pipelines, sharding stages 1 and 3, rows
+    of a micro batch. All share one rollout of :data:`SAMPLES` answers and one optimizer step.
     """
     shape = MODELS[name]
     roles = (
@@ -36,7 +38,7 @@ def settings(name: str, cards: int) -> Iterator[Setting]:
             continue
         data = cards // model
         own = SAMPLES // data
-        for stage, rows, offload, mode in itertools.product((1, 3), (1, 4, 16), OFFLOAD, ("", "tensor_parallel")):
+        for stage, rows, mode in itertools.product((1, 3), (1, 4, 16), ("", "tensor_parallel")):
             pointless = (stage == 3 and (pipeline > 1 or data == 1)) or (mode and pipeline == 1)
             if pointless or rows > own or own % rows:
                 continue
@@ -55,18 +57,29 @@ def settings(name: str, cards: int) -> Iterator[Setting]:
                 samples=own,
                 rollout_rows=min(own, 128),
                 infer_rows=min(own, 16),
-                offload_level=offload,
                 eval_mode=mode,
             )
 
 
 def best_plan(name: str, cards: int) -> tuple[Plan | None, Plan]:
-    """The fastest plan that fits, if any, and the one that takes least memory."""
-    card = card_named(CARD)
-    plans = [predict(setting, card) for setting in settings(name, cards)]
-    fitting = [plan for plan in plans if plan.fits]
-    least = min(plans, key=lambda plan: plan.peak)
-    return (min(fitting, key=lambda plan: plan.seconds) if fitting else None), least
+    """The fastest plan that fits, if any, and the one that takes least memory; each layout offloads as little as it
+    can.
+    """
+    card, fitting, least = card_named(CARD), list[Plan](), list[Plan]()
+    for setting in settings(name, cards):
+        for offload in OFFLOAD:
+            tried = replace(setting, offload_level=offload)
+            plan = Plan(tried, card, memory_everywhere(tried), [])
+            if plan.fits:
+                fitting.append(replace(plan, times=times_of(tried, card)))
+                break
+        else:
+            least.append(plan)
+    best = min(fitting, key=lambda plan: plan.seconds) if fitting else None
+    if best is not None:
+        return best, best
+    smallest = min(least, key=lambda plan: plan.peak)
+    return None, replace(smallest, times=times_of(smallest.setting, card))
 
 
 def rows() -> list[dict[str, Any]]:
@@ -107,8 +120,8 @@ def as_json() -> list[dict[str, Any]]:
 def markdown() -> str:
     """The table of ``docs/plan.md``."""
     head = (
-        "| model | cards | layout | rows, offload_level, eval_mode | peak GiB | in | s per iteration | generate | scoring | "
-        "update | in messages | tokens/s and card |"
+        "| model | cards | layout | rows, offload_level, eval_mode | peak GiB | in | s per iteration | generate | "
+        "scoring | update | in messages | tokens/s and card |"
     )
     lines = [head, "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows():

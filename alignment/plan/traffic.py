@@ -180,7 +180,7 @@ def gather_messages(setting: Setting, role: RolePlan, topology: Topology, runs: 
     part = part_of(role, topology)
     if not part.sharded or topology.sharding_stage < 3:
         return []
-    ranks, outside = topology.sharding, part.outside_elements()
+    ranks, outside = topology.sharding, part.outside_elements
     inside = sum(t.elements for name, t in part.tensors.items() if layer_of(name) is not None)
     return [
         Message("layers' weights", "broadcast", "sharding", ranks, float(setting.item * inside), runs),

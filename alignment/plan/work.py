@@ -175,7 +175,7 @@ def layer_backward(
     flash: bool = False,
     outside: int = 1,
 ) -> list[Op]:
-    """The backward of :func:`layer_forward` without a cache: of each product two, of the rest what its gradients need."""
+    """The backward of :func:`layer_forward` without a cache: of each product two, and what other gradients need."""
     forward = layer_forward(shape, item, tensor, rows, row_tokens, row_tokens, flash=flash, outside=outside)
     ops = [op.times(2.0) for op in forward if op.flops]
     h, q, kv, inner = shape.hidden, shape.query / tensor, shape.key / tensor, shape.intermediate / tensor
