@@ -45,11 +45,6 @@ TASKS = {
     "generate": Task(
         "alignment.ppo.generation.run_generate:main", "--model DIR [options]", "answer prompts with a model"
     ),
-    "plan": Task(
-        "alignment.plan.run_plan:main",
-        "FILE.json [options] [key=value ...]",
-        "predict memory and time of a run on given cards",
-    ),
     "merge_lora": Task(
         "alignment.cli:merge_lora_main",
         "--lora_path DIR --output_path DIR",
@@ -59,6 +54,11 @@ TASKS = {
         "alignment.export:main",
         "--checkpoint DIR --output DIR [options]",
         "write a model for paddlenlp or transformers",
+    ),
+    "plan": Task(
+        "alignment.plan.run_plan:main",
+        "FILE.json [options] [key=value ...]",
+        "predict memory and time of a run on given cards",
     ),
 }
 

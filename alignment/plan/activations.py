@@ -128,11 +128,13 @@ class WholeHead:
         shape: the model.
         item: bytes of an activation.
         tensor: tensor ranks, which share the vocabulary where their number divides it.
+        temperature: of sampling; logits that are divided by one other than 1 are a copy.
     """
 
     shape: ModelShape
     item: int = 4
     tensor: int = 1
+    temperature: float = 1.0
 
     @property
     def columns(self) -> int:
@@ -144,11 +146,12 @@ class WholeHead:
         """For the backward: the states that were gathered and the probabilities in float32."""
         return self.item * self.shape.hidden + 4 * self.columns
 
-    def running(self, entropy: bool) -> float:
-        """At most: logits, their float32 copy, shifted logits, probabilities, and with the entropy the products of these
-        two.
+    def running(self) -> float:
+        """At most: logits, their float32 or scaled copy, shifted logits, probabilities and, while these are divided by
+        their sum or multiplied for the entropy, a result of the same size.
         """
-        return self.item * self.shape.hidden + (self.item + 12 + (4 if entropy else 0)) * self.columns
+        copy = 4 if self.item == 2 or self.temperature != 1.0 else 0
+        return self.item * self.shape.hidden + (self.item + copy + 12) * self.columns
 
 
 @dataclass(frozen=True)

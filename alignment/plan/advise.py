@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alignment.errors import AlignmentError
-from alignment.plan.model import Plan, predict
+from alignment.plan.model import Plan, memory_everywhere, predict
 from alignment.plan.setting import Setting
+from alignment.plan.times import times_of
 
 #: Orders in which offload levels are added: what is cheapest to move first.
 _OFFLOADING = ("freeze_model", "freeze_model optimizer", "freeze_model optimizer train_model")
@@ -59,7 +60,7 @@ def alternatives(plan: Plan, build: Callable[[Sequence[str]], Setting], args: An
         return Alternatives(tuple(single), None)
     possible = {words for words in itertools.chain.from_iterable(kinds)} & {found.words for found in single}
     for count in range(1, MOST_CHANGES + 1):
-        fitting = [found for found in _together(plan, build, kinds, count, possible) if found.plan.fits]
+        fitting = list(_together(plan, build, kinds, count, possible))
         if fitting:
             return Alternatives(tuple(single), min(fitting, key=lambda found: found.plan.seconds_per_row()))
     return Alternatives(tuple(single), _more_cards(plan, build, kinds, possible))
@@ -75,7 +76,7 @@ def _together(
     for chosen in itertools.combinations(kinds, count):
         for parts in itertools.product(*chosen):
             if possible.issuperset(parts):
-                found = _try(plan, build, tuple(itertools.chain.from_iterable(parts)))
+                found = _fitting(plan, build, tuple(itertools.chain.from_iterable(parts)))
                 if found is not None:
                     yield found
 
@@ -102,8 +103,8 @@ def _more_cards(
             layout = [f"cards={cards}", f"tensor_parallel_degree={tensor}", f"pipeline_parallel_degree={pipeline}"]
             if cards > tensor * pipeline:
                 layout += [f"sharding={stage}", "sharding_parallel_degree=-1"]
-            found = _try(plan, build, (*layout, *words))
-            if found is not None and found.plan.fits:
+            found = _fitting(plan, build, (*layout, *words))
+            if found is not None:
                 fitting.append(found)
         if fitting:
             return min(fitting, key=lambda found: found.plan.seconds_per_row())
@@ -119,6 +120,16 @@ def _try(plan: Plan, build: Callable[[Sequence[str]], Setting], words: tuple[str
         return Alternative(words, predict(build(words), plan.card))
     except AlignmentError:
         return None
+
+
+def _fitting(plan: Plan, build: Callable[[Sequence[str]], Setting], words: tuple[str, ...]) -> Alternative | None:
+    """The alternative if it fits; times are predicted only then."""
+    try:
+        setting = build(words)
+    except AlignmentError:
+        return None
+    found = Plan(setting, plan.card, memory_everywhere(setting), [])
+    return Alternative(words, replace(found, times=times_of(setting, plan.card))) if found.fits else None
 
 
 def _changes(setting: Setting, args: Any) -> list[list[tuple[str, ...]]]:

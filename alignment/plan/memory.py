@@ -292,7 +292,7 @@ def _infer(setting: Setting, topology: Topology, role: RolePlan) -> dict[str, fl
     peak = tokens * layer.running(width)
     if topology.last_stage:
         hidden = tokens * setting.item * role.shape.hidden
-        peak = max(peak, hidden + _head(setting, topology, role, rows * setting.response_tokens, tokens, False, False))
+        peak = max(peak, hidden + _head(setting, topology, role, rows * setting.response_tokens, tokens, False))
     return {"activations": peak, "workspace": _awake(setting, topology, role, whole=False)}
 
 
@@ -303,22 +303,20 @@ def _head(
     labels: float,
     tokens: float,
     kept: bool,
-    entropy: bool,
 ) -> float:
     """Bytes of a head: of an LM head by wanted positions, of a score head a float32 copy of all states."""
     if role.head == "score":
         return tokens * (4.0 * role.shape.hidden if setting.item == 2 else 0.0) + 8.0 * tokens
-    head = WholeHead(role.shape, setting.item, topology.tensor)
-    return labels * (head.kept() if kept else head.running(entropy))
+    head = WholeHead(role.shape, setting.item, topology.tensor, setting.temperature)
+    return labels * (head.kept() if kept else head.running())
 
 
 def training_memory(setting: Setting, topology: Topology, role: RolePlan) -> dict[str, float]:
     """Gradients, activations and workspace at the peak of one optimizer step of a role."""
     part, width = part_of(role, topology), setting.width
     tokens = setting.rows_per_micro_batch * width
-    labels, entropy = tokens, False
-    if setting.stage == "ppo":
-        labels, entropy = (tokens, False) if setting.ptx else (setting.micro_rows * setting.response_tokens, True)
+    # Every token of a supervised row may be an answer's, also in the ptx loss.
+    labels = tokens if setting.ptx or setting.stage != "ppo" else setting.micro_rows * setting.response_tokens
     layer = _layer(setting, role.shape, topology)
     count = len(layers_of_stage(role.shape.layers, topology.pipeline, topology.stage))
     recompute = role.recompute or (part.sharded and topology.sharding_stage == 3 and not role.lora_rank)
@@ -329,8 +327,8 @@ def training_memory(setting: Setting, topology: Topology, role: RolePlan) -> dic
     head_kept = head_running = 0.0
     if topology.last_stage:
         final = tokens * (layer.norm() + setting.item * role.shape.hidden)
-        head_kept = final + _head(setting, topology, role, labels, tokens, True, entropy)
-        head_running = final + _head(setting, topology, role, labels, tokens, False, entropy)
+        head_kept = final + _head(setting, topology, role, labels, tokens, True)
+        head_running = final + _head(setting, topology, role, labels, tokens, False)
     gradients = float(setting.item * part.trained_elements)
     # At the forward's end all activations are there, and gradients of micro batches before; at the backward's end all
     # gradients, but only the first layer's activations.

@@ -56,6 +56,7 @@ class Setting:
         update_iters: PPO: passes over a rollout.
         eval_mode, offload_level: as in the argument file.
         ptx: PPO: whether the actor's steps have a ptx loss too.
+        temperature: of sampling.
     """
 
     stage: str
@@ -78,6 +79,7 @@ class Setting:
     eval_mode: str = ""
     offload_level: str = ""
     ptx: bool = False
+    temperature: float = 1.0
 
     @property
     def width(self) -> int:
@@ -181,6 +183,7 @@ def setting_of(
         eval_mode=args.eval_mode,
         offload_level=args.offload_level,
         ptx=args.use_ptx,
+        temperature=args.temperature,
         **common,
     )
 

@@ -38,7 +38,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 x PP2": {"processes": 4, "tensor": 2, "pipeline": 2},
 }
 WITH_RECOMPUTE = ("one process", "PP2")
-SLOW = {("DP2", False), ("stage 1", False), ("TP2", False), ("PP2", False)}
+SLOW = {("DP2", False), ("stage 1", False), ("stage 2", False), ("TP2", False), ("PP2", False)}
 NEAR = 0.15
 
 

@@ -84,7 +84,7 @@ def test_layouts_change_what_they_should(llama: str, capsys: pytest.CaptureFixtu
     four = peak(plan(capsys, llama, "tensor_parallel_degree=4", "sharding_parallel_degree=2"))
     third = peak(plan(capsys, llama, "sharding=stage3"))
     assert four["generate"]["kv_cache"] == pytest.approx(two["generate"]["kv_cache"] / 2)
-    assert four["generate"]["parameters"] == pytest.approx(two["generate"]["parameters"] / 2, rel=0.05)
+    assert four["generate"]["parameters"] == pytest.approx(two["generate"]["parameters"] / 2, rel=0.1)
     assert third["actor_logprobs"]["parameters"] < two["actor_logprobs"]["parameters"] / 3
     longer = peak(plan(capsys, llama, "max_dec_len=1024"))
     assert longer["generate"]["kv_cache"] == pytest.approx(1.5 * two["generate"]["kv_cache"])
