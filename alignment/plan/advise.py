@@ -102,7 +102,7 @@ def _more_cards(
             stage = "stage1" if pipeline > 1 else "stage3"
             layout = [f"cards={cards}", f"tensor_parallel_degree={tensor}", f"pipeline_parallel_degree={pipeline}"]
             if cards > tensor * pipeline:
-                layout += [f"sharding={stage}", "sharding_parallel_degree=-1"]
+                layout += [f"sharding={stage}", f"sharding_parallel_degree={cards // (tensor * pipeline)}"]
             found = _fitting(plan, build, (*layout, *words))
             if found is not None:
                 fitting.append(found)
@@ -182,12 +182,13 @@ def _layouts(setting: Setting) -> list[tuple[str, ...]]:
             if stage == 3 and pipeline > 1:
                 continue
             shared = f"sharding=stage{stage}" if stage else "sharding="
+            degree = data if stage else -1
             found.append(
                 (
                     f"tensor_parallel_degree={tensor}",
                     f"pipeline_parallel_degree={pipeline}",
                     shared,
-                    "sharding_parallel_degree=-1",
+                    f"sharding_parallel_degree={degree}",
                 )
             )
     return found

@@ -68,7 +68,7 @@ def _headline(plan: Plan, notes: Sequence[str]) -> str:
 
 def _holdings(plan: Plan) -> tuple[list[str], list[list[str]]]:
     setting = plan.setting
-    stages = [replace_process(plan, stage) for stage in range(setting.topology.pipeline)]
+    stages = [first_of_stage(plan, stage) for stage in range(setting.topology.pipeline)]
     rows = []
     for topology in stages:
         for role in setting.roles:
@@ -87,7 +87,7 @@ def _holdings(plan: Plan) -> tuple[list[str], list[list[str]]]:
     return ["model", "process", "million", "parameters", "gradients", "optimizer"], rows
 
 
-def replace_process(plan: Plan, stage: int) -> Any:
+def first_of_stage(plan: Plan, stage: int) -> Any:
     """The topology of the first process of a pipeline stage."""
     from alignment.plan.times import stages_of
 
@@ -128,6 +128,11 @@ def _quoted(word: str) -> str:
     if word.startswith("cards="):
         return f"--cards {word.removeprefix('cards=')}"
     return f'"{word}"' if " " in word else word
+
+
+def _typed(word: str) -> list[str]:
+    """A word as the command line takes it."""
+    return ["--cards", word.removeprefix("cards=")] if word.startswith("cards=") else [word]
 
 
 def _time_title(plan: Plan) -> str:
@@ -183,12 +188,15 @@ def _changes(plan: Plan, alternatives: Alternatives) -> tuple[list[str], list[li
     others = [a for a in alternatives.single if a not in layouts]
     layouts = sorted(layouts, key=lambda a: (not a.plan.fits, a.plan.seconds_per_row()))[:_SHOWN]
     for found in others + layouts:
-        rows.append([" ".join(_short(word) for word in found.words), *_figures(found.plan, plan)])
+        words = " ".join(filter(None, map(_short, found.words)))
+        rows.append([words, *_figures(found.plan, plan)])
     return ["change", "peak GiB", "at", "fits", "time per row"], rows
 
 
 def _short(word: str) -> str:
-    return {"sharding_parallel_degree=-1": "", "sharding=": "no sharding"}.get(word, word)
+    if word.startswith("sharding_parallel_degree="):
+        return ""
+    return "no sharding" if word == "sharding=" else word
 
 
 def _figures(plan: Plan, base: Plan) -> list[str]:
@@ -278,7 +286,7 @@ def _setting_json(plan: Plan) -> dict[str, Any]:
 
 def _alternative(found: Alternative) -> dict[str, Any]:
     return {
-        "arguments": list(found.words),
+        "arguments": [word for given in found.words for word in _typed(given)],
         "fits": found.plan.fits,
         "peak_bytes": found.plan.peak,
         "peak_phase": found.plan.worst[1].phase,

@@ -86,6 +86,7 @@ def main(argv: list[str]) -> int:
     request = _request(own, rest)
     card = card_named(own.card, {name: getattr(own, name) for name in _CHANGES if getattr(own, name) is not None})
     setting, notes = build_setting(request, card)
+    own.cards = setting.topology.processes  # the same for everything that is tried
     plan = predict(setting, card)
     alternatives = advise.alternatives(plan, lambda words: build_setting(request, card, words)[0], args_of(request))
     if own.json:

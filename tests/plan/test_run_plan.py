@@ -109,10 +109,30 @@ def test_more_cards_are_asked_for_when_nothing_else_helps(repo: Path, capsys: py
     words = [file, "--model_config", "Llama-2-70b", "--cards", "8", "offload_level=freeze_model"]
     found = plan(capsys, *words)
     assert not found["fits"]
-    cards = next(word for word in found["advice"]["arguments"] if word.startswith("cards="))
-    assert int(cards.removeprefix("cards=")) >= 16
+    arguments = found["advice"]["arguments"]
+    assert int(arguments[arguments.index("--cards") + 1]) >= 16
+    assert plan(capsys, *words, *arguments)["peak_bytes"] == found["advice"]["peak_bytes"]
     assert run_plan.main(words) == 0
     assert "The cheapest change that makes it fit: --cards" in capsys.readouterr().out
+
+
+def test_changes_are_made_on_the_same_cards(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(repo / "config/llama/rm_argument.json"), "--card", "v100-32g"]
+    found = plan(capsys, *words)
+    assert found["layout"]["processes"] == 4 and not found["fits"]
+    again = plan(capsys, *words, *found["advice"]["arguments"])
+    assert again["layout"]["processes"] == 4
+    assert again["peak_bytes"] == found["advice"]["peak_bytes"]
+
+
+def test_adapters_alone_have_gradients_and_an_optimizer(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(repo / "config/llama/sft_argument.json"), "--cards", "1"]
+    whole, lora = peak(plan(capsys, *words)), peak(plan(capsys, *words, "lora=true", "lora_rank=8"))
+    # rank 8 on the seven matrices of 32 layers, (in + out) each
+    adapters = 8 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert lora["train"]["gradients"] == 2 * adapters
+    assert lora["train"]["optimizer"] == 12 * adapters + 8 * 7 * 32
+    assert lora["train"]["parameters"] == whole["train"]["parameters"] + 2 * adapters
 
 
 def test_a_card_of_one_s_own(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
