@@ -86,6 +86,7 @@ format: $(READY)
 
 docs: $(READY)
 	$(RUN) -m alignment.arguments
+	$(RUN) -m alignment.plan
 
 # For maintainers: resolve the newest versions that work together (needs uv).
 lock:

@@ -55,6 +55,11 @@ TASKS = {
         "--checkpoint DIR --output DIR [options]",
         "write a model for paddlenlp or transformers",
     ),
+    "plan": Task(
+        "alignment.plan.run_plan:main",
+        "FILE.json [options] [key=value ...]",
+        "predict memory and time of a run on given cards",
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from alignment.arguments import device
 from alignment.arguments.base import Arguments
+from alignment.arguments.layout import topology_of
 from alignment.arguments.ppo import PPOArguments
 from alignment.arguments.reward import RewardArguments
 from alignment.arguments.sft import LoRAFields, SFTArguments
@@ -61,7 +62,7 @@ def check(args: Arguments, problems: Problems) -> None:
     _check_learning_rate(args, problems, "")
     _check_evaluation(args, problems)
     _check_precision(args, problems)
-    _check_processes(args, problems)
+    check_processes(args, problems)
     _check_folders(args, problems)
     if isinstance(args, LoRAFields):
         _check_lora(args, problems)
@@ -134,8 +135,9 @@ def _check_precision(args: Arguments, problems: Problems) -> None:
         args.notes.append("fp16_opt_level O2 without bf16 or fp16 does nothing; the weights are float32")
 
 
-def _check_processes(args: Arguments, problems: Problems) -> None:
-    if device.world_size() == 1:
+def check_processes(args: Arguments, problems: Problems, processes: int | None = None) -> None:
+    """Note what cannot be on ``processes`` processes (those of this run if not given)."""
+    if (processes or device.world_size()) == 1:
         return
     degrees = ("tensor_parallel_degree", "pipeline_parallel_degree", "sharding_parallel_degree")
     if args.sharding_parallel_degree > 1 and not args.sharding:
@@ -159,7 +161,7 @@ def _check_processes(args: Arguments, problems: Problems) -> None:
     if "offload" in args.sharding:
         args.notes.append("sharding's offload is not used: offload_level says what leaves the device's memory")
     try:
-        args.topology()
+        topology_of(args, processes)
     except ArgumentsError as error:
         problems.add(str(error), *degrees)
 

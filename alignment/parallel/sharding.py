@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
 from alignment.parallel.groups import broadcast, buckets
+from alignment.parallel.owners import assign_owners
 from alignment.parallel.topology import Topology
 
 
@@ -108,22 +108,3 @@ class Sharding:
                 parameter = self.parameters[name]
                 paddle.zeros(self._shapes[name], parameter.dtype)._share_buffer_to(parameter)
         self.share_parameters(missing)
-
-
-def assign_owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Share tensors out evenly: the largest first, each to the rank that has least.
-
-    Args:
-        sizes: elements of each tensor.
-        ranks: to share them over.
-
-    Returns:
-        the owner of each.
-    """
-    load = np.zeros(ranks, dtype=np.int64)
-    owners = {}
-    for name in sorted(sizes, key=lambda key: (-sizes[key], key)):
-        rank = int(load.argmin())
-        owners[name] = rank
-        load[rank] += sizes[name]
-    return owners

@@ -1,0 +1,393 @@
+"""Bytes on one process, phase by phase: what is resident, what a phase adds, and the peak.
+
+Sharding as in Rajbhandari et al. 2020 (arXiv:1910.02054, section 5: 2 + 2 + 12 bytes a parameter in half precision,
+divided by stage), but with whole parameters owned (:func:`alignment.parallel.owners.assign_owners`), so that the
+shares are as even as the tensors allow. Residency follows the dataflow and ``offload_level`` by the rules of
+:mod:`alignment.parallel.offload`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+
+from alignment.parallel.offload import LEVELS
+from alignment.parallel.owners import assign_owners
+from alignment.parallel.topology import Topology, layers_of_stage
+from alignment.plan.activations import CACHE, PlainLayer, WholeHead, cache_bytes, layer_kind
+from alignment.plan.setting import RolePlan, Setting
+from alignment.plan.shapes import ModelShape, PartTensor, buffer_bytes, layer_of, lora_tensors, part_tensors
+from alignment.ppo.dataflow import PPO_ITERATION, optimizer_of
+
+#: float32 elements of one bucket in which gradients and parameters travel (alignment.parallel.groups).
+BUCKET_ELEMENTS = 16 * 1024 * 1024
+#: Columns of the report, in its order.
+KINDS = ("parameters", "optimizer", "gradients", "activations", "kv_cache", "workspace", "other")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model on one process; sums are taken once.
+
+    Attributes:
+        role: which model.
+        tensors: of this process's part, by whole name.
+        trained: of these, those that have gradients and an optimizer.
+        owned: of the trained ones, those whose optimizer state lies here; of a frozen model under sharding stage 3,
+            and of a trained one, those that stay here.
+        sharded: whether ownership divides anything.
+    """
+
+    role: RolePlan
+    tensors: Mapping[str, PartTensor]
+    trained: Mapping[str, PartTensor]
+    owned: frozenset[str]
+    sharded: bool
+
+    @cached_property
+    def elements(self) -> int:
+        """Of all parameters of the part."""
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @cached_property
+    def owned_elements(self) -> int:
+        """Of those that this process owns."""
+        return sum(self.tensors[name].elements for name in self.owned)
+
+    @cached_property
+    def trained_elements(self) -> int:
+        """Of those with gradients."""
+        return sum(tensor.elements for tensor in self.trained.values())
+
+    @cached_property
+    def owned_trained(self) -> list[PartTensor]:
+        """Those that this process updates."""
+        return [tensor for name, tensor in self.trained.items() if name in self.owned]
+
+    @cached_property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max((tensor.elements for tensor in self.tensors.values()), default=0)
+
+    @cached_property
+    def outside_elements(self) -> int:
+        """Of embedding, final norm and head, which sharding stage 3 has here for a whole pass."""
+        return sum(tensor.elements for name, tensor in self.tensors.items() if layer_of(name) is None)
+
+    @cached_property
+    def in_pass(self) -> int:
+        """Elements that are here at most while a pass runs under sharding stage 3: what is owned, what lies outside
+        the layers, and one layer.
+        """
+        stay = sum(t.elements for name, t in self.tensors.items() if name in self.owned or layer_of(name) is None)
+        missing: dict[int, int] = {}
+        for name, tensor in self.tensors.items():
+            layer = layer_of(name)
+            if layer is not None and name not in self.owned:
+                missing[layer] = missing.get(layer, 0) + tensor.elements
+        return stay + max(missing.values(), default=0)
+
+
+def part_of(role: RolePlan, topology: Topology) -> Part:
+    """What a process holds of a model: the same on every tensor rank and replica."""
+    stage, rank = topology.stage, topology.sharding_rank
+    process = (stage * topology.sharding + rank) * topology.tensor
+    one = topology.tensor * topology.pipeline * topology.sharding
+    return _part(role, replace(topology, processes=one, process=process))
+
+
+@lru_cache(maxsize=4096)
+def _part(role: RolePlan, topology: Topology) -> Part:
+    shared, tensors, trained = _shared(role, topology)
+    divides = topology.sharding > 1 and (bool(trained) or topology.sharding_stage == 3)
+    if not divides:
+        return Part(role, tensors, trained, frozenset(tensors), False)
+    owners = _owners(tuple((name, tensor.elements) for name, tensor in shared.items()), topology.sharding)
+    mine = {name for name, owner in owners.items() if owner == topology.sharding_rank}
+    return Part(role, tensors, trained, frozenset(mine | (set(tensors) - set(shared))), True)
+
+
+def _shared(
+    role: RolePlan, topology: Topology
+) -> tuple[dict[str, PartTensor], dict[str, PartTensor], dict[str, PartTensor]]:
+    """What sharding divides, all tensors, and the trained ones, of a process."""
+    tensors = part_tensors(role.shape, role.head, topology)
+    trained = dict(tensors) if role.trained else {}
+    if role.lora_rank:
+        trained = lora_tensors(role.shape, role.lora_rank)
+        tensors = {**tensors, **trained}
+    return trained or tensors, tensors, trained
+
+
+@lru_cache(maxsize=256)
+def _owners(sizes: tuple[tuple[str, int], ...], ranks: int) -> dict[str, int]:
+    return assign_owners(dict(sizes), ranks)
+
+
+def parameter_bytes(part: Part, topology: Topology, item: int) -> int:
+    """Bytes of a model's parameters between passes."""
+    rests = part.sharded and topology.sharding_stage == 3
+    return item * (part.owned_elements if rests else part.elements)
+
+
+def optimizer_bytes(part: Part, item: int) -> int:
+    """Bytes of AdamW's state from the second step on: two float32 moments an element, in half precision a float32
+    master weight too, and two numbers a tensor.
+    """
+    owned = part.owned_trained
+    return sum(tensor.elements for tensor in owned) * (8 if item == 4 else 12) + 8 * len(owned)
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Bytes on one process at the peak of a phase, by kind (see :data:`KINDS`).
+
+    Attributes:
+        phase: its name.
+        kinds: bytes of each kind.
+        away: of the groups that ``offload_level`` has moved out.
+    """
+
+    phase: str
+    kinds: Mapping[str, float]
+    away: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        return sum(self.kinds.values())
+
+
+@dataclass
+class Residents:
+    """Bytes of each group of tensors on one process: parameters and optimizer states by the names that the dataflow
+    uses, and what never leaves.
+    """
+
+    parameters: dict[str, int] = field(default_factory=dict)
+    optimizer: dict[str, int] = field(default_factory=dict)
+    always: int = 0
+
+    def kinds(self, needed: frozenset[str], managed: frozenset[str]) -> tuple[dict[str, float], tuple[str, ...]]:
+        """Bytes of parameters and optimizers in a phase that needs some groups, and the groups that are away."""
+        groups = {**self.parameters, **{optimizer_of(name): size for name, size in self.optimizer.items()}}
+        away = tuple(sorted(name for name in groups if name in managed and name not in needed))
+        here = {name: size for name, size in groups.items() if name not in away}
+        return (
+            {
+                "parameters": float(sum(here.get(name, 0) for name in self.parameters)),
+                "optimizer": float(sum(here.get(optimizer_of(name), 0) for name in self.optimizer)),
+                "other": float(self.always),
+            },
+            away,
+        )
+
+
+def residents(setting: Setting, topology: Topology) -> Residents:
+    """What one process holds between passes."""
+    found = Residents()
+    for role in setting.roles:
+        part = part_of(role, topology)
+        found.parameters[role.name] = parameter_bytes(part, topology, setting.item)
+        found.always += buffer_bytes(role.shape, topology)
+        if role.trained:
+            found.optimizer[role.name] = optimizer_bytes(part, setting.item)
+    actor = setting.role("actor")
+    if actor is not None and setting.reshards:
+        layout, _ = setting.rollout_topology()
+        copy = part_of(replace(actor, trained=False), layout)
+        found.always += setting.item * copy.elements + buffer_bytes(actor.shape, layout)
+    return found
+
+
+def memory_of(setting: Setting, topology: Topology) -> list[PhaseMemory]:
+    """The phases of an iteration on one process, in order.
+
+    Args:
+        setting: the run.
+        topology: with the process whose memory it is.
+    """
+    here = residents(setting, topology)
+    managed = frozenset(group for word in setting.offload_level.split() for group in LEVELS[word])
+    if setting.stage != "ppo":
+        role = setting.roles[0]
+        needed = frozenset({role.name, optimizer_of(role.name)})
+        kinds, away = here.kinds(needed, managed)
+        return [_phase("train", kinds, away, training_memory(setting, topology, role))]
+    phases = []
+    for call, (name, needed) in zip(PPO_ITERATION.calls, PPO_ITERATION.residency(), strict=True):
+        if call.kind == "host" or any(setting.role(role) is None for role in call.roles):
+            continue
+        kinds, away = here.kinds(needed, managed)
+        if call.kind == "generate":
+            phases.append(_phase(name, kinds, away, _generate(setting, topology)))
+        elif call.kind == "infer":
+            phases.append(_phase(name, kinds, away, _infer(setting, topology, _role(setting, call.roles[0]))))
+        else:
+            each = [
+                _phase(name, kinds, away, training_memory(setting, topology, _role(setting, role)))
+                for role in call.roles
+            ]
+            phases.append(max(each, key=lambda phase: phase.total))
+    return phases
+
+
+def _role(setting: Setting, name: str) -> RolePlan:
+    role = setting.role(name)
+    assert role is not None
+    return role
+
+
+def _phase(name: str, resident: Mapping[str, float], away: tuple[str, ...], added: Mapping[str, float]) -> PhaseMemory:
+    kinds = {kind: resident.get(kind, 0.0) + added.get(kind, 0.0) for kind in KINDS}
+    return PhaseMemory(name, kinds, away)
+
+
+def _layer(setting: Setting, shape: ModelShape, topology: Topology) -> PlainLayer:
+    return layer_kind(shape, setting.item, topology.tensor, topology.sequence_parallel, setting.flash)
+
+
+def _awake(setting: Setting, topology: Topology, role: RolePlan, whole: bool) -> float:
+    """Bytes of parameters that a pass adds under sharding stage 3; with the whole model for generation."""
+    part = part_of(role, topology)
+    if not part.sharded or topology.sharding_stage < 3:
+        return 0.0
+    there = part.elements if whole or role.lora_rank else part.in_pass
+    return float(setting.item * (there - part.owned_elements))
+
+
+def _generate(setting: Setting, topology: Topology) -> dict[str, float]:
+    """Caches of the answers that are generated together, and one layer of the prefill or a step's logits."""
+    actor = _role(setting, "actor")
+    layout, shares = setting.rollout_topology()
+    layout = topology if shares == 1 else layout
+    rows = min(setting.rollout_rows, -(-setting.samples // shares))
+    layers = len(layers_of_stage(actor.shape.layers, layout.pipeline, layout.stage))
+    tokens = setting.prompt_tokens + setting.response_tokens
+    cache = cache_bytes(actor.shape, layers, rows, tokens, setting.item, layout.tensor)
+    layer = layer_kind(actor.shape, setting.item, layout.tensor, flash=setting.flash)
+    prompts = max(1, rows // setting.answers_per_prompt)
+    prefill = prompts * setting.prompt_tokens * layer.running(setting.prompt_tokens)
+    prefill += cache_bytes(actor.shape, layers, prompts, setting.prompt_tokens, setting.item, layout.tensor)
+    logits = rows * actor.shape.vocab * (setting.item + 4.0) if layout.last_stage else 0.0
+    # One token behind the cache: keys and values of one layer, repeated to all heads, and one of them turned.
+    repeated = 0.0 if setting.flash else 3.0 * rows * tokens * actor.shape.query / layout.tensor * setting.item
+    decode = CACHE.copies * cache + repeated + logits
+    added = {"kv_cache": CACHE.copies * cache, "activations": repeated + logits}
+    if prefill > decode:
+        added = {"kv_cache": prefill - prompts * setting.prompt_tokens * layer.running(setting.prompt_tokens)}
+        added["activations"] = prefill - added["kv_cache"]
+    awake = _awake(setting, topology, actor, whole=True)
+    work = 0.0 if not setting.reshards else 2.0 * setting.item * max(BUCKET_ELEMENTS, part_of(actor, topology).largest)
+    return {**added, "workspace": awake + work}
+
+
+def _infer(setting: Setting, topology: Topology, role: RolePlan) -> dict[str, float]:
+    """One layer of a micro batch without gradient, then the head on the answers."""
+    rows = min(setting.infer_rows, setting.samples)
+    width = setting.width
+    layer = _layer(setting, role.shape, topology)
+    tokens = rows * width
+    peak = tokens * layer.running(width)
+    if topology.last_stage:
+        hidden = tokens * setting.item * role.shape.hidden
+        peak = max(peak, hidden + _head(setting, topology, role, rows * setting.response_tokens, tokens, False))
+    return {"activations": peak, "workspace": _awake(setting, topology, role, whole=False)}
+
+
+def _head(
+    setting: Setting,
+    topology: Topology,
+    role: RolePlan,
+    labels: float,
+    tokens: float,
+    kept: bool,
+) -> float:
+    """Bytes of a head: of an LM head by wanted positions, of a score head a float32 copy of all states."""
+    if role.head == "score":
+        return tokens * (4.0 * role.shape.hidden if setting.item == 2 else 0.0) + 8.0 * tokens
+    head = WholeHead(role.shape, setting.item, topology.tensor, setting.temperature)
+    return labels * (head.kept() if kept else head.running())
+
+
+def training_memory(setting: Setting, topology: Topology, role: RolePlan) -> dict[str, float]:
+    """Gradients, activations and workspace at the peak of one optimizer step of a role."""
+    part, width = part_of(role, topology), setting.width
+    tokens = setting.rows_per_micro_batch * width
+    # Every token of a supervised row may be an answer's, also in the ptx loss.
+    labels = tokens if setting.ptx or setting.stage != "ppo" else setting.micro_rows * setting.response_tokens
+    layer = _layer(setting, role.shape, topology)
+    count = len(layers_of_stage(role.shape.layers, topology.pipeline, topology.stage))
+    recompute = role.recompute or (part.sharded and topology.sharding_stage == 3 and not role.lora_rank)
+    each = layer.input() if recompute else layer.kept(width)
+    waiting = min(setting.micro_batches, topology.pipeline - topology.stage)
+    kept_layers = tokens * count * each * waiting
+    working = tokens * (layer.backward_working(width) + (layer.kept(width) if recompute else 0.0))
+    head_kept = head_running = 0.0
+    if topology.last_stage:
+        final = tokens * (layer.norm() + setting.item * role.shape.hidden)
+        head_kept = final + _head(setting, topology, role, labels, tokens, True)
+        head_running = final + _head(setting, topology, role, labels, tokens, False)
+    gradients = float(setting.item * part.trained_elements)
+    # At the forward's end all activations are there, and gradients of micro batches before; at the backward's end all
+    # gradients, but only the first layer's activations.
+    head = max(head_running, head_kept + working)
+    begin = {"activations": kept_layers + head, "gradients": _gradients_before(setting, topology, part)}
+    end = {"activations": tokens * each + working, "gradients": gradients}
+    step = {"activations": 0.0, "gradients": gradients, "workspace": _travelling(part, topology)}
+    # Under sharding stage 3 parameters rest again before gradients travel.
+    for moment in (begin, end):
+        moment["workspace"] = _awake(setting, topology, role, whole=False)
+    return max((begin, end, step), key=lambda moment: sum(moment.values()))
+
+
+def _gradients_before(setting: Setting, topology: Topology, part: Part) -> float:
+    """Bytes of gradients that are there when the last micro batch of a step has run forward."""
+    owned = sum(tensor.elements for tensor in part.owned_trained)
+    own, every = float(setting.item * owned), float(setting.item * part.trained_elements)
+    reduced = part.sharded and topology.sharding_stage >= 2 and topology.pipeline == 1
+    if part.sharded and topology.sharding_stage == 3:
+        # Every micro batch ends with its gradients at their owners.
+        before = own
+    elif setting.micro_batches > 1:
+        return every
+    else:
+        before = own if reduced else every
+    earlier = setting.micro_batches > 1 or (setting.ptx and part.role.name == "actor")
+    return before if earlier else 0.0
+
+
+def _travelling(part: Part, topology: Topology) -> float:
+    """The float32 bucket that gradients travel in, and the tensors it is put together from."""
+    if topology.data_size == 1 or not part.trained:
+        return 0.0
+    largest = max(tensor.elements for tensor in part.trained.values())
+    return 8.0 * max(min(BUCKET_ELEMENTS, part.trained_elements), largest)
+
+
+def telling_processes(setting: Setting) -> list[Topology]:
+    """Processes among which the fullest one is: of each pipeline stage sharding rank 0, and the ranks that own most of
+    each model and of all together (tensor ranks and replicas hold the same amounts).
+    """
+    base, found = setting.topology, list[Topology]()
+    for stage in range(base.pipeline):
+        first = replace(base, process=stage * base.sharding * base.tensor)
+        chosen = {0}
+        if base.sharding > 1:
+            loads = [_loads(role, first) for role in setting.roles if role.trained or base.sharding_stage == 3]
+            together = [sum(column) for column in zip(*loads, strict=True)]
+            chosen |= {load.index(max(load)) for load in [*loads, together]}
+        found += [replace(base, process=(stage * base.sharding + rank) * base.tensor) for rank in sorted(chosen)]
+    return found
+
+
+@lru_cache(maxsize=256)
+def _loads(role: RolePlan, topology: Topology) -> list[int]:
+    """Elements that each sharding rank owns of a model's part on one stage."""
+    shared = _shared(role, topology)[0]
+    owners = _owners(tuple((name, tensor.elements) for name, tensor in shared.items()), topology.sharding)
+    load = [0] * topology.sharding
+    for name, owner in owners.items():
+        load[owner] += shared[name].elements
+    return load

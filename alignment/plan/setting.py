@@ -1,0 +1,204 @@
+"""What a plan is made for: the roles, the layout and the sizes of a run, as plain numbers.
+
+:func:`setting_of` reads them from the arguments that the runners take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.parallel.topology import Topology
+from alignment.plan.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """A model of the run.
+
+    Attributes:
+        name: ``"actor"``, ``"reference"``, ``"reward"``, ``"critic"``; ``"model"`` in SFT and reward-model training.
+        shape: its sizes.
+        head: ``"lm"`` or ``"score"``.
+        trained: whether it has gradients and an optimizer.
+        recompute: whether activations are recomputed.
+        lora_rank: of the adapters that alone are trained; 0: everything is.
+    """
+
+    name: str
+    shape: ModelShape
+    head: str
+    trained: bool
+    recompute: bool = False
+    lora_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that a plan follows from. Sizes are those of one data rank.
+
+    Attributes:
+        stage: ``"sft"``, ``"reward"`` or ``"ppo"``.
+        roles: the models.
+        topology: of process 0; the plan asks for the others.
+        item: bytes of a weight: 4, or 2 in half precision.
+        flash: whether attention runs without storing its scores.
+        micro_rows: rows of a micro batch of training.
+        accumulation: micro batches of an optimizer step.
+        row_tokens: tokens of a training row (SFT, reward model).
+        prompt_tokens, response_tokens: of a row of PPO.
+        mean_prompt, mean_response: what prompts and answers are taken to measure on average, for the times.
+        samples: PPO: answers of a rollout.
+        answers_per_prompt: PPO.
+        rollout_rows: PPO: answers generated together.
+        infer_rows: PPO: rows of a forward without gradient.
+        update_iters: PPO: passes over a rollout.
+        eval_mode, offload_level: as in the argument file.
+        ptx: PPO: whether the actor's steps have a ptx loss too.
+        temperature: of sampling.
+    """
+
+    stage: str
+    roles: tuple[RolePlan, ...]
+    topology: Topology
+    item: int = 2
+    flash: bool = False
+    micro_rows: int = 1
+    accumulation: int = 1
+    row_tokens: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    mean_prompt: float = 0.0
+    mean_response: float = 0.0
+    samples: int = 0
+    answers_per_prompt: int = 1
+    rollout_rows: int = 0
+    infer_rows: int = 0
+    update_iters: int = 1
+    eval_mode: str = ""
+    offload_level: str = ""
+    ptx: bool = False
+    temperature: float = 1.0
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest training row."""
+        return self.prompt_tokens + self.response_tokens if self.stage == "ppo" else self.row_tokens
+
+    @property
+    def mean_width(self) -> float:
+        """Tokens of the rows that times are for."""
+        return self.mean_prompt + self.mean_response if self.stage == "ppo" else float(self.row_tokens)
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        """Rows that one forward of training sees: a pair of a reward model has two."""
+        return self.micro_rows * (2 if self.stage == "reward" else 1)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an iteration: those of one rollout in PPO, else 1."""
+        if self.stage != "ppo":
+            return 1
+        return self.update_iters * max(1, self.samples // (self.micro_rows * self.accumulation))
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro batches of an optimizer step that have rows."""
+        if self.stage != "ppo":
+            return self.accumulation
+        return min(self.accumulation, -(-self.samples // self.micro_rows))
+
+    def role(self, name: str) -> RolePlan | None:
+        """A role by its name."""
+        return next((role for role in self.roles if role.name == name), None)
+
+    def rollout_topology(self) -> tuple[Topology, int]:
+        """The layout that generates, and among how many processes a data rank's prompts are divided.
+
+        The same as :func:`alignment.ppo.generation.layouts.rollout_layout`, of process 0.
+        """
+        topology = self.topology
+        if self.eval_mode == "single" and topology.splits_model:
+            return Topology(), topology.tensor * topology.pipeline
+        if self.eval_mode == "tensor_parallel" and topology.pipeline > 1:
+            return Topology(topology.tensor, 0, tensor=topology.tensor), topology.pipeline
+        return topology, 1
+
+    @property
+    def reshards(self) -> bool:
+        """Whether a rollout has a copy of the actor."""
+        return self.stage == "ppo" and self.rollout_topology()[1] > 1
+
+
+def weight_bytes(args: Any, half: bool) -> int:
+    """Bytes of a weight: half precision needs a card that has it and ``fp16_opt_level`` O2."""
+    return 2 if half and args.fp16_opt_level == "O2" and (args.bf16 or args.fp16) else 4
+
+
+def setting_of(
+    args: Any,
+    topology: Topology,
+    shape: Callable[[str, str], ModelShape],
+    *,
+    half: bool,
+    mean_prompt: float | None = None,
+    mean_response: float | None = None,
+) -> Setting:
+    """Read a setting from resolved arguments of any stage.
+
+    Args:
+        args: as ``parse_sft``, ``parse_reward`` or ``parse_ppo`` return.
+        topology: the layout, of process 0.
+        shape: finds a model's shape by ``(folder or name, key of the argument file)``.
+        half: whether the card computes in half precision.
+        mean_prompt, mean_response: tokens on average; the limits if not given.
+    """
+    common: dict[str, Any] = {
+        "stage": args.STAGE,
+        "topology": topology,
+        "item": weight_bytes(args, half),
+        "flash": bool(args.use_flash_attention and half),
+        "micro_rows": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+    }
+    if args.STAGE != "ppo":
+        rank = args.lora_rank if args.lora else 0
+        head = "lm" if args.STAGE == "sft" else "score"
+        found = shape(args.model_name_or_path, "model_name_or_path")
+        role = RolePlan("model", found, head, True, bool(args.recompute), rank)
+        return Setting(roles=(role,), row_tokens=args.max_length, **common)
+    return Setting(
+        roles=_ppo_roles(args, shape),
+        prompt_tokens=args.max_src_len,
+        response_tokens=args.max_dec_len,
+        mean_prompt=min(mean_prompt or args.max_src_len, args.max_src_len),
+        mean_response=min(mean_response or args.max_dec_len, args.max_dec_len),
+        samples=args.per_device_prompt_batch_size * args.prompt_batches_per_rollout * args.num_return_sequences,
+        answers_per_prompt=args.num_return_sequences,
+        rollout_rows=args.per_device_rollout_batch_size,
+        infer_rows=args.rollout_logprob_batch_size,
+        update_iters=args.update_iters,
+        eval_mode=args.eval_mode,
+        offload_level=args.offload_level,
+        ptx=args.use_ptx,
+        temperature=args.temperature,
+        **common,
+    )
+
+
+def _ppo_roles(args: Any, shape: Callable[[str, str], ModelShape]) -> tuple[RolePlan, ...]:
+    actor = shape(args.actor_model_name_or_path, "actor_model_name_or_path")
+    key = "reward_critic_model_name_or_path"
+    critic = shape(args.reward_critic_model_name_or_path, key)
+    roles = [
+        RolePlan("actor", actor, "lm", True, bool(args.recompute)),
+        RolePlan("reference", actor, "lm", False),
+        RolePlan("critic", critic, "score", True, bool(args.critic_recompute)),
+    ]
+    names = [args.reward] if isinstance(args.reward, str) else list(args.reward or {"model": 1.0})
+    if "model" in names:
+        found = shape(args.reward_model_name_or_path, "reward_model_name_or_path")
+        roles.append(RolePlan("reward", found, "score", False))
+    return tuple(roles)

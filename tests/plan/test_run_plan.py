@@ -1,0 +1,189 @@
+"""``alignment plan``: the shipped files, the report, the advice, errors for people, and the page."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.arguments import PPOArguments, RewardArguments, SFTArguments
+from alignment.errors import ArgumentsError, ModelError
+from alignment.plan import run_plan, simulate
+from alignment.plan.hardware import GIB
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert run_plan.main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def peak(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {phase["phase"]: phase["bytes"] for phase in found["memory"][0]["phases"]}
+
+
+def test_the_reference_s_file_is_planned_by_the_names_of_its_models(
+    repo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_plan.main([str(repo / "config/llama/ppo_argument.json")]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("PPO: tensor 2 x sharding stage 1 of 4 (8 processes)")
+    for words in ("actor      llama of 6.74 billion", "It fits:", "generate", "critic_values", "KV cache", "moved out"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"),
+    [
+        ("config/llama/ppo_argument.json", "ppo"),
+        ("config/llama/rm_argument.json", "reward"),
+        ("config/llama/sft_argument.json", "sft"),
+        ("config/demo/ppo_argument.json", "ppo"),
+        ("config/demo/rm_argument.json", "reward"),
+        ("config/demo/sft_argument.json", "sft"),
+    ],
+)
+def test_every_stage_is_told_by_its_keys(repo: Path, capsys: pytest.CaptureFixture[str], file: str, stage: str) -> None:
+    found = plan(capsys, str(repo / file), "--model_config", "Llama-2-7b", "--cards", "8")
+    assert found["stage"] == stage
+    assert found["peak_bytes"] > found["reserved_bytes"]
+    assert found["seconds"] > 0
+    assert len(found["memory"][0]["phases"]) == (6 if stage == "ppo" else 1)
+
+
+def test_files_that_do_not_tell_are_refused() -> None:
+    with pytest.raises(ArgumentsError, match="--stage sft or rm"):
+        run_plan.stage_of(["model_name_or_path", "output_dir", "max_length"], "x.json")
+    with pytest.raises(ArgumentsError, match="names no model"):
+        run_plan.stage_of(["output_dir"], "x.json")
+    assert run_plan.stage_of(["model_name_or_path", "src_length"], "x") is SFTArguments
+    assert run_plan.stage_of(["model_name_or_path", "loss_type"], "x") is RewardArguments
+    assert run_plan.stage_of(["actor_model_name_or_path"], "x") is PPOArguments
+
+
+@pytest.fixture
+def llama(repo: Path) -> str:
+    return str(repo / "config/llama/ppo_argument.json")
+
+
+def test_offloading_empties_the_phases_that_do_not_need_it(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    none = peak(plan(capsys, llama, "offload_level="))
+    every = peak(plan(capsys, llama, "offload_level=freeze_model optimizer train_model"))
+    seven = 2 * 6.74e9 / 2
+    assert none["generate"]["parameters"] == pytest.approx(4 * seven, rel=0.05)
+    assert every["generate"]["parameters"] == pytest.approx(seven, rel=0.05)
+    assert every["generate"]["optimizer"] == 0 < none["generate"]["optimizer"]
+    assert every["update"]["optimizer"] == none["update"]["optimizer"]
+
+
+def test_layouts_change_what_they_should(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    two = peak(plan(capsys, llama))
+    four = peak(plan(capsys, llama, "tensor_parallel_degree=4", "sharding_parallel_degree=2"))
+    third = peak(plan(capsys, llama, "sharding=stage3"))
+    assert four["generate"]["kv_cache"] == pytest.approx(two["generate"]["kv_cache"] / 2)
+    assert four["generate"]["parameters"] == pytest.approx(two["generate"]["parameters"] / 2, rel=0.1)
+    assert third["actor_logprobs"]["parameters"] < two["actor_logprobs"]["parameters"] / 3
+    longer = peak(plan(capsys, llama, "max_dec_len=1024"))
+    assert longer["generate"]["kv_cache"] == pytest.approx(1.5 * two["generate"]["kv_cache"])
+
+
+def test_the_advice_fits_and_is_what_it_says(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [llama, "--memory", "44", "offload_level="]
+    found = plan(capsys, *words)
+    assert not found["fits"]
+    advice = found["advice"]
+    assert advice["fits"] and advice["peak_bytes"] <= 44 * GIB < found["peak_bytes"]
+    again = plan(capsys, *words, *advice["arguments"])
+    assert again["fits"]
+    assert again["peak_bytes"] == advice["peak_bytes"]
+    assert again["seconds"] == pytest.approx(advice["seconds"])
+    fitting = [other for other in found["alternatives"] if other["fits"] and len(advice["arguments"]) == 1]
+    assert all(other["seconds_per_row"] >= advice["seconds_per_row"] for other in fitting)
+
+
+def test_more_cards_are_asked_for_when_nothing_else_helps(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(repo / "config/llama/ppo_argument.json")
+    words = [file, "--model_config", "Llama-2-70b", "--cards", "8", "offload_level=freeze_model"]
+    found = plan(capsys, *words)
+    assert not found["fits"]
+    arguments = found["advice"]["arguments"]
+    assert int(arguments[arguments.index("--cards") + 1]) >= 16
+    assert plan(capsys, *words, *arguments)["peak_bytes"] == found["advice"]["peak_bytes"]
+    assert run_plan.main(words) == 0
+    assert "The cheapest change that makes it fit: --cards" in capsys.readouterr().out
+
+
+def test_changes_are_made_on_the_same_cards(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(repo / "config/llama/rm_argument.json"), "--card", "v100-32g"]
+    found = plan(capsys, *words)
+    assert found["layout"]["processes"] == 4 and not found["fits"]
+    again = plan(capsys, *words, *found["advice"]["arguments"])
+    assert again["layout"]["processes"] == 4
+    assert again["peak_bytes"] == found["advice"]["peak_bytes"]
+
+
+def test_adapters_alone_have_gradients_and_an_optimizer(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(repo / "config/llama/sft_argument.json"), "--cards", "1"]
+    whole, lora = peak(plan(capsys, *words)), peak(plan(capsys, *words, "lora=true", "lora_rank=8"))
+    # rank 8 on the seven matrices of 32 layers, (in + out) each
+    adapters = 8 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert lora["train"]["gradients"] == 2 * adapters
+    assert lora["train"]["optimizer"] == 12 * adapters + 8 * 7 * 32
+    assert lora["train"]["parameters"] == whole["train"]["parameters"] + 2 * adapters
+
+
+def test_a_card_of_one_s_own(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    slow, fast = plan(capsys, llama), plan(capsys, llama, "--tflops", "1000", "--bandwidth", "8000", "--memory", "192")
+    assert fast["seconds"] < slow["seconds"]
+    assert fast["card"]["memory"] == 192
+
+
+def test_the_cpu_computes_in_float32(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(repo / "config/llama/ppo_argument.json")
+    found = plan(capsys, file, "--card", "cpu", "--model_config", "TinyLlama-1.1B")
+    assert found["setting"]["item"] == 4
+    assert any("float32" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "said"),
+    [
+        (["--card", "h900"], ArgumentsError, "unknown card"),
+        (["--memory", "-1"], ArgumentsError, "greater than 0"),
+        (["tensor_parallel_degree=3", "--cards", "8"], ArgumentsError, "are needed, but the run has 8"),
+        (["sharding=stage3", "pipeline_parallel_degree=2", "--cards", "16"], ArgumentsError, "stage3 with a pipeline"),
+        (["learning_rat=1"], ArgumentsError, "learning_rate"),
+        (["actor_model_name_or_path=checkpoints/mine"], ModelError, "--model_config"),
+        (["--model_config", "gemma-2b"], ModelError, "tensor and pipeline parallelism"),
+    ],
+)
+def test_errors_say_what_is_wrong(llama: str, words: list[str], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        run_plan.main([llama, *words])
+
+
+def test_no_paddle_is_loaded(repo: Path) -> None:
+    code = (
+        "import sys; from alignment.plan import run_plan; "
+        "run_plan.main(['config/llama/ppo_argument.json', '--json']); assert 'paddle' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=repo, check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+def test_the_page_has_the_table_as_it_is_predicted_now(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (repo / "docs/plan.md").read_text()
+    monkeypatch.setattr(simulate, "CARDS", (8,))
+    lines = simulate.markdown().splitlines()
+    assert len(lines) == 2 + len(simulate.SIZES)
+    for line in lines:
+        assert line in page, "run `make docs`"
+
+
+@pytest.mark.slow
+def test_the_page_is_up_to_date(repo: Path) -> None:
+    from alignment.plan import docs
+
+    assert (repo / "docs/plan.md").read_text() == docs.markdown(), "run `make docs`"
