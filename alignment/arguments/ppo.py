@@ -62,7 +62,8 @@ class RolloutFields:
     )
     rollout_token_budget: int = argument(
         0,
-        "Tokens whose keys and values the rollout engine keeps at once; 0: as many as 1 GiB holds.",
+        "Tokens whose keys and values the rollout engine keeps at once; 0: as many as 1 GiB (on a GPU an eighth of its "
+        "memory) holds.",
         ge=0,
         unit="tokens",
     )

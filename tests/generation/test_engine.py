@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.errors import ModelError
-from alignment.ppo.generation.engine import GenerationPrompt
+from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt, cache_bytes
 from alignment.ppo.generation.layers import LayerOps, PackedBatch
 from alignment.ppo.generation.sampler import SamplingSettings, apply_repetition_penalty, truncated_probabilities
 from alignment.ppo.models import final_hidden_states, lm_logits
@@ -160,6 +161,32 @@ def test_steps_follow_the_tokens_that_are_produced(llama: paddle.nn.Layer) -> No
     assert engine.last.arena.most_used == 4 * 32
     # 24 tokens come from decoding (the first ones come from prefill), at least 6 and in lockstep batches 12 steps
     assert 6 <= engine.last.steps <= 9
+
+
+def test_a_restart_between_two_parts_changes_nothing(llama: paddle.nn.Layer, way: str) -> None:
+    prompts, how = make_prompts([3, 9, 5, 1, 7, 12]), SamplingSettings(14, seed=5, temperature=1.3)
+    together = responses(engine_for(llama, way).generate(prompts, how, 2))
+    parts = [responses(engine_for(llama, way).generate(some, how, 2)) for some in (prompts[:2], prompts[2:])]
+    assert [row for part in parts for row in part] == together
+
+
+def test_what_the_engine_cannot_compute_takes_the_plain_way_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    scaled = make_model("llama", rope_scaling_type="dynamic_ntk", rope_scaling_factor=2.0)
+    engine = GenerationEngine(scaled, IdTokenizer(), [EOS], 64, 8)
+    prompts = make_prompts([3, 9])
+    for _ in range(2):
+        rollout = engine.generate(prompts, SamplingSettings(10, greedy=True))
+    assert engine.ops is None
+    assert responses(rollout) == [greedy_by_paddlenlp(scaled, prompt.input_ids, 10) for prompt in prompts]
+    said = capsys.readouterr().err
+    assert said.count("paddlenlp's own layers, which is slower: dynamic NTK positions depend on the batch") == 1
+
+
+def test_the_cache_is_an_eighth_of_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_bytes() == 1 << 30
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
+    monkeypatch.setattr(paddle.device.cuda, "get_device_properties", lambda: SimpleNamespace(total_memory=80 << 30))
+    assert cache_bytes() == 10 << 30
 
 
 def test_samples_of_one_prompt_differ_and_another_seed_gives_others(llama: paddle.nn.Layer) -> None:

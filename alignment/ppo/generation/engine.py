@@ -29,8 +29,9 @@ from alignment.ppo.rollout import Rollout, join_rollouts
 
 __all__ = ["GenerationEngine", "GenerationPrompt"]
 
-# The cache's size where no budget of tokens is given.
+# The cache's size where no budget of tokens is given: on a CPU, and as a part of a GPU's memory.
 _CACHE_BYTES = 1 << 30
+_CACHE_SHARE = 1 / 8
 
 
 class GenerationEngine:
@@ -44,7 +45,7 @@ class GenerationEngine:
         batch_size: answers that the plain way generates together (with ``most_rows`` so many).
         schedule: of the pipeline, where ``model`` is a stage; every process of it makes the same calls.
         fused: whether to use the rollout engine where it can be used.
-        token_budget: tokens that the rollout engine's cache holds; 0 for as many as 1 GiB takes.
+        token_budget: tokens that the rollout engine's cache holds; 0 for as many as :func:`cache_bytes` hold.
         most_rows: answers that are under way at once; None for as many as there is room for.
 
     Attributes:
@@ -118,7 +119,7 @@ class GenerationEngine:
             with paddle.no_grad():
                 if self.ops is not None:
                     table = RowTable.start(prompts, num_return_sequences, settings, stop, self.context_length)
-                    budget = self.token_budget or _CACHE_BYTES // self.ops.bytes_per_token
+                    budget = self.token_budget or cache_bytes() // self.ops.bytes_per_token
                     self.last = ContinuousBatch(self.ops, table, settings, budget, self.most_rows)
                     self.last.run()
                     return table.rollout(self.pad_id)
@@ -159,3 +160,10 @@ class GenerationEngine:
                 )
             if prompt.max_new_tokens is not None and prompt.max_new_tokens < 1:
                 raise ModelError(f"prompt {prompt.prompt_index}: max_new_tokens {prompt.max_new_tokens} is below 1")
+
+
+def cache_bytes() -> int:
+    """How large the rollout engine's cache may be unless the user says: 1 GiB, on a GPU an eighth of its memory."""
+    if not paddle.get_device().startswith("gpu"):
+        return _CACHE_BYTES
+    return int(paddle.device.cuda.get_device_properties().total_memory * _CACHE_SHARE)
