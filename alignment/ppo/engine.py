@@ -305,11 +305,6 @@ class Engine:
             if not self._awake:
                 self._sharding.rest()
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss`` (a scalar already divided by the global denominator of the optimizer step)."""
-        self._need_optimizer("backward")
-        loss.backward()
-
     def optimizer_tensors(self) -> list[Tensor]:
         """The optimizer's tensors that exist now (none before the first step), for offloading."""
         return [] if self._optimizer is None else live_tensors(self._optimizer)
