@@ -80,7 +80,7 @@ def test_step_is_adamw_with_global_clipping(data, limit: float) -> None:
     settings = OptimizerSettings(**{**SETTINGS.__dict__, "max_grad_norm": limit})
     engine, state = Engine("net", Net(0), World(), settings), {}
     for t in range(1, 6):
-        (loss_of(engine, data)).backward()
+        loss_of(engine, data).backward()
         weights, gradients = snapshot(engine)
         norm = np.sqrt(sum((g**2).sum() for g in gradients.values() if g is not None))
         assert norm > 0.25
