@@ -25,7 +25,8 @@ class Sizes:
         world_size: data ranks: processes that work on rows of their own.
         epochs: passes over the data that ``total_steps`` make.
         rows_per_step: global rows of a full step.
-        micro_batches_per_step: micro batches of a full step, per data rank.
+        micro_batches_per_step: micro batches of a full step, per data rank; with a budget of tokens the most there can
+            be (one for each row).
         steps_per_epoch: steps of one epoch; a partial last one counts.
         total_steps: steps of the run.
         warmup_steps: of these, steps in which the learning rate rises.
@@ -38,6 +39,7 @@ class Sizes:
         rollouts_per_epoch: PPO: rollouts of one epoch; a partial last one counts.
         rollouts: PPO: rollouts of the run.
         ptx_rows_per_step: PPO: global rows of the ptx loss in a step; 0 without it.
+        micro_batch_tokens: the budget of padded tokens of a micro batch; 0 for fixed numbers of rows.
     """
 
     stage: str
@@ -57,6 +59,7 @@ class Sizes:
     rollouts_per_epoch: int = 0
     rollouts: int = 0
     ptx_rows_per_step: int = 0
+    micro_batch_tokens: int = 0
 
     @property
     def updates(self) -> int:
@@ -72,6 +75,11 @@ class Sizes:
     def micro_batches(self) -> int:
         """Upper bound of the micro batches of the run, per process."""
         return self.total_steps * self.micro_batches_per_step
+
+    def _micro_batches_in_words(self) -> str:
+        if not self.micro_batch_tokens:
+            return f"{self.micro_batches_per_step:,}"
+        return f"by length, at most {self.micro_batch_tokens:,} padded tokens each"
 
     def render(self) -> str:
         """Return the sizes as lines of text."""
@@ -90,7 +98,7 @@ class Sizes:
             ]
         entries += [
             ("rows per optimizer step", f"{self.rows_per_step:,}"),
-            ("micro batches per step and data rank", f"{self.micro_batches_per_step:,}"),
+            ("micro batches per step and data rank", self._micro_batches_in_words()),
             ("optimizer steps per epoch", f"{self.steps_per_epoch:,}"),
             ("optimizer steps", f"{self.total_steps:,} ({self.epochs:.4g} epochs, {self.warmup_steps:,} of warm-up)"),
             ("tokens per optimizer step", f"at most {self.tokens_per_step:,}"),
@@ -114,7 +122,8 @@ def supervised_sizes(args: Arguments, num_rows: int, world_size: int) -> Sizes:
         world_size=world_size,
         epochs=total / per_epoch,
         rows_per_step=per_step,
-        micro_batches_per_step=args.gradient_accumulation_steps,
+        micro_batches_per_step=_micro_batches_per_step(args),
+        micro_batch_tokens=args.max_tokens_per_micro_batch,
         steps_per_epoch=per_epoch,
         total_steps=total,
         warmup_steps=_warmup_steps(args, total),
@@ -153,7 +162,8 @@ def ppo_sizes(args: PPOArguments, num_prompts: int, world_size: int) -> Sizes:
         world_size=world_size,
         epochs=total / per_epoch,
         rows_per_step=per_step,
-        micro_batches_per_step=args.gradient_accumulation_steps,
+        micro_batches_per_step=_micro_batches_per_step(args),
+        micro_batch_tokens=args.max_tokens_per_micro_batch,
         steps_per_epoch=per_epoch,
         total_steps=total,
         warmup_steps=_warmup_steps(args, total),
@@ -166,6 +176,11 @@ def ppo_sizes(args: PPOArguments, num_prompts: int, world_size: int) -> Sizes:
         rollouts=epochs * rollouts_per_epoch + math.ceil(rest / steps),
         ptx_rows_per_step=per_step if args.use_ptx else 0,
     )
+
+
+def _micro_batches_per_step(args: Arguments) -> int:
+    rows = args.per_device_train_batch_size if args.max_tokens_per_micro_batch else 1
+    return args.gradient_accumulation_steps * rows
 
 
 def _total_steps(args: Arguments, per_epoch: int) -> int:

@@ -168,6 +168,36 @@ class Kernels:
         dx, dweight = _run("alignment_label_logprobs_backward", *inputs, *values)
         return dx, dweight if of_weight else None
 
+    def square_sum(self, tensors: Sequence[Tensor]) -> float:
+        """Sum of the squares of all elements, added up in float64; the same for any number of threads."""
+        return float(_run("alignment_square_sum", list(tensors))[0])
+
+    def adamw(
+        self,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        moments: tuple[Sequence[Tensor], Sequence[Tensor]],
+        powers: tuple[Sequence[Tensor], Sequence[Tensor]],
+        *,
+        rate: float,
+        betas: tuple[float, float],
+        epsilon: float,
+        scale: float,
+        decay: Sequence[float],
+    ) -> None:
+        """One step of AdamW in place.
+
+        Args:
+            weights, grads: of one shape each.
+            moments: first and second, shaped as the weights.
+            powers: beta1 and beta2 to the number of this step, ``[1]`` for each weight; raised for the next one.
+            rate, betas, epsilon: AdamW's.
+            scale: what gradients are multiplied by (clipping).
+            decay: weight decay of each weight.
+        """
+        lists = [list(group) for group in (weights, grads, *moments, *powers)]
+        _run("alignment_adamw", *lists, [rate, *betas, epsilon, scale], list(decay))
+
     def project(self, x: Tensor, weight: Tensor, *, tied: bool) -> Tensor:
         """``x @ weight`` (or its transpose when ``tied``): ``[B, hidden]`` -> ``[B, vocab]``."""
         return _run("alignment_project", x, weight, tied)[0]

@@ -46,7 +46,15 @@ from alignment.ppo.models import (
     ties_ends,
 )
 from alignment.ppo.models.fused import FusedDecoder
-from alignment.training.optimizer import OptimizerSettings, StepResult, global_norm, live_tensors, slots_of
+from alignment.training.optimizer import (
+    OptimizerSettings,
+    StepResult,
+    adamw_step,
+    decays,
+    global_norm,
+    live_tensors,
+    slots_of,
+)
 from alignment.training.weights import load_weights_into, some_names
 
 B = TypeVar("B")
@@ -106,7 +114,7 @@ class Engine:
             raise ValueError(f"{name}: the model has no trainable parameters")
         if recompute or self._layers is not None:
             enable_recompute(model)
-        decayed = {p.name for p in self._parameters.values() if p.ndim >= 2}
+        decayed = {p.name for p in self._parameters.values() if decays(p)}
         low_precision = any(p.dtype in (paddle.float16, paddle.bfloat16) for p in self._parameters.values())
         self._owned = self._sharding.owned if self._sharding is not None else self._parameters
         self._optimizer = paddle.optimizer.AdamW(
@@ -302,11 +310,6 @@ class Engine:
             if not self._awake:
                 self._sharding.rest()
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss`` (a scalar already divided by the global denominator of the optimizer step)."""
-        self._need_optimizer("backward")
-        loss.backward()
-
     def optimizer_tensors(self) -> list[Tensor]:
         """The optimizer's tensors that exist now (none before the first step), for offloading."""
         return [] if self._optimizer is None else live_tensors(self._optimizer)
@@ -333,13 +336,9 @@ class Engine:
                 f"{self.name}: the gradient norm of optimizer step {self.steps + 1} is {norm}; no weight was changed"
             )
         limit = self.settings.max_grad_norm
-        if limit > 0 and norm > limit:
-            for parameter in self._owned.values():
-                if parameter.grad is not None:
-                    parameter.grad.scale_(limit / norm)
+        scale = limit / norm if 0 < limit < norm else 1.0
         rate = self.settings.learning_rate_at(self.steps)
-        self._optimizer.set_lr(rate)
-        self._optimizer.step()
+        adamw_step(self._optimizer, list(self._owned.values()), self.settings, rate, scale)
         self.clear_gradients()
         if self._sharding is not None and (self._awake or self.topology.sharding_stage < 3):
             self._sharding.share_parameters()

@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from alignment.kernels.ops import Kernels, kernels
 from alignment.training.schedule import learning_rate_at
 
 
@@ -57,11 +58,67 @@ class StepResult:
 
 
 def global_norm(parameters: list[Tensor]) -> float:
-    """Square root of the sum of squares of all gradients, each tensor in float32, their sums in float64."""
+    """Square root of the sum of squares of all gradients, each tensor (on a CPU each piece of one) in float32, their
+    sums in float64.
+    """
+    operators = _operators(parameters)
+    if operators is not None:
+        return float(np.sqrt(operators.square_sum([p.grad for p in parameters if p.grad is not None])))
     squares = [paddle.sum(paddle.square(p.grad.astype("float32"))) for p in parameters if p.grad is not None]
     if not squares:
         return 0.0
     return float(np.sqrt(np.sum(paddle.stack(squares).numpy(), dtype=np.float64)))
+
+
+def adamw_step(
+    optimizer: Any, parameters: list[Tensor], settings: OptimizerSettings, rate: float, scale: float
+) -> None:
+    """Multiply the gradients by ``scale`` and take one step of AdamW, on a CPU in one pass over the memory.
+
+    Args:
+        optimizer: a ``paddle.optimizer.AdamW`` made with ``settings``; its state is used either way, so that a run may
+            go on elsewhere.
+        parameters: that it updates; those without a gradient stay.
+        settings: of the optimizer.
+        rate: the learning rate.
+        scale: of the gradients; 1 leaves them alone.
+    """
+    optimizer.set_lr(rate)
+    learnt = [parameter for parameter in parameters if parameter.grad is not None]
+    operators = _operators(learnt)
+    if operators is None or optimizer._master_weights:
+        for parameter in learnt if scale != 1.0 else ():
+            parameter.grad.scale_(scale)
+        optimizer.step()
+        return
+    optimizer._create_accumulators(paddle.static.default_main_program().global_block(), learnt)
+    slots = [
+        [optimizer._accumulators[slot][parameter.name] for parameter in learnt]
+        for slot in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
+    ]
+    operators.adamw(
+        learnt,
+        [parameter.grad.contiguous() for parameter in learnt],
+        (slots[0], slots[1]),
+        (slots[2], slots[3]),
+        rate=rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        epsilon=settings.adam_epsilon,
+        scale=scale,
+        decay=[settings.weight_decay if decays(parameter) else 0.0 for parameter in learnt],
+    )
+
+
+def decays(parameter: Tensor) -> bool:
+    """Whether weight decay touches a parameter: matrices, no biases or norm weights."""
+    return bool(parameter.ndim >= 2)
+
+
+def _operators(parameters: list[Tensor]) -> Kernels | None:
+    """The CPU kernels where they can stand for Paddle's operators: float32 everywhere."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    plain = bool(grads) and all(tensor.dtype == paddle.float32 for tensor in [*parameters, *grads])
+    return kernels() if plain else None
 
 
 def slots_of(optimizer: Any, parameters: Mapping[str, Tensor]) -> list[tuple[str, str, Tensor]]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from alignment.ppo.algorithms.advantages import RunningMoments, explained_variance, gae, whiten
 from alignment.ppo.algorithms.kl import apply_missing_eos_rule, kl_estimate, response_mask, shape_rewards
-from alignment.ppo.algorithms.logprobs import token_logprobs, token_logprobs_and_entropy
+from alignment.ppo.algorithms.logprobs import score_labels
 from alignment.ppo.algorithms.losses import policy_loss, value_loss
 
 
@@ -40,11 +40,11 @@ def test_logprob_and_entropy_gradients(temperature: float) -> None:
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(2, 3, 7)) * 3, paddle.to_tensor(rng.integers(0, 7, (2, 3)))
     weights = paddle.to_tensor(rng.normal(size=(2, 3)))
-    check_gradient(lambda x: (token_logprobs(x, labels, temperature) * weights).sum(), logits)
+    check_gradient(lambda x: (score_labels(x, labels, temperature).logprobs * weights).sum(), logits)
 
     def both(x: paddle.Tensor) -> paddle.Tensor:
-        logprobs, entropy = token_logprobs_and_entropy(x, labels, temperature, entropy_grad=True)
-        return (logprobs * weights).sum() + (entropy * weights * 0.3).sum()
+        scores = score_labels(x, labels, temperature, entropy_grad=True)
+        return (scores.logprobs * weights).sum() + (scores.entropy * weights * 0.3).sum()
 
     check_gradient(both, logits)
 
@@ -52,7 +52,7 @@ def test_logprob_and_entropy_gradients(temperature: float) -> None:
 def test_logprobs_are_exact_far_below_minus_64() -> None:
     """Paddle's own CPU functions return -64 here, and lose the gradient."""
     logits = paddle.to_tensor([[0.0, 300.0, 0.0], [0.0, 100.0, -900.0]], dtype="float32", stop_gradient=False)
-    logprobs = token_logprobs(logits, paddle.to_tensor([0, 2]))
+    logprobs = score_labels(logits, paddle.to_tensor([0, 2])).logprobs
     np.testing.assert_allclose(logprobs.numpy(), [-300.0, -1000.0], rtol=1e-6)
     logprobs.sum().backward()
     np.testing.assert_allclose(logits.grad.numpy(), [[1, -1, 0], [0, -1, 1]], atol=1e-6)
@@ -60,7 +60,7 @@ def test_logprobs_are_exact_far_below_minus_64() -> None:
 
 def test_entropy_of_known_distributions() -> None:
     logits = paddle.to_tensor([[0.0, 0.0, 0.0, 0.0], [1000.0, 0.0, 0.0, 0.0]])
-    _, entropy = token_logprobs_and_entropy(logits, paddle.to_tensor([0, 0]))
+    entropy = score_labels(logits, paddle.to_tensor([0, 0]), entropy=True).entropy
     np.testing.assert_allclose(entropy.numpy(), [np.log(4), 0.0], atol=1e-6)
     assert entropy.stop_gradient
 

@@ -47,6 +47,15 @@ def test_tokens_and_warmup() -> None:
     assert constant.warmup_steps == 0
 
 
+def test_a_budget_of_tokens_changes_no_step() -> None:
+    values = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    fixed = from_dict(SFTArguments, {**TUNE, **values}).derive_sizes(80, 2)
+    budget = from_dict(SFTArguments, {**TUNE, **values, "max_tokens_per_micro_batch": 100}).derive_sizes(80, 2)
+    assert (budget.total_steps, budget.rows_per_step) == (fixed.total_steps, fixed.rows_per_step)
+    assert budget.micro_batches_per_step == 8  # at worst each row alone
+    assert "at most 100 padded tokens each" in budget.render()
+
+
 def test_a_pair_has_two_sequences() -> None:
     values = {key: value for key, value in TUNE.items() if key != "src_length"}
     sizes = from_dict(RewardArguments, {**values, "per_device_train_batch_size": 4}).derive_sizes(8, 1)

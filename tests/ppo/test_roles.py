@@ -10,10 +10,11 @@ import numpy as np
 import paddle
 import pytest
 
+from alignment.kernels.ops import kernels
 from alignment.parallel import World
 from alignment.ppo.engine import Engine
 from alignment.ppo.models import causal_logits, final_hidden_states, load_causal_lm, load_score_model
-from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
+from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole, rows_of
 from alignment.ppo.rollout import Rollout
 
 from .conftest import make_rollout
@@ -74,6 +75,16 @@ def test_a_budget_of_tokens_gives_every_row_its_own_figures(policy: PolicyRole, 
         )
         grouped = RewardRole(critic.engine, 2, budget).score_rows(rollout.tokens, rollout.lengths)
         np.testing.assert_allclose(grouped, scores, atol=1e-5)
+
+
+def test_on_a_cpu_no_pad_is_computed(policy: PolicyRole, critic: ValueRole) -> None:
+    rollout = make_rollout(LENGTHS)
+    behind = np.arange(rollout.tokens.shape[1]) >= rollout.lengths[:, None]
+    for engine in (policy.engine, critic.engine):
+        with paddle.no_grad():
+            hidden = engine.hidden_states(rows_of(rollout)).numpy()
+        assert hidden[~behind].any(axis=1).all()
+        assert hidden[behind].any() == (kernels() is None)
 
 
 def test_pads_and_their_id_and_the_order_of_rows_change_nothing(policy: PolicyRole, critic: ValueRole) -> None:

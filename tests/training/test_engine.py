@@ -49,7 +49,7 @@ def loss_of(engine: Engine, data: tuple[paddle.Tensor, paddle.Tensor]) -> paddle
 
 def step(engine: Engine, data: tuple[paddle.Tensor, paddle.Tensor]) -> tuple[float, float]:
     loss = loss_of(engine, data)
-    engine.backward(loss)
+    loss.backward()
     return float(loss), engine.step().grad_norm
 
 
@@ -80,7 +80,7 @@ def test_step_is_adamw_with_global_clipping(data, limit: float) -> None:
     settings = OptimizerSettings(**{**SETTINGS.__dict__, "max_grad_norm": limit})
     engine, state = Engine("net", Net(0), World(), settings), {}
     for t in range(1, 6):
-        engine.backward(loss_of(engine, data))
+        loss_of(engine, data).backward()
         weights, gradients = snapshot(engine)
         norm = np.sqrt(sum((g**2).sum() for g in gradients.values() if g is not None))
         assert norm > 0.25
@@ -99,9 +99,9 @@ def test_step_is_adamw_with_global_clipping(data, limit: float) -> None:
 def test_gradients_of_micro_batches_add_up(data) -> None:
     x, y = data
     whole, parts = Engine("a", Net(0), World(), SETTINGS), Engine("b", Net(0), World(), SETTINGS)
-    whole.backward((whole.model(x) - y).square().sum() / 16)
+    ((whole.model(x) - y).square().sum() / 16).backward()
     for start, stop in ((0, 3), (3, 4), (4, 16)):
-        parts.backward((parts.model(x[start:stop]) - y[start:stop]).square().sum() / 16)
+        ((parts.model(x[start:stop]) - y[start:stop]).square().sum() / 16).backward()
     assert whole.step().grad_norm == pytest.approx(parts.step().grad_norm, rel=1e-5)
     for name, parameter in whole.parameters.items():
         np.testing.assert_allclose(parameter.numpy(), parts.parameters[name].numpy(), rtol=1e-4, atol=1e-6)
@@ -175,7 +175,7 @@ def test_load_weights_names_what_is_wrong(tmp_path: Path) -> None:
 def test_a_nan_gradient_touches_no_weight(data) -> None:
     engine = Engine("net", Net(0), World(), SETTINGS)
     before = engine.parameter_fingerprints()
-    engine.backward(loss_of(engine, data) * float("nan"))
+    (loss_of(engine, data) * float("nan")).backward()
     with pytest.raises(NonFiniteError, match="gradient norm of optimizer step 1 is nan"):
         engine.step()
     assert engine.parameter_fingerprints() == before

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "layer.h"
+#include "optimizer.h"
 #include "paddle/extension.h"
 #include "vocabulary.h"
 
@@ -163,6 +164,38 @@ Tensors LabelLogprobsBackward(const Tensor& x, const Tensor& weight, const Tenso
   return {dx, dweight};
 }
 
+Tensors SquareSum(const Tensors& inputs) {
+  std::vector<const float*> arrays;
+  Dims sizes;
+  for (const Tensor& t : inputs) {
+    arrays.push_back(floats(t));
+    sizes.push_back(t.numel());
+  }
+  Tensor total = paddle::empty({1}, paddle::DataType::FLOAT64, paddle::CPUPlace());
+  *const_cast<double*>(total.data<double>()) = alignment::square_sum(arrays, sizes);
+  return {total};
+}
+
+// Writes weights, moments and the powers of beta, which become those of the next step. settings: rate, beta1, beta2,
+// epsilon, scale.
+Tensors AdamW(const Tensors& weights, const Tensors& grads, const Tensors& first, const Tensors& second,
+              const Tensors& power1, const Tensors& power2, const std::vector<float>& settings,
+              const std::vector<float>& decay) {
+  std::vector<alignment::AdamTensor> tensors;
+  Dims sizes;
+  for (size_t i = 0; i < weights.size(); i++) {
+    tensors.push_back({written(weights[i]), written(first[i]), written(second[i]), floats(grads[i]), decay[i],
+                       *floats(power1[i]), *floats(power2[i])});
+    sizes.push_back(weights[i].numel());
+  }
+  alignment::adamw(tensors, sizes, {settings[0], settings[1], settings[2], settings[3], settings[4]});
+  for (size_t i = 0; i < weights.size(); i++) {
+    *written(power1[i]) *= settings[1];
+    *written(power2[i]) *= settings[2];
+  }
+  return {made({1})};
+}
+
 Tensors Project(const Tensor& x, const Tensor& weight, bool tied) {
   const Head head = head_of(weight, tied);
   const int64_t rows = x.shape()[0];
@@ -231,6 +264,18 @@ PD_BUILD_OP(alignment_label_logprobs_backward)
     .Outputs({"DX", "DWeight"})
     .Attrs({"temperature: float", "tied: bool", "through_entropy: bool", "of_weight: bool"})
     .SetKernelFn(PD_KERNEL(LabelLogprobsBackward));
+
+PD_BUILD_OP(alignment_square_sum)
+    .Inputs({paddle::Vec("X")})
+    .Outputs({"Total"})
+    .SetKernelFn(PD_KERNEL(SquareSum));
+
+PD_BUILD_OP(alignment_adamw)
+    .Inputs({paddle::Vec("Weights"), paddle::Vec("Grads"), paddle::Vec("First"), paddle::Vec("Second"),
+             paddle::Vec("Power1"), paddle::Vec("Power2")})
+    .Outputs({"Done"})
+    .Attrs({"settings: std::vector<float>", "decay: std::vector<float>"})
+    .SetKernelFn(PD_KERNEL(AdamW));
 
 PD_BUILD_OP(alignment_project)
     .Inputs({"X", "Weight"})

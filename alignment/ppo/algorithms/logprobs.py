@@ -145,20 +145,3 @@ def score_labels(
     )
     logprobs, spread, greedy = (part.reshape(shape) for part in parts)
     return TokenScores(logprobs, spread if entropy_grad else spread.detach(), greedy.detach())
-
-
-def token_logprobs_and_entropy(
-    logits: Tensor, labels: Tensor, temperature: float = 1.0, entropy_grad: bool = False, shard: Shard | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label and entropy of each distribution, see :func:`score_labels`.
-
-    Returns:
-        ``(logprobs, entropy)``, both ``[...]``, in nats. Without ``entropy_grad`` the entropy carries no gradient.
-    """
-    scores = score_labels(logits, labels, temperature, entropy=True, entropy_grad=entropy_grad, shard=shard)
-    return scores.logprobs, scores.entropy
-
-
-def token_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0, shard: Shard | None = None) -> Tensor:
-    """Log-probability ``[...]`` of each label, exact far below -64, see :func:`score_labels`."""
-    return score_labels(logits, labels, temperature, shard=shard).logprobs
