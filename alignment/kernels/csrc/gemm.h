@@ -1,6 +1,6 @@
-// C = A B (+ C) in float32. Every element of C is one chain of multiply-adds over K in ascending order, so a row's
-// result does not depend on the other rows, on the number of threads or on where the row stands: batches of any
-// composition give the same bits.
+// C = A B (+ C) in float32. K is cut into blocks; a block's sum is one chain of multiply-adds in ascending order, and the
+// blocks are added up in order. So a row's result does not depend on the other rows, on the number of threads or on where
+// the row stands: batches of any composition give the same bits. (Sums of blocks also lose fewer digits than one chain.)
 #pragma once
 
 #include "simd.h"
@@ -8,8 +8,8 @@
 
 namespace alignment {
 
-constexpr int64_t kDepth = 512;      // K is cut into blocks of this; a packed panel of B is kDepth * kPanel floats
-constexpr int64_t kRowBlock = 240;   // rows of A per task: 240 x 512 floats stay in a level-2 cache
+constexpr int64_t kDepth = 256;      // K is cut into blocks of this; a packed panel of B is kDepth * kPanel floats
+constexpr int64_t kRowBlock = 240;   // rows of A per task: 240 x 256 floats stay in a level-2 cache
 
 // Element (i, j) lies at p[i * rows + j * columns]; one of the two strides is 1.
 struct View {
@@ -45,18 +45,7 @@ struct Unpacked {
 template <int MR, bool kAcross, class B>
 inline void tile(int64_t depth, const float* a, int64_t stride, B b, float* c, int64_t ldc, int64_t columns,
                  bool accumulate) {
-  Vec acc[MR][kVectors];
-  if (columns == kPanel) {
-    for (int i = 0; i < MR; i++)
-      for (int j = 0; j < kVectors; j++) acc[i][j] = accumulate ? load(c + i * ldc + j * kLanes) : Vec{};
-  } else {
-    float part[kPanel];
-    for (int i = 0; i < MR; i++) {
-      std::memset(part, 0, sizeof(part));
-      if (accumulate) std::memcpy(part, c + i * ldc, columns * sizeof(float));
-      for (int j = 0; j < kVectors; j++) acc[i][j] = load(part + j * kLanes);
-    }
-  }
+  Vec acc[MR][kVectors] = {};
   for (int64_t k = 0; k < depth; k++) {
     Vec right[kVectors];
     for (int j = 0; j < kVectors; j++) right[j] = b.at(k, j);
@@ -67,15 +56,16 @@ inline void tile(int64_t depth, const float* a, int64_t stride, B b, float* c, i
       for (int j = 0; j < kVectors; j++) acc[i][j] += left * right[j];
     }
   }
-  if (columns == kPanel) {
-    for (int i = 0; i < MR; i++)
-      for (int j = 0; j < kVectors; j++) store(c + i * ldc + j * kLanes, acc[i][j]);
-  } else {
-    float part[kPanel];
-    for (int i = 0; i < MR; i++) {
-      for (int j = 0; j < kVectors; j++) store(part + j * kLanes, acc[i][j]);
-      std::memcpy(c + i * ldc, part, columns * sizeof(float));
+  for (int i = 0; i < MR; i++) {
+    float* row = c + i * ldc;
+    if (columns == kPanel) {
+      for (int j = 0; j < kVectors; j++)
+        store(row + j * kLanes, accumulate ? load(row + j * kLanes) + acc[i][j] : acc[i][j]);
+      continue;
     }
+    float part[kPanel];
+    for (int j = 0; j < kVectors; j++) store(part + j * kLanes, acc[i][j]);
+    for (int64_t j = 0; j < columns; j++) row[j] = accumulate ? row[j] + part[j] : part[j];
   }
 }
 
@@ -210,11 +200,8 @@ constexpr int64_t kStrip = 4 * kLanes;
 template <int R>
 inline void strip(int64_t depth, const float* a, int64_t stride, const float* b, int64_t width, float* c, int64_t ldc,
                   int64_t columns, bool accumulate) {
-  Vec acc[R][4] = {};
   if (columns == kStrip) {
-    if (accumulate)
-      for (int r = 0; r < R; r++)
-        for (int j = 0; j < 4; j++) acc[r][j] = load(c + r * ldc + j * kLanes);
+    Vec acc[R][4] = {};
     for (int64_t k = 0; k < depth; k++)
       for (int j = 0; j < 4; j++) {
         __builtin_prefetch(b + (k + kAhead) * width + j * kLanes);
@@ -222,28 +209,36 @@ inline void strip(int64_t depth, const float* a, int64_t stride, const float* b,
         for (int r = 0; r < R; r++) acc[r][j] += splat(a[r * stride + k]) * right;
       }
     for (int r = 0; r < R; r++)
-      for (int j = 0; j < 4; j++) store(c + r * ldc + j * kLanes, acc[r][j]);
+      for (int j = 0; j < 4; j++) {
+        float* to = c + r * ldc + j * kLanes;
+        store(to, accumulate ? load(to) + acc[r][j] : acc[r][j]);
+      }
     return;
   }
   for (int64_t n = 0; n < columns; n += kLanes) {
     const int64_t some = columns - n < kLanes ? columns - n : kLanes;
     for (int r = 0; r < R; r++) {
-      Vec one = accumulate ? load_some(c + r * ldc + n, some) : Vec{};
+      Vec one{};
       for (int64_t k = 0; k < depth; k++) one += splat(a[r * stride + k]) * load_some(b + k * width + n, some);
-      store_some(c + r * ldc + n, one, some);
+      float* to = c + r * ldc + n;
+      store_some(to, accumulate ? load_some(to, some) + one : one, some);
     }
   }
 }
 
 inline void strip_task(View a, int64_t rows, View b, int64_t n0, int64_t columns, int64_t depth, float* c, int64_t ldc,
                        bool accumulate) {
-  const float* from = b.p + n0;
   float* to = c + n0;
-  switch (rows) {
-    case 1: return strip<1>(depth, a.p, a.rows, from, b.rows, to, ldc, columns, accumulate);
-    case 2: return strip<2>(depth, a.p, a.rows, from, b.rows, to, ldc, columns, accumulate);
-    case 3: return strip<3>(depth, a.p, a.rows, from, b.rows, to, ldc, columns, accumulate);
-    default: return strip<4>(depth, a.p, a.rows, from, b.rows, to, ldc, columns, accumulate);
+  for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+    const int64_t deep = depth - k0 < kDepth ? depth - k0 : kDepth;
+    const float *left = a.p + k0, *from = b.p + k0 * b.rows + n0;
+    const bool add = accumulate || k0 > 0;
+    switch (rows) {
+      case 1: strip<1>(deep, left, a.rows, from, b.rows, to, ldc, columns, add); break;
+      case 2: strip<2>(deep, left, a.rows, from, b.rows, to, ldc, columns, add); break;
+      case 3: strip<3>(deep, left, a.rows, from, b.rows, to, ldc, columns, add); break;
+      default: strip<4>(deep, left, a.rows, from, b.rows, to, ldc, columns, add);
+    }
   }
 }
 
