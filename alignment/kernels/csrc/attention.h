@@ -146,23 +146,28 @@ inline void attend_backward(const float* q, const float* k, const float* v, cons
   });
 }
 
-// The cache of one layer. A token's place is a number below `tokens`, a multiple of kCacheBlock at which a row's region
-// begins. Keys: [tokens / kCacheBlock][key heads][dim][kCacheBlock], so that the scores of kCacheBlock tokens come out
-// side by side; values: [tokens][key heads][dim].
+// The cache of one layer. A token's place is a number below `tokens`; a row's region begins at a multiple of kCacheBlock.
+// Keys: [key heads][tokens / kCacheBlock][dim][kCacheBlock], so that the scores of kCacheBlock tokens come out side by
+// side; values: [key heads][tokens][dim]. What one head reads of a region lies together, which memory rewards.
 struct Cache {
   float *keys, *values;
+  int64_t tokens;
 };
 
 inline float* key_place(const Cache& cache, int64_t place, int64_t head, const Heads& heads) {
-  return cache.keys + ((place / kCacheBlock * heads.key + head) * heads.dim) * kCacheBlock + place % kCacheBlock;
+  return cache.keys + (head * cache.tokens + place / kCacheBlock * kCacheBlock) * heads.dim + place % kCacheBlock;
+}
+
+inline float* value_place(const Cache& cache, int64_t place, int64_t head, const Heads& heads) {
+  return cache.values + (head * cache.tokens + place) * heads.dim;
 }
 
 inline void remember(const Cache& cache, int64_t place, const float* k, const float* v, const Heads& heads) {
   for (int64_t h = 0; h < heads.key; h++) {
     float* to = key_place(cache, place, h, heads);
     for (int64_t i = 0; i < heads.dim; i++) to[i * kCacheBlock] = k[h * heads.dim + i];
+    std::memcpy(value_place(cache, place, h, heads), v + h * heads.dim, heads.dim * sizeof(float));
   }
-  std::memcpy(cache.values + place * heads.key * heads.dim, v, heads.key * heads.dim * sizeof(float));
 }
 
 // A run of tokens in the cache: [place, place + length).
@@ -184,14 +189,14 @@ inline void score_block(const float* q, int64_t d, const float* keys, float* sco
     for (int j = 0; j < kParts; j++) store(scores + g * width + j * kLanes, acc[g][j]);
 }
 
-// out[d] += sum over count tokens of weights[j] * v[j * stride ..]. Two chains of additions for every vector of four, so
+// out[d] += sum over count tokens of weights[j] * v[j * d ..]. Two chains of additions for every vector of four, so
 // that the units for multiply-adds do not wait for one another.
-inline void mix(const float* weights, const float* v, int64_t count, int64_t stride, int64_t d, float* out) {
+inline void mix(const float* weights, const float* v, int64_t count, int64_t d, float* out) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= d; i += 4 * kLanes) {
     Vec acc[2][4] = {};
     for (int64_t j = 0; j < count; j++)
-      for (int c = 0; c < 4; c++) acc[j & 1][c] += weights[j] * load(v + j * stride + i + c * kLanes);
+      for (int c = 0; c < 4; c++) acc[j & 1][c] += weights[j] * load(v + j * d + i + c * kLanes);
     for (int c = 0; c < 4; c++) store(out + i + c * kLanes, load(out + i + c * kLanes) + (acc[0][c] + acc[1][c]));
   }
   for (; i + 2 * kLanes <= d; i += 2 * kLanes) {
@@ -199,15 +204,15 @@ inline void mix(const float* weights, const float* v, int64_t count, int64_t str
     int64_t j = 0;
     for (; j + 4 <= count; j += 4)
       for (int e = 0; e < 4; e++)
-        for (int c = 0; c < 2; c++) acc[e][c] += weights[j + e] * load(v + (j + e) * stride + i + c * kLanes);
+        for (int c = 0; c < 2; c++) acc[e][c] += weights[j + e] * load(v + (j + e) * d + i + c * kLanes);
     for (; j < count; j++)
-      for (int c = 0; c < 2; c++) acc[0][c] += weights[j] * load(v + j * stride + i + c * kLanes);
+      for (int c = 0; c < 2; c++) acc[0][c] += weights[j] * load(v + j * d + i + c * kLanes);
     for (int c = 0; c < 2; c++)
       store(out + i + c * kLanes, load(out + i + c * kLanes) + ((acc[0][c] + acc[1][c]) + (acc[2][c] + acc[3][c])));
   }
   over_columns(d - i, [&](int64_t at, int64_t n) {
     Vec acc{};
-    for (int64_t j = 0; j < count; j++) acc += weights[j] * get(v + j * stride + i + at, n);
+    for (int64_t j = 0; j < count; j++) acc += weights[j] * get(v + j * d + i + at, n);
     put(out + i + at, get(out + i + at, n) + acc, n);
   });
 }
@@ -267,8 +272,7 @@ inline void attend_cache(const float* q, const Cache& cache, const Span* spans, 
       const float inverse = 1.0f / norm;
       std::memset(to, 0, d * sizeof(float));
       each_run([&](float* run, int64_t place, int64_t count) {
-        const float* v = cache.values + (place * heads.key + kv) * d;
-        mix(run, v, count, heads.key * d, d, to);
+        mix(run, value_place(cache, place, kv, heads), count, d, to);
       });
       over_columns(d, [&](int64_t i, int64_t n) { put(to + i, get(to + i, n) * inverse, n); });
     }

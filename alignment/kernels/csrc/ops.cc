@@ -85,6 +85,7 @@ Tensors Stack(const Tensor& x, const Tensors& weights, const Tensor& cosine, con
       if (half) {
         mine.keys = written(cache) + (first_layer + i) * 2 * half;
         mine.values = mine.keys + half;
+        mine.tokens = half / s.key_width();
       }
       const bool whole = part == kWhole;
       if (part != kMlp)
