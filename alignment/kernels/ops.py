@@ -102,6 +102,10 @@ class Kernels:
         values = (shape.numbers, shape.epsilon, shape.norm_offset, sequences, cached, part, first_layer)
         return _run("alignment_stack", x, list(weights), *angles, cache, plan, *values)[0]
 
+    def embed(self, ids: Tensor, weight: Tensor, scale: float) -> Tensor:
+        """Rows ``ids`` ``[T]`` int64 (each in range) of ``weight`` ``[vocab, hidden]``, times ``scale``; no gradient."""
+        return _run("alignment_embed", ids, weight, float(scale))[0]
+
     def rms_norm(self, x: Tensor, weight: Tensor, shape: LayerShape) -> Tensor:
         """The norm of :meth:`stack`'s layers, ``[..., hidden]``, without gradient."""
         return _run("alignment_rms_norm", x, weight, shape.epsilon, shape.norm_offset)[0]

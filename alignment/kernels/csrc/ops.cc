@@ -98,6 +98,21 @@ Tensors Stack(const Tensor& x, const Tensors& weights, const Tensor& cosine, con
   return {y};
 }
 
+Tensors Embed(const Tensor& ids, const Tensor& weight, float scale) {
+  const int64_t rows = ids.numel(), width = weight.shape()[1];
+  const int64_t* at = ids.data<int64_t>();
+  const float* table = floats(weight);
+  Tensor y = made({rows, width});
+  float* out = written(y);
+  alignment::parallel_rows(rows, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++)
+      alignment::over_columns(width, [&](int64_t i, int64_t n) {
+        alignment::put(out + r * width + i, alignment::get(table + at[r] * width + i, n) * scale, n);
+      });
+  });
+  return {y};
+}
+
 Tensors RmsNorm(const Tensor& x, const Tensor& weight, float epsilon, float norm_offset) {
   const int64_t width = weight.shape()[0];
   Tensor y = made(x.shape());
@@ -235,6 +250,12 @@ PD_BUILD_OP(alignment_stack)
     .Attrs({"shape: std::vector<int64_t>", "epsilon: float", "norm_offset: float", "sequences: int64_t", "cached: bool",
             "part: int64_t", "first_layer: int64_t"})
     .SetKernelFn(PD_KERNEL(Stack));
+
+PD_BUILD_OP(alignment_embed)
+    .Inputs({"Ids", "Weight"})
+    .Outputs({"Y"})
+    .Attrs({"scale: float"})
+    .SetKernelFn(PD_KERNEL(Embed));
 
 PD_BUILD_OP(alignment_rms_norm)
     .Inputs({"X", "Weight"})

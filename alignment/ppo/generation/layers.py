@@ -97,13 +97,13 @@ class LayerOps:
     def prefill(self, tokens: np.ndarray, batch: PackedBatch) -> Tensor:
         """Read whole prompts ``[T]`` and keep them; returns ``[S, hidden]``, behind each prompt's last token."""
         angles = self.decoder.angles(int(batch.positions.max()) + 1)
-        x = self.layers(self.decoder.embed(paddle.to_tensor(tokens)), batch, angles)
+        x = self.layers(self.embed(paddle.to_tensor(tokens)), batch, angles)
         return self.final_norm(paddle.gather(x, paddle.to_tensor(batch.starts[1:] - 1)))
 
     def decode(self, tokens: Tensor, batch: CachedBatch) -> Tensor:
         """Read one more token ``[B]`` of each row; returns ``[B, hidden]``."""
         angles = self.decoder.angles(int(batch.positions.max()) + 1)
-        return self.final_norm(self.layers(self.decoder.embed(tokens), batch, angles))
+        return self.final_norm(self.layers(self.embed(tokens), batch, angles))
 
     def layers(self, x: Tensor, batch: PackedBatch | CachedBatch, angles: tuple[Tensor, Tensor]) -> Tensor:
         """All decoder layers, ``[T, hidden]`` -> ``[T, hidden]``: each half adds to the residual stream, and with
@@ -114,6 +114,10 @@ class LayerOps:
             x = x + self.total(self.attention(x, weights, number, plan))
             x = x + self.total(self.mlp(x, weights, plan))
         return x
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """``[T]`` int64 -> ``[T, hidden]``."""
+        return self.decoder.embed(tokens)
 
     def final_norm(self, x: Tensor) -> Tensor:
         """``[..., hidden]``."""
@@ -329,6 +333,14 @@ class CpuKernelOps(LayerOps):
         angles, numbers, sequences, cached = plan
         how = {"cached": cached, "part": part, "first_layer": number}
         return self.kernels.stack(x, weights, angles, self.cache, numbers, self.shape, sequences, **how)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """See :meth:`LayerOps.embed`."""
+        table = self.decoder.backbone.embed_tokens
+        # Mistral's gives zeros for the pad id, which may be sampled like any other
+        if self.decoder.tensor_group is not None or getattr(table, "_padding_idx", -1) != -1:
+            return super().embed(tokens)
+        return self.kernels.embed(tokens, table.weight, self.decoder.embedding_scale)
 
     def final_norm(self, x: Tensor) -> Tensor:
         """See :meth:`LayerOps.final_norm`."""
