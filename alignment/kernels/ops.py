@@ -103,7 +103,7 @@ class Kernels:
         return _run("alignment_stack", x, list(weights), *angles, cache, plan, *values)[0]
 
     def embed(self, ids: Tensor, weight: Tensor, scale: float) -> Tensor:
-        """Rows ``ids`` ``[T]`` int64 (each in range) of ``weight`` ``[vocab, hidden]``, times ``scale``; no gradient."""
+        """Rows ``ids`` ``[T]`` int64 of ``weight`` ``[vocab, hidden]``, times ``scale``; without gradient."""
         return _run("alignment_embed", ids, weight, float(scale))[0]
 
     def rms_norm(self, x: Tensor, weight: Tensor, shape: LayerShape) -> Tensor:
