@@ -155,7 +155,11 @@ def _offload(setting: Setting) -> list[tuple[str, ...]]:
 
 
 def _micro_batches(setting: Setting, args: Any) -> list[tuple[str, ...]]:
-    """Fewer rows at a time, the same optimizer step; what was not given follows (rollout, forwards)."""
+    """Fewer rows (tokens) at a time, the same optimizer step; what was not given follows (forwards)."""
+    if setting.max_tokens:
+        budgets = (setting.max_tokens // 2**times for times in range(1, 5))
+        least = setting.width * setting.rows_of_item
+        return [(f"max_tokens_per_micro_batch={budget}",) for budget in budgets if budget >= least]
     found, rows, times = [], setting.micro_rows, setting.accumulation
     while rows % 2 == 0:
         rows, times = rows // 2, times * 2

@@ -33,6 +33,9 @@ class Card:
         kernels: GB/s of elementwise kernels that do not reach the bandwidth, by kind (those of
             :class:`alignment.plan.work.Op`); on a CPU Paddle's kernels are single-threaded and far from it.
         attention_efficiency: share of the peak of the small products of attention.
+        kernel_efficiency: CPU: share of the peak that the CPU kernels' large products reach.
+        causal_efficiency: CPU: the same of their attention.
+        step: seconds of one decoding step on the host, whatever it decodes.
         reserved: GiB that the context, the allocator and the communication buffers take.
         node: cards of one node.
         collectives: ``"ring"`` (NCCL) or ``"mailbox"`` (this toolkit's CPU back end).
@@ -54,18 +57,38 @@ class Card:
     hop: float = 1e-5
     kernels: Mapping[str, float] = field(default_factory=dict)
     attention_efficiency: float = 0.35
+    kernel_efficiency: float = 1.0
+    causal_efficiency: float = 0.35
+    step: float = 0.0
     reserved: float = 2.0
     node: int = 8
     collectives: str = "ring"
     half: bool = True
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is no accelerator."""
+        return self.collectives == "mailbox"
+
+    @property
+    def cache_bytes(self) -> float:
+        """Of a rollout's cache without a budget (:func:`alignment.ppo.generation.engine.cache_bytes`)."""
+        return float(GIB) if self.is_cpu else self.memory * GIB / 8
+
     def gemm_rate(self, item: int) -> float:
         """Multiply-adds counted as two, per second, of large products of numbers of ``item`` bytes."""
         return 1e12 * (self.tflops if item == 2 else self.tflops_float32) * self.gemm_efficiency
 
-    def attention_rate(self, item: int) -> float:
-        """The same of attention's products."""
-        return 1e12 * (self.tflops if item == 2 else self.tflops_float32) * self.attention_efficiency
+    def computing_rate(self, kind: str, item: int) -> float:
+        """The same of products of a kind of :class:`alignment.plan.work.Op`."""
+        shares = {
+            "attention": self.attention_efficiency,
+            "kernel": self.kernel_efficiency,
+            "weights": self.kernel_efficiency,
+            "causal": self.causal_efficiency,
+            "cache": self.causal_efficiency,
+        }
+        return self.gemm_rate(item) / self.gemm_efficiency * shares.get(kind, self.gemm_efficiency)
 
     def moving_rate(self, kind: str) -> float:
         """Bytes per second that elementwise kernels of a kind read and write."""
