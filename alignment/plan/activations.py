@@ -172,16 +172,16 @@ class ChunkedHead:
     whole: WholeHead
 
     def kept(self, labels: float) -> float:
-        """For the backward: of one chunk what it keeps; of several the states, and a copy that is cut into pieces."""
+        """For the backward: of one chunk what it keeps; of several the states' pieces."""
         if labels <= LABELS_AT_ONCE:
             return labels * self.whole.kept()
-        return labels * 2 * self.whole.item * self.whole.shape.hidden
+        return labels * self.whole.item * self.whole.shape.hidden
 
     def running(self, labels: float) -> float:
-        """While a chunk runs, or is made anew: what is kept of all, and one chunk's logits."""
+        """While a chunk runs, or is made anew: the states, their pieces, and one chunk's logits."""
         if labels <= LABELS_AT_ONCE:
             return labels * self.whole.running()
-        return self.kept(labels) + LABELS_AT_ONCE * self.whole.running()
+        return 2 * self.kept(labels) + LABELS_AT_ONCE * self.whole.running()
 
 
 #: Copies of the plain path's key-value cache: a step makes it anew by concatenation, old and new are there together.
