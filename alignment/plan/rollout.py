@@ -91,7 +91,8 @@ def rollout_memory(setting: Setting, layout: Topology, shares: int) -> dict[str,
     assert actor is not None
     shape, item = actor.shape, setting.item
     plan = rollout_of(setting, layout, shares)
-    layer = layer_kind(shape, item, layout.tensor, flash=setting.flash)
+    # On a GPU the engine's attention is a fused operator whatever the training's is.
+    layer = layer_kind(shape, item, layout.tensor, flash=setting.flash or setting.engine_generates)
     read = plan.prompts_at_once * setting.prompt_tokens
     logits = plan.rows * shape.vocab * (item + 4.0) if layout.last_stage else 0.0
     if not setting.engine_generates:
@@ -142,7 +143,8 @@ def rollout_ops(setting: Setting, stage: Topology, plan: RolloutPlan, layers: in
         own = kernels.choice(shape, rows, setting.nucleus)
         return ops + [op.times(plan.rounds * setting.mean_response) for op in own]
     at_once = max(1.0, rows / plan.copies)
-    common: dict[str, Any] = {"flash": setting.flash, "cached": not setting.engine_generates}
+    engine = setting.engine_generates
+    common: dict[str, Any] = {"flash": setting.flash or engine, "cached": not engine}
     read = work.layer_forward(shape, item, stage.tensor, at_once, prompt, prompt, **common)
     step = work.layer_forward(shape, item, stage.tensor, rows, 1.0, half, **common)
     ops = [op.times(layers * plan.prompts / at_once) for op in read] + [op.times(layers * steps) for op in step]
