@@ -335,7 +335,7 @@ def training_memory(setting: Setting, topology: Topology, role: RolePlan) -> dic
     head = max(head_running, head_kept + working)
     begin = {"activations": kept_layers + head, "gradients": before + max(fresh_head, 0.0 if before else fresh_layer)}
     end = {"activations": tokens * each + working, "gradients": gradients + (fresh_layer if before else 0.0)}
-    step = {"activations": 0.0, "gradients": gradients, "workspace": _travelling(part, topology)}
+    step = {"activations": 0.0, "gradients": gradients, "workspace": _travelling(part, topology), "buffers": 0.0}
     # Under sharding stage 3 parameters rest again before gradients travel.
     for moment in (begin, end):
         moment |= {"workspace": _awake(setting, topology, role, whole=False), "buffers": buffers}

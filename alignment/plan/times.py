@@ -144,13 +144,11 @@ def train_ops(
     """One micro batch's forward and backward on one stage; with recomputation the layers' forward is in both."""
     count, tokens = layers_here(role.shape.layers, topology), rows * width
     first = forward_ops(setting, role, topology, rows, width, labels, entropy, True)
-    fused = setting.fused_layers(role, topology)
-    if fused:
+    if fused := setting.fused_layers(role, topology):
         layer = kernels.layer_forward(role.shape, tokens, width)
         behind = kernels.layer_backward(role.shape, tokens, width)
     else:
-        sizes = (role.shape, setting.item, topology.tensor, rows, width)
-        outside = _outside(topology)
+        sizes, outside = (role.shape, setting.item, topology.tensor, rows, width), _outside(topology)
         layer = work.layer_forward(*sizes, width, flash=setting.flash, outside=outside)
         behind = work.layer_backward(*sizes, flash=setting.flash, outside=outside)
     second = [op.times(count) for op in behind]
@@ -333,7 +331,8 @@ def _generate(setting: Setting, card: Card, role: RolePlan, phase: PhaseTime) ->
     layout, shares = setting.rollout_topology()
     plan = rollout_of(setting, layout, shares)
     rows, batches, prompts = plan.rows, plan.rounds, max(1.0, plan.rows / plan.copies)
-    for stage in stages_of(replace(layout, sequence_parallel=False)):
+    stages = stages_of(replace(layout, sequence_parallel=False))
+    for stage in stages:
         ops = rollout_ops(setting, stage, plan, layers_here(role.shape.layers, stage))
         # The stages take turns: one batch is under way at a time.
         seconds = work.seconds(ops, card, setting.item)
@@ -345,7 +344,6 @@ def _generate(setting: Setting, card: Card, role: RolePlan, phase: PhaseTime) ->
                 phase.compute += logits / (1e9 * card.host_link)  # the plain path chooses on the host
         else:
             phase.bubble += seconds
-    stages = stages_of(replace(layout, sequence_parallel=False))
     plain = replace(setting, topology=replace(setting.topology, sequence_parallel=False))
     for tokens, often in ((prompts * setting.mean_prompt, 1.0), (rows, setting.mean_response - 1)):
         messages = _pass_traffic(plain, role, tokens, rows, {"forward": 1.0}, ("generate",), stages)
