@@ -21,6 +21,8 @@ from alignment.ppo.models.fused import FusedDecoder
 from tests.plan.plan_jobs import allocated, peak_above
 
 NAMES = {"qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "gemma": "Gemma"}
+# Two of the four are what differs most; the others are slow tests.
+KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("llama", "mistral"))) for kind in NAMES]
 ROWS, TOKENS = 2, 128
 
 
@@ -60,7 +62,7 @@ def kept(model: paddle.nn.Layer) -> tuple[int, int]:
     return between, peak[0]
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_keeps_what_is_planned(kind: str) -> None:
     heads = {"num_attention_heads": 16, "num_key_value_heads": 16} if kind == "llama" else {}
     few, shape = build(kind, 1, **heads)
@@ -70,7 +72,7 @@ def test_a_layer_keeps_what_is_planned(kind: str) -> None:
     assert planned == pytest.approx(measured, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_without_gradient_takes_what_is_planned(kind: str) -> None:
     model, shape = build(kind, 3)
     ids = paddle.to_tensor(np.ones([ROWS, TOKENS], dtype=np.int64))

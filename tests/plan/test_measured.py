@@ -44,7 +44,7 @@ FAST = {
     ("one process", True),
     ("stage 3", False),
     ("TP2, sequence parallel", False),
-    ("TP2 x PP2", False),
+    ("PP2", False),
 }
 NEAR = 0.15
 
