@@ -4,7 +4,10 @@ One class per kind of implementation, so that another implementation is another 
 
 - :class:`PlainLayer`: paddlenlp's layers, operator by operator, as they are;
 - :class:`FlashLayer`: the same with an attention that stores no scores (``use_flash_attention`` on a GPU);
-- :class:`WholeHead`: logits of all wanted positions at once (:mod:`alignment.ppo.algorithms.logprobs`).
+- :class:`WholeHead`: logits of all wanted positions at once (:mod:`alignment.ppo.algorithms.logprobs`);
+- :class:`ChunkedHead`: the same for so many positions at a time (:mod:`alignment.ppo.label_scores`).
+
+The CPU kernels' are in :mod:`alignment.plan.kernels`.
 
 The counts were derived by writing down what each operator's gradient needs, the way Korthikanti et al. 2022
 (arXiv:2205.05198, section 4, equations 1-4) do for Megatron's layer, and agree with what Paddle's allocator reports in
@@ -154,22 +157,35 @@ class WholeHead:
         return self.item * self.shape.hidden + (self.item + copy + 12) * self.columns
 
 
-@dataclass(frozen=True)
-class GrowingCache:
-    """paddlenlp's key-value cache, which a step makes anew by concatenation: old and new are there together."""
-
-    copies: float = 2.0
+#: Labels whose logits exist at a time (``LABELS_AT_ONCE`` of :mod:`alignment.ppo.label_scores`).
+LABELS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
-class PreallocatedCache:
-    """A cache of its final size that is written in place."""
+class ChunkedHead:
+    """LM head and log-probabilities in chunks that the backward makes anew. Bytes in all for a number of labels.
 
-    copies: float = 1.0
+    Attributes:
+        whole: of one chunk.
+    """
+
+    whole: WholeHead
+
+    def kept(self, labels: float) -> float:
+        """For the backward: of one chunk what it keeps; of several the states' pieces."""
+        if labels <= LABELS_AT_ONCE:
+            return labels * self.whole.kept()
+        return labels * self.whole.item * self.whole.shape.hidden
+
+    def running(self, labels: float) -> float:
+        """While a chunk runs, or is made anew: the states, their pieces, and one chunk's logits."""
+        if labels <= LABELS_AT_ONCE:
+            return labels * self.whole.running()
+        return 2 * self.kept(labels) + LABELS_AT_ONCE * self.whole.running()
 
 
-#: What generation does today.
-CACHE = GrowingCache()
+#: Copies of the plain path's key-value cache: a step makes it anew by concatenation, old and new are there together.
+GROWING = 2.0
 
 
 def cache_bytes(shape: ModelShape, layers: int, rows: float, tokens: float, item: int, tensor: int = 1) -> float:

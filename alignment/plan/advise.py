@@ -9,6 +9,7 @@ from typing import Any
 
 from alignment.errors import AlignmentError
 from alignment.plan.model import Plan, memory_everywhere, predict
+from alignment.plan.rollout import rollout_of
 from alignment.plan.setting import Setting
 from alignment.plan.times import times_of
 
@@ -134,7 +135,7 @@ def _fitting(plan: Plan, build: Callable[[Sequence[str]], Setting], words: tuple
 
 def _changes(setting: Setting, args: Any) -> list[list[tuple[str, ...]]]:
     """Changes by kind, each kind from mild to strong."""
-    kinds = [_recompute(setting), _offload(setting), _micro_batches(setting, args), _layouts(setting)]
+    kinds = [_recompute(setting), _offload(setting), _micro_batches(setting, args), _cache(setting), _layouts(setting)]
     if setting.item == 2 and not setting.flash:
         kinds.append([("use_flash_attention=true",)])
     return [kind for kind in kinds if kind]
@@ -155,7 +156,11 @@ def _offload(setting: Setting) -> list[tuple[str, ...]]:
 
 
 def _micro_batches(setting: Setting, args: Any) -> list[tuple[str, ...]]:
-    """Fewer rows at a time, the same optimizer step; what was not given follows (rollout, forwards)."""
+    """Fewer rows (tokens) at a time, the same optimizer step; what was not given follows (forwards)."""
+    if setting.max_tokens:
+        budgets = (setting.max_tokens // 2**times for times in range(1, 5))
+        least = setting.width * setting.rows_of_item
+        return [(f"max_tokens_per_micro_batch={budget}",) for budget in budgets if budget >= least]
     found, rows, times = [], setting.micro_rows, setting.accumulation
     while rows % 2 == 0:
         rows, times = rows // 2, times * 2
@@ -166,6 +171,14 @@ def _micro_batches(setting: Setting, args: Any) -> list[tuple[str, ...]]:
                     words.append(f"{key}={rows}")
         found.append(tuple(words))
     return found
+
+
+def _cache(setting: Setting) -> list[tuple[str, ...]]:
+    """A quarter of the rollout engine's cache."""
+    if setting.stage != "ppo" or not setting.engine_generates:
+        return []
+    tokens = rollout_of(setting, *setting.rollout_topology()).tokens
+    return [(f"rollout_token_budget={tokens // 4}",)]
 
 
 def _layouts(setting: Setting) -> list[tuple[str, ...]]:

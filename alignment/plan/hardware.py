@@ -33,6 +33,9 @@ class Card:
         kernels: GB/s of elementwise kernels that do not reach the bandwidth, by kind (those of
             :class:`alignment.plan.work.Op`); on a CPU Paddle's kernels are single-threaded and far from it.
         attention_efficiency: share of the peak of the small products of attention.
+        kernel_efficiency: CPU: share of the peak that the CPU kernels' large products reach.
+        causal_efficiency: CPU: the same of their attention.
+        step: seconds of one decoding step on the host, whatever it decodes.
         reserved: GiB that the context, the allocator and the communication buffers take.
         node: cards of one node.
         collectives: ``"ring"`` (NCCL) or ``"mailbox"`` (this toolkit's CPU back end).
@@ -54,18 +57,38 @@ class Card:
     hop: float = 1e-5
     kernels: Mapping[str, float] = field(default_factory=dict)
     attention_efficiency: float = 0.35
+    kernel_efficiency: float = 1.0
+    causal_efficiency: float = 0.35
+    step: float = 0.0
     reserved: float = 2.0
     node: int = 8
     collectives: str = "ring"
     half: bool = True
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is no accelerator."""
+        return self.collectives == "mailbox"
+
+    @property
+    def cache_bytes(self) -> float:
+        """Of a rollout's cache without a budget (:func:`alignment.ppo.generation.engine.cache_bytes`)."""
+        return float(GIB) if self.is_cpu else self.memory * GIB / 8
+
     def gemm_rate(self, item: int) -> float:
         """Multiply-adds counted as two, per second, of large products of numbers of ``item`` bytes."""
         return 1e12 * (self.tflops if item == 2 else self.tflops_float32) * self.gemm_efficiency
 
-    def attention_rate(self, item: int) -> float:
-        """The same of attention's products."""
-        return 1e12 * (self.tflops if item == 2 else self.tflops_float32) * self.attention_efficiency
+    def computing_rate(self, kind: str, item: int) -> float:
+        """The same of products of a kind of :class:`alignment.plan.work.Op`."""
+        shares = {
+            "attention": self.attention_efficiency,
+            "kernel": self.kernel_efficiency,
+            "weights": self.kernel_efficiency,
+            "causal": self.causal_efficiency,
+            "cache": self.causal_efficiency,
+        }
+        return self.gemm_rate(item) / self.gemm_efficiency * shares.get(kind, self.gemm_efficiency)
 
     def moving_rate(self, kind: str) -> float:
         """Bytes per second that elementwise kernels of a kind read and write."""
@@ -88,34 +111,47 @@ CARDS: dict[str, Card] = {
         Card("h800", 80, 989, 67, 3350, 200, 50, 50),
         Card("h200", 140, 989, 67, 4800, 450, 50, 50),
         Card("v100-32g", 32, 125, 15.7, 900, 150, 12.5, 12),
-        # One core of an AMD EPYC, beside other work, by `benchmarks/plan.py` (float32; efficiencies are in the rates).
-        # For another machine run it, and give --tflops and --bandwidth.
+        # One core of an AMD EPYC, beside other work, by `benchmarks/plan.py` (float32; efficiencies are in the rates):
+        # the peak is what the CPU kernels' products reach. Paddle's own products (of divided models) are the share that
+        # gemm_efficiency says. For another machine run it, and give --tflops and --bandwidth.
         Card(
             "cpu",
             memory=16,
-            tflops=0.128,
-            tflops_float32=0.128,
-            bandwidth=39,
+            tflops=0.21,
+            tflops_float32=0.21,
+            bandwidth=36,
             link=1,
             network=1,
             host_link=1,
-            gemm_efficiency=1.0,
+            gemm_efficiency=0.6,
             memory_efficiency=1.0,
             link_efficiency=1.0,
             launch=2e-6,
             hop=2e-4,
             kernels={
-                "stream": 48,
-                "broadcast": 2.7,
-                "reduction": 9.4,
-                "power": 0.78,
+                "stream": 43,
+                "broadcast": 3.4,
+                "reduction": 8.8,
+                "power": 0.77,
                 "exponential": 8.8,
                 "turn": 1.1,
                 "pad": 5.6,
                 "fold": 1.8,
-                "far": 39,
+                "far": 36,
+                "adamw": 15,
+                "squares": 55,
+                "weights": 19,
+                "normed": 53,
+                "gate": 31,
+                "cache": 17,
+                "scan": 12,
+                "slope": 15,
+                "choice": 4.2,
+                "nucleus": 0.5,
             },
-            attention_efficiency=0.2,
+            attention_efficiency=0.12,
+            causal_efficiency=0.4,
+            step=2.7e-4,
             reserved=0.4,
             node=1 << 20,
             collectives="mailbox",

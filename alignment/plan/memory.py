@@ -15,15 +15,17 @@ from functools import cached_property, lru_cache
 from alignment.parallel.offload import LEVELS
 from alignment.parallel.owners import assign_owners
 from alignment.parallel.topology import Topology, layers_of_stage
-from alignment.plan.activations import CACHE, PlainLayer, WholeHead, cache_bytes, layer_kind
+from alignment.plan.activations import ChunkedHead, PlainLayer, WholeHead, layer_kind
+from alignment.plan.kernels import FLOAT, FusedHead, FusedLayer, stack_buffers
+from alignment.plan.rollout import rollout_memory
 from alignment.plan.setting import RolePlan, Setting
-from alignment.plan.shapes import ModelShape, PartTensor, buffer_bytes, layer_of, lora_tensors, part_tensors
+from alignment.plan.shapes import PartTensor, buffer_bytes, layer_of, lora_tensors, part_tensors
 from alignment.ppo.dataflow import PPO_ITERATION, optimizer_of
 
 #: float32 elements of one bucket in which gradients and parameters travel (alignment.parallel.groups).
 BUCKET_ELEMENTS = 16 * 1024 * 1024
 #: Columns of the report, in its order.
-KINDS = ("parameters", "optimizer", "gradients", "activations", "kv_cache", "workspace", "other")
+KINDS = ("parameters", "optimizer", "gradients", "activations", "kv_cache", "workspace", "buffers", "other")
 
 
 @dataclass(frozen=True)
@@ -244,8 +246,10 @@ def _phase(name: str, resident: Mapping[str, float], away: tuple[str, ...], adde
     return PhaseMemory(name, kinds, away)
 
 
-def _layer(setting: Setting, shape: ModelShape, topology: Topology) -> PlainLayer:
-    return layer_kind(shape, setting.item, topology.tensor, topology.sequence_parallel, setting.flash)
+def _layer(setting: Setting, role: RolePlan, topology: Topology) -> PlainLayer:
+    if setting.fused_layers(role, topology):
+        return FusedLayer(role.shape)
+    return layer_kind(role.shape, setting.item, topology.tensor, topology.sequence_parallel, setting.flash)
 
 
 def _awake(setting: Setting, topology: Topology, role: RolePlan, whole: bool) -> float:
@@ -258,70 +262,60 @@ def _awake(setting: Setting, topology: Topology, role: RolePlan, whole: bool) ->
 
 
 def _generate(setting: Setting, topology: Topology) -> dict[str, float]:
-    """Caches of the answers that are generated together, and one layer of the prefill or a step's logits."""
+    """The rollout's cache and activations, and the weights that it needs besides the resident ones."""
     actor = _role(setting, "actor")
     layout, shares = setting.rollout_topology()
-    layout = topology if shares == 1 else layout
-    rows = min(setting.rollout_rows, -(-setting.samples // shares))
-    layers = len(layers_of_stage(actor.shape.layers, layout.pipeline, layout.stage))
-    tokens = setting.prompt_tokens + setting.response_tokens
-    cache = cache_bytes(actor.shape, layers, rows, tokens, setting.item, layout.tensor)
-    layer = layer_kind(actor.shape, setting.item, layout.tensor, flash=setting.flash)
-    prompts = max(1, rows // setting.answers_per_prompt)
-    prefill = prompts * setting.prompt_tokens * layer.running(setting.prompt_tokens)
-    prefill += cache_bytes(actor.shape, layers, prompts, setting.prompt_tokens, setting.item, layout.tensor)
-    logits = rows * actor.shape.vocab * (setting.item + 4.0) if layout.last_stage else 0.0
-    # One token behind the cache: keys and values of one layer, repeated to all heads, and one of them turned.
-    repeated = 0.0 if setting.flash else 3.0 * rows * tokens * actor.shape.query / layout.tensor * setting.item
-    decode = CACHE.copies * cache + repeated + logits
-    added = {"kv_cache": CACHE.copies * cache, "activations": repeated + logits}
-    if prefill > decode:
-        added = {"kv_cache": prefill - prompts * setting.prompt_tokens * layer.running(setting.prompt_tokens)}
-        added["activations"] = prefill - added["kv_cache"]
-    awake = _awake(setting, topology, actor, whole=True)
-    work = 0.0 if not setting.reshards else 2.0 * setting.item * max(BUCKET_ELEMENTS, part_of(actor, topology).largest)
-    return {**added, "workspace": awake + work}
+    added = rollout_memory(setting, topology if shares == 1 else layout, shares)
+    work = _awake(setting, topology, actor, whole=True)
+    if setting.reshards:
+        work += 2.0 * setting.item * max(BUCKET_ELEMENTS, part_of(actor, topology).largest)
+    return {**added, "workspace": added.get("workspace", 0.0) + work}
 
 
 def _infer(setting: Setting, topology: Topology, role: RolePlan) -> dict[str, float]:
     """One layer of a micro batch without gradient, then the head on the answers."""
-    rows = min(setting.infer_rows, setting.samples)
     width = setting.width
-    layer = _layer(setting, role.shape, topology)
-    tokens = rows * width
+    rows = setting.infer_batch_at(width)
+    layer = _layer(setting, role, topology)
+    tokens, labels = rows * width, rows * setting.response_tokens
     peak = tokens * layer.running(width)
     if topology.last_stage:
         hidden = tokens * setting.item * role.shape.hidden
-        peak = max(peak, hidden + _head(setting, topology, role, rows * setting.response_tokens, tokens, False))
-    return {"activations": peak, "workspace": _awake(setting, topology, role, whole=False)}
+        peak = max(peak, hidden + _head(setting, topology, role, labels, tokens, False))
+    buffers = _head_buffers(setting, topology, role, labels)
+    if isinstance(layer, FusedLayer):
+        buffers = max(buffers, stack_buffers(role.shape, tokens, width))
+    return {"activations": peak, "workspace": _awake(setting, topology, role, whole=False), "buffers": buffers}
 
 
-def _head(
-    setting: Setting,
-    topology: Topology,
-    role: RolePlan,
-    labels: float,
-    tokens: float,
-    kept: bool,
-) -> float:
+def _head(setting: Setting, topology: Topology, role: RolePlan, labels: float, tokens: float, kept: bool) -> float:
     """Bytes of a head: of an LM head by wanted positions, of a score head a float32 copy of all states."""
     if role.head == "score":
         return tokens * (4.0 * role.shape.hidden if setting.item == 2 else 0.0) + 8.0 * tokens
-    head = WholeHead(role.shape, setting.item, topology.tensor, setting.temperature)
-    return labels * (head.kept() if kept else head.running())
+    head: FusedHead | ChunkedHead = FusedHead(role.shape)
+    if not setting.fused_head(role, topology):
+        head = ChunkedHead(WholeHead(role.shape, setting.item, topology.tensor, setting.temperature))
+    return head.kept(labels) if kept else head.running(labels)
+
+
+def _head_buffers(setting: Setting, topology: Topology, role: RolePlan, labels: float) -> float:
+    """Bytes of the kernels' block of logits."""
+    has = topology.last_stage and role.head == "lm" and setting.fused_head(role, topology)
+    return FusedHead(role.shape).buffers(labels) if has else 0.0
 
 
 def training_memory(setting: Setting, topology: Topology, role: RolePlan) -> dict[str, float]:
     """Gradients, activations and workspace at the peak of one optimizer step of a role."""
     part, width = part_of(role, topology), setting.width
-    tokens = setting.rows_per_micro_batch * width
+    rows = setting.micro_batch_at(width)
+    tokens = rows * setting.rows_of_item * width
     # Every token of a supervised row may be an answer's, also in the ptx loss.
-    labels = tokens if setting.ptx or setting.stage != "ppo" else setting.micro_rows * setting.response_tokens
-    layer = _layer(setting, role.shape, topology)
+    labels = tokens if setting.ptx or setting.stage != "ppo" else rows * setting.response_tokens
+    layer = _layer(setting, role, topology)
     count = len(layers_of_stage(role.shape.layers, topology.pipeline, topology.stage))
     recompute = role.recompute or (part.sharded and topology.sharding_stage == 3 and not role.lora_rank)
     each = layer.input() if recompute else layer.kept(width)
-    waiting = min(setting.micro_batches, topology.pipeline - topology.stage)
+    waiting = min(setting.micro_batches_at(width), topology.pipeline - topology.stage)
     kept_layers = tokens * count * each * waiting
     working = tokens * (layer.backward_working(width) + (layer.kept(width) if recompute else 0.0))
     head_kept = head_running = 0.0
@@ -329,16 +323,22 @@ def training_memory(setting: Setting, topology: Topology, role: RolePlan) -> dic
         final = tokens * (layer.norm() + setting.item * role.shape.hidden)
         head_kept = final + _head(setting, topology, role, labels, tokens, True)
         head_running = final + _head(setting, topology, role, labels, tokens, False)
-    gradients = float(setting.item * part.trained_elements)
+    gradients, before = float(setting.item * part.trained_elements), _gradients_before(setting, topology, part)
+    buffers, fresh_head, fresh_layer = _head_buffers(setting, topology, role, labels), 0.0, 0.0
+    if isinstance(layer, FusedLayer):
+        # The kernels make all gradients of a layer, and of a head, before they are added to those that are there.
+        buffers = max(buffers, tokens * layer.buffers())
+        fresh_head = FLOAT * float(role.shape.hidden * role.shape.vocab) if role.head == "lm" else 0.0
+        fresh_layer = FLOAT * float(role.shape.layer_matrices)
     # At the forward's end all activations are there, and gradients of micro batches before; at the backward's end all
     # gradients, but only the first layer's activations.
     head = max(head_running, head_kept + working)
-    begin = {"activations": kept_layers + head, "gradients": _gradients_before(setting, topology, part)}
-    end = {"activations": tokens * each + working, "gradients": gradients}
-    step = {"activations": 0.0, "gradients": gradients, "workspace": _travelling(part, topology)}
+    begin = {"activations": kept_layers + head, "gradients": before + max(fresh_head, 0.0 if before else fresh_layer)}
+    end = {"activations": tokens * each + working, "gradients": gradients + (fresh_layer if before else 0.0)}
+    step = {"activations": 0.0, "gradients": gradients, "workspace": _travelling(part, topology), "buffers": 0.0}
     # Under sharding stage 3 parameters rest again before gradients travel.
     for moment in (begin, end):
-        moment["workspace"] = _awake(setting, topology, role, whole=False)
+        moment |= {"workspace": _awake(setting, topology, role, whole=False), "buffers": buffers}
     return max((begin, end, step), key=lambda moment: sum(moment.values()))
 
 
@@ -347,15 +347,15 @@ def _gradients_before(setting: Setting, topology: Topology, part: Part) -> float
     owned = sum(tensor.elements for tensor in part.owned_trained)
     own, every = float(setting.item * owned), float(setting.item * part.trained_elements)
     reduced = part.sharded and topology.sharding_stage >= 2 and topology.pipeline == 1
+    several = setting.micro_batches_at(setting.width) > 1
     if part.sharded and topology.sharding_stage == 3:
         # Every micro batch ends with its gradients at their owners.
         before = own
-    elif setting.micro_batches > 1:
+    elif several:
         return every
     else:
         before = own if reduced else every
-    earlier = setting.micro_batches > 1 or (setting.ptx and part.role.name == "actor")
-    return before if earlier else 0.0
+    return before if several or (setting.ptx and part.role.name == "actor") else 0.0
 
 
 def _travelling(part: Part, topology: Topology) -> float:

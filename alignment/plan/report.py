@@ -19,6 +19,7 @@ _HEADINGS = {
     "activations": "activations",
     "kv_cache": "KV cache",
     "workspace": "workspace",
+    "buffers": "kernels",
     "other": "other",
 }
 #: Alternatives of the same kind that the text shows; JSON has all.
@@ -49,7 +50,8 @@ def _headline(plan: Plan, notes: Sequence[str]) -> str:
         size = role.shape.parameters / 1e9
         lines.append(f"  {role.name:<10} {role.shape.model_type} of {size:.2f} billion parameters, {', '.join(words)}")
     precision = "half precision" if setting.item == 2 else "float32"
-    batch = f"micro batches of {setting.micro_rows} rows x {setting.micro_batches} a step"
+    rows, width = setting.micro_batch_at(setting.mean_width), setting.mean_width
+    batch = f"micro batches of {rows} rows x {setting.micro_batches_at(width)} a step"
     if setting.stage == "ppo":
         batch += (
             f", prompts up to {setting.prompt_tokens} and answers up to {setting.response_tokens} tokens, "

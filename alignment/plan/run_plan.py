@@ -145,6 +145,8 @@ def build_setting(request: Request, card: Card, words: Sequence[str] = ()) -> tu
         topology,
         shape,
         half=half,
+        kernels=card.is_cpu,
+        cache_bytes=card.cache_bytes,
         mean_prompt=options.prompt_tokens,
         mean_response=options.response_tokens,
     )

@@ -51,12 +51,19 @@ class Setting:
         mean_prompt, mean_response: what prompts and answers are taken to measure on average, for the times.
         samples: PPO: answers of a rollout.
         answers_per_prompt: PPO.
-        rollout_rows: PPO: answers generated together.
+        rollout_rows: PPO: answers under way at once; 0: as many as the cache has room for (the plain path:
+            ``micro_rows``).
         infer_rows: PPO: rows of a forward without gradient.
+        max_tokens: padded tokens of a micro batch, in place of its rows; 0: rows count.
         update_iters: PPO: passes over a rollout.
         eval_mode, offload_level: as in the argument file.
         ptx: PPO: whether the actor's steps have a ptx loss too.
         temperature: of sampling.
+        nucleus: whether only the most probable tokens are sampled.
+        kernels: whether the CPU kernels are there: the plan takes it that a CPU has them.
+        engine: whether rollouts go through the rollout engine where it can be used (``use_fusemt``).
+        token_budget: tokens that the rollout engine keeps keys and values of; 0: what ``cache_bytes`` hold.
+        cache_bytes: see above.
     """
 
     stage: str
@@ -75,11 +82,17 @@ class Setting:
     answers_per_prompt: int = 1
     rollout_rows: int = 0
     infer_rows: int = 0
+    max_tokens: int = 0
     update_iters: int = 1
     eval_mode: str = ""
     offload_level: str = ""
     ptx: bool = False
     temperature: float = 1.0
+    nucleus: bool = False
+    kernels: bool = False
+    engine: bool = True
+    token_budget: int = 0
+    cache_bytes: float = float(1 << 30)
 
     @property
     def width(self) -> int:
@@ -92,9 +105,38 @@ class Setting:
         return self.mean_prompt + self.mean_response if self.stage == "ppo" else float(self.row_tokens)
 
     @property
-    def rows_per_micro_batch(self) -> int:
-        """Rows that one forward of training sees: a pair of a reward model has two."""
-        return self.micro_rows * (2 if self.stage == "reward" else 1)
+    def rows_of_item(self) -> int:
+        """Rows that a forward sees for one row of the data: a pair of a reward model has two."""
+        return 2 if self.stage == "reward" else 1
+
+    @property
+    def step_rows(self) -> int:
+        """Rows (pairs) of this data rank in an optimizer step."""
+        most = self.micro_rows * self.accumulation
+        return min(most, self.samples) if self.stage == "ppo" else most
+
+    def rows_at(self, width: float, fixed: int) -> int:
+        """Rows (pairs) of ``width`` tokens that a budget of tokens puts together; ``fixed`` without one."""
+        if not self.max_tokens:
+            return fixed
+        return max(1, int(self.max_tokens // (width * self.rows_of_item)))
+
+    def micro_batch_at(self, width: float) -> int:
+        """Rows (pairs) of a micro batch of training whose rows have ``width`` tokens."""
+        return min(self.rows_at(width, self.micro_rows), self.step_rows)
+
+    def micro_batches_at(self, width: float) -> int:
+        """Micro batches of an optimizer step whose rows have ``width`` tokens."""
+        return -(-self.step_rows // self.micro_batch_at(width))
+
+    def infer_batch_at(self, width: float) -> int:
+        """PPO: rows of ``width`` tokens of a forward without gradient."""
+        return min(self.rows_at(width, self.infer_rows), self.samples)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro batches of an optimizer step whose rows have their mean lengths."""
+        return self.micro_batches_at(self.mean_width)
 
     @property
     def steps(self) -> int:
@@ -103,12 +145,16 @@ class Setting:
             return 1
         return self.update_iters * max(1, self.samples // (self.micro_rows * self.accumulation))
 
-    @property
-    def micro_batches(self) -> int:
-        """Micro batches of an optimizer step that have rows."""
-        if self.stage != "ppo":
-            return self.accumulation
-        return min(self.accumulation, -(-self.samples // self.micro_rows))
+    def fused_layers(self, role: RolePlan, topology: Topology) -> bool:
+        """Whether the CPU kernels train and score a model (:class:`alignment.ppo.models.fused.FusedDecoder`): whole
+        models without adapters.
+        """
+        divided = topology.splits_model or topology.sharding_stage >= 3
+        return self.kernels and not divided and not role.lora_rank
+
+    def fused_head(self, role: RolePlan, topology: Topology) -> bool:
+        """Whether they compute an LM head: where this process has all of its columns."""
+        return self.kernels and not (topology.tensor > 1 and role.shape.vocab % topology.tensor == 0)
 
     def role(self, name: str) -> RolePlan | None:
         """A role by its name."""
@@ -131,6 +177,11 @@ class Setting:
         """Whether a rollout has a copy of the actor."""
         return self.stage == "ppo" and self.rollout_topology()[1] > 1
 
+    @property
+    def engine_generates(self) -> bool:
+        """Whether rollouts go through the rollout engine: it cannot where stages of a pipeline generate together."""
+        return self.engine and self.rollout_topology()[0].pipeline == 1
+
 
 def weight_bytes(args: Any, half: bool) -> int:
     """Bytes of a weight: half precision needs a card that has it and ``fp16_opt_level`` O2."""
@@ -143,6 +194,8 @@ def setting_of(
     shape: Callable[[str, str], ModelShape],
     *,
     half: bool,
+    kernels: bool = False,
+    cache_bytes: float = float(1 << 30),
     mean_prompt: float | None = None,
     mean_response: float | None = None,
 ) -> Setting:
@@ -153,6 +206,8 @@ def setting_of(
         topology: the layout, of process 0.
         shape: finds a model's shape by ``(folder or name, key of the argument file)``.
         half: whether the card computes in half precision.
+        kernels: whether it is a CPU, with its kernels.
+        cache_bytes: of the rollout engine's cache where no budget is given.
         mean_prompt, mean_response: tokens on average; the limits if not given.
     """
     common: dict[str, Any] = {
@@ -162,6 +217,8 @@ def setting_of(
         "flash": bool(args.use_flash_attention and half),
         "micro_rows": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
+        "max_tokens": args.max_tokens_per_micro_batch,
+        "kernels": kernels,
     }
     if args.STAGE != "ppo":
         rank = args.lora_rank if args.lora else 0
@@ -177,13 +234,17 @@ def setting_of(
         mean_response=min(mean_response or args.max_dec_len, args.max_dec_len),
         samples=args.per_device_prompt_batch_size * args.prompt_batches_per_rollout * args.num_return_sequences,
         answers_per_prompt=args.num_return_sequences,
-        rollout_rows=args.per_device_rollout_batch_size,
+        rollout_rows=max(0, args.per_device_rollout_batch_size),
         infer_rows=args.rollout_logprob_batch_size,
         update_iters=args.update_iters,
         eval_mode=args.eval_mode,
         offload_level=args.offload_level,
         ptx=args.use_ptx,
         temperature=args.temperature,
+        nucleus=args.top_p < 1.0 or args.top_k > 0,
+        engine=args.use_fusemt,
+        token_budget=args.rollout_token_budget,
+        cache_bytes=cache_bytes,
         **common,
     )
 

@@ -55,7 +55,8 @@ def settings(name: str, cards: int) -> Iterator[Setting]:
                 mean_prompt=PROMPT,
                 mean_response=RESPONSE,
                 samples=own,
-                rollout_rows=min(own, 128),
+                cache_bytes=card_named(CARD).cache_bytes,
+                nucleus=True,
                 infer_rows=min(own, 16),
                 eval_mode=mode,
             )

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 
 from alignment.parallel.offload import LEVELS
 from alignment.parallel.topology import Topology
-from alignment.plan import traffic, work
-from alignment.plan.activations import WholeHead
+from alignment.plan import kernels, traffic, work
+from alignment.plan.activations import LABELS_AT_ONCE, WholeHead
 from alignment.plan.hardware import Card
 from alignment.plan.memory import part_of, residents
+from alignment.plan.rollout import rollout_of, rollout_ops
 from alignment.plan.schedule import forward_only, one_forward_one_backward
 from alignment.plan.setting import RolePlan, Setting
 from alignment.plan.traffic import Message, layers_here
@@ -112,17 +113,22 @@ def forward_ops(
     width: float,
     labels: float,
     entropy: bool = False,
+    trained: bool = False,
 ) -> list[Op]:
     """One micro batch's forward on one stage."""
-    outside = topology.tensor if topology.sequence_parallel else 1
-    layer = work.layer_forward(
-        role.shape, setting.item, topology.tensor, rows, width, width, flash=setting.flash, outside=outside
-    )
-    ops = [op.times(layers_here(role.shape.layers, topology)) for op in layer]
+    count, tokens = layers_here(role.shape.layers, topology), rows * width
+    if setting.fused_layers(role, topology):
+        # Without gradient packed tokens go through all layers in groups.
+        group = tokens if trained else min(tokens, max(float(kernels.GROUP), width))
+        ops = [op.times(count * tokens / group) for op in kernels.layer_forward(role.shape, group, width)]
+        ops += kernels.final_norm(role.shape, tokens, "forward")
+    else:
+        sizes, outside = (role.shape, setting.item, topology.tensor, rows, width, width), _outside(topology)
+        ops = [op.times(count) for op in work.layer_forward(*sizes, flash=setting.flash, outside=outside)]
     if topology.first_stage:
-        ops += work.embedding(role.shape, setting.item, topology.tensor, rows * width, False)
+        ops += work.embedding(role.shape, setting.item, topology.tensor, tokens, False)
     if topology.last_stage:
-        ops += _head_ops(setting, role, topology, rows * width, labels, entropy)
+        ops += _head_ops(setting, role, topology, tokens, labels, entropy)
     return ops
 
 
@@ -136,28 +142,33 @@ def train_ops(
     entropy: bool = False,
 ) -> tuple[list[Op], list[Op]]:
     """One micro batch's forward and backward on one stage; with recomputation the layers' forward is in both."""
-    outside = topology.tensor if topology.sequence_parallel else 1
-    layer = work.layer_forward(
-        role.shape, setting.item, topology.tensor, rows, width, width, flash=setting.flash, outside=outside
-    )
-    behind = work.layer_backward(
-        role.shape, setting.item, topology.tensor, rows, width, flash=setting.flash, outside=outside
-    )
-    count = layers_here(role.shape.layers, topology)
-    layers = [op.times(count) for op in layer]
-    first, second = list(layers), [op.times(count) for op in behind]
+    count, tokens = layers_here(role.shape.layers, topology), rows * width
+    first = forward_ops(setting, role, topology, rows, width, labels, entropy, True)
+    if fused := setting.fused_layers(role, topology):
+        layer = kernels.layer_forward(role.shape, tokens, width)
+        behind = kernels.layer_backward(role.shape, tokens, width)
+    else:
+        sizes, outside = (role.shape, setting.item, topology.tensor, rows, width), _outside(topology)
+        layer = work.layer_forward(*sizes, width, flash=setting.flash, outside=outside)
+        behind = work.layer_backward(*sizes, flash=setting.flash, outside=outside)
+    second = [op.times(count) for op in behind]
     part = part_of(role, topology)
     if role.recompute or (part.sharded and topology.sharding_stage == 3):
-        second += layers
+        second += [op.times(count) for op in layer]
+    if fused:
+        second += kernels.final_norm(role.shape, tokens, "backward")
     if topology.first_stage:
-        first += work.embedding(role.shape, setting.item, topology.tensor, rows * width, False)
-        second += work.embedding(role.shape, setting.item, topology.tensor, rows * width, True)
+        second += work.embedding(role.shape, setting.item, topology.tensor, tokens, True)
     if topology.last_stage:
-        first += _head_ops(setting, role, topology, rows * width, labels, entropy)
-        second += _head_backward(setting, role, topology, rows * width, labels)
+        second += _head_backward(setting, role, topology, tokens, labels)
     # Weights' gradients are added to those of the micro batch before.
-    second.append(Op("far", moved=3.0 * setting.item * part.trained_elements, launches=0))
+    often = 1.0 - 1.0 / setting.micro_batches
+    second.append(Op("far", moved=3.0 * often * setting.item * part.trained_elements, launches=0))
     return first, second
+
+
+def _outside(topology: Topology) -> int:
+    return topology.tensor if topology.sequence_parallel else 1
 
 
 def _head_ops(
@@ -165,6 +176,8 @@ def _head_ops(
 ) -> list[Op]:
     if role.head == "score":
         return work.score_head(role.shape, tokens)
+    if setting.fused_head(role, topology):
+        return kernels.lm_head(role.shape, labels)
     columns = WholeHead(role.shape, setting.item, topology.tensor).columns
     return work.lm_head(role.shape, setting.item, columns, labels, entropy=entropy)
 
@@ -172,8 +185,14 @@ def _head_ops(
 def _head_backward(setting: Setting, role: RolePlan, topology: Topology, tokens: float, labels: float) -> list[Op]:
     if role.head == "score":
         return work.score_head(role.shape, tokens, trained=True)
+    if setting.fused_head(role, topology):
+        return kernels.lm_head_backward(role.shape, labels)
     columns = WholeHead(role.shape, setting.item, topology.tensor).columns
-    return work.lm_head_backward(role.shape, setting.item, columns, labels)
+    behind = work.lm_head_backward(role.shape, setting.item, columns, labels)
+    if labels <= LABELS_AT_ONCE:
+        return behind
+    # Of several chunks the logits are made anew.
+    return behind + work.lm_head(role.shape, setting.item, columns, labels, entropy=True)
 
 
 def _pass_traffic(
@@ -220,9 +239,9 @@ def _joined(messages: list[Message]) -> list[Message]:
 
 def _infer(setting: Setting, card: Card, role: RolePlan, phase: PhaseTime) -> None:
     """A pass without gradient over a data rank's answers, in micro batches."""
-    rows = min(setting.infer_rows, setting.samples)
-    count = -(-setting.samples // rows)
-    width, labels = setting.mean_width, rows * setting.mean_response
+    width = setting.mean_width
+    rows = setting.infer_batch_at(width)
+    count, labels = -(-setting.samples // rows), rows * setting.mean_response
     stages = stages_of(setting.topology)
     ops = [forward_ops(setting, role, stage, rows, width, labels) for stage in stages]
     each = [work.seconds(stage, card, setting.item) for stage in ops]
@@ -239,8 +258,8 @@ def _train_step(
     setting: Setting, card: Card, role: RolePlan, phase: PhaseTime, response: float, steps: int = 1
 ) -> None:
     """``steps`` optimizer steps of a role."""
-    count, rows = setting.micro_batches, float(setting.rows_per_micro_batch)
-    width = setting.mean_width
+    width, count = setting.mean_width, setting.micro_batches
+    rows = float(setting.micro_batch_at(width) * setting.rows_of_item)
     ppo = setting.stage == "ppo"
     labels, entropy = rows * (response if ppo else width), ppo and role.head == "lm"
     stages, last = stages_of(setting.topology), stages_of(setting.topology)[-1]
@@ -308,37 +327,21 @@ def _handing_on(
 
 
 def _generate(setting: Setting, card: Card, role: RolePlan, phase: PhaseTime) -> None:
-    """Batches of answers: a prefill of the prompts, then a step per token. A step reads the weights once and the
-    caches of all rows, so it is bound by memory's bandwidth (Pope et al. 2022, section 2.1).
-    """
+    """A rollout's operators, messages, and what the host does between."""
     layout, shares = setting.rollout_topology()
-    own = -(-setting.samples // shares)
-    rows = min(setting.rollout_rows, own)
-    batches = own / rows
-    prompts = max(1.0, rows / setting.answers_per_prompt)
+    plan = rollout_of(setting, layout, shares)
+    rows, batches, prompts = plan.rows, plan.rounds, max(1.0, plan.rows / plan.copies)
     stages = stages_of(replace(layout, sequence_parallel=False))
-    half = setting.mean_prompt + setting.mean_response / 2
     for stage in stages:
-        layers = layers_here(role.shape.layers, stage)
-        common = {"flash": setting.flash, "cached": True}
-        read = work.layer_forward(
-            role.shape, setting.item, stage.tensor, prompts, setting.mean_prompt, setting.mean_prompt, **common
-        )
-        step = work.layer_forward(role.shape, setting.item, stage.tensor, rows, 1.0, half, **common)
-        steps = setting.mean_response - 1
-        ops = [op.times(layers) for op in read] + [op.times(layers * steps) for op in step]
-        if stage.last_stage:
-            columns = WholeHead(role.shape, setting.item, stage.tensor).columns
-            head = [work.product(rows, role.shape.hidden, columns, setting.item)]
-            head.append(Op("stream", moved=rows * role.shape.vocab * (setting.item + 4.0), launches=3))
-            ops += [op.times(setting.mean_response) for op in head]
-            phase.flops = batches * work.flops(ops)
+        ops = rollout_ops(setting, stage, plan, layers_here(role.shape.layers, stage))
         # The stages take turns: one batch is under way at a time.
-        seconds = batches * work.seconds(ops, card, setting.item)
+        seconds = work.seconds(ops, card, setting.item)
         if stage.last_stage:
-            phase.compute += seconds
+            phase.compute += seconds + batches * setting.mean_response * card.step
+            phase.flops = work.flops(ops)
             logits = 4.0 * rows * role.shape.vocab * setting.mean_response * batches
-            phase.compute += logits / (1e9 * card.host_link) if card.collectives == "ring" else 0.0
+            if not card.is_cpu and not setting.engine_generates:
+                phase.compute += logits / (1e9 * card.host_link)  # the plain path chooses on the host
         else:
             phase.bubble += seconds
     plain = replace(setting, topology=replace(setting.topology, sequence_parallel=False))

@@ -20,11 +20,15 @@ class Op:
     """Operators of one kind.
 
     Attributes:
-        kind: ``"gemm"`` and ``"attention"`` are products. The others are elementwise, by what limits them on a CPU:
+        kind: ``"gemm"`` and ``"attention"`` are products; the CPU kernels' are ``"kernel"`` and ``"causal"``, or
+            ``"weights"`` and ``"cache"`` where reading one operand takes as long. The others are elementwise, by what
+            limits them on a CPU:
             ``"stream"`` (sums, products, copies of whole tensors), ``"broadcast"`` (one operand is smaller),
             ``"reduction"`` (along an axis, or with its result), ``"power"``, ``"exponential"`` (softmax, SiLU),
             ``"turn"`` (copies of turned views), ``"pad"`` (gradients of slices) and ``"fold"`` (gradients of what was
-            broadcast, which are summed up); ``"far"`` goes once over all weights, which no cache holds.
+            broadcast, which are summed up); ``"far"`` goes once over all weights, which no cache holds; ``"adamw"``
+            and ``"squares"`` are the optimizer's; ``"normed"``, ``"gate"``, ``"scan"``, ``"slope"``, ``"choice"`` and
+            ``"nucleus"`` are the CPU kernels' (:mod:`alignment.plan.kernels`).
         flops: of products.
         moved: bytes read and written.
         launches: kernels that are started.
@@ -43,7 +47,7 @@ class Op:
         """On a card: computing and moving at the same time; an accelerator starts the next operator meanwhile."""
         computing = 0.0
         if self.flops:
-            computing = self.flops / (card.attention_rate(item) if self.kind == "attention" else card.gemm_rate(item))
+            computing = self.flops / card.computing_rate(self.kind, item)
         spent = max(computing, self.moved / card.moving_rate(self.kind))
         started = self.launches * card.launch
         return spent + started if card.collectives == "mailbox" else max(spent, started)
@@ -241,10 +245,12 @@ def score_head(shape: ModelShape, tokens: float, *, trained: bool = False) -> li
 
 def adamw(elements: float, item: int) -> list[Op]:
     """One AdamW step with its gradient norm and clipping, by the elements that this process owns: gradient, moments
-    and weights are read, moments and weights written; the norm squares and sums, the clip reads and writes.
+    and weights are read, moments and weights written (Paddle's CPU kernel computes on one core, and is slower than
+    memory); the norm squares and sums, the clip reads and writes.
     """
     update = 28.0 if item == 4 else 30.0
-    return [Op("far", moved=elements * (update + 3 * 4 + 2 * item), launches=20)]
+    norm, clip = Op("squares", moved=elements * 12.0, launches=10), Op("far", moved=elements * 2 * item, launches=0)
+    return [Op("adamw", moved=elements * update, launches=10), norm, clip]
 
 
 def matmul_flops(shape: ModelShape, rows: float, row_tokens: float, labels: float, head: str) -> float:

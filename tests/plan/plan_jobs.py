@@ -63,27 +63,40 @@ def measure(folder: str, layout: dict[str, Any], sizes: dict[str, int], recomput
         role.logprobs(parts[0])
     found["infer_sent"], found["infer_peak"], found["infer_messages"] = sum(sent.values()), peak[0], dict(sent)
     if topology.sharding_stage < 3:
-        found |= generate(engine, world, sizes)
+        found |= generate(engine, world, sizes, True)
+        plain = generate(engine, world, sizes, False)
+        found |= {f"plain_{name}": value for name, value in plain.items()}
     world.close()
     return found
 
 
-def generate(engine: Any, world: Any, sizes: dict[str, int]) -> dict[str, Any]:
-    """Answers of full length: bytes of the last step's caches, the peak, and bytes sent."""
+def generate(engine: Any, world: Any, sizes: dict[str, int], fused: bool) -> dict[str, Any]:
+    """Answers of full length: bytes of the cache (the plain path's at the last step), the peak, and bytes sent."""
     from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
+    from alignment.ppo.generation.layers import CpuKernelOps
     from alignment.ppo.generation.layouts import RolloutEngine
+    from alignment.ppo.generation.plain_decoder import PlainDecoder
     from alignment.ppo.generation.sampler import SamplingSettings
 
     caches: list[int] = []
 
-    class Watched(GenerationEngine):
-        def _decode(self, *args: Any) -> Any:
-            logits, grown = super()._decode(*args)
+    class WatchedPlain(PlainDecoder):
+        def step(self, *args: Any) -> Any:
+            logits, grown = super().step(*args)
             caches.append(sum(bytes_of(tensor) for layer in grown for tensor in layer))
             return logits, grown
 
+    class WatchedKernels(CpuKernelOps):
+        def allocate(self, tokens: int) -> None:
+            super().allocate(tokens)
+            caches.append(bytes_of(self.cache))
+
     def make(model: Any, schedule: Any) -> GenerationEngine:
-        return Watched(model, Tokenizer(), [0], None, sizes["rows"], schedule)
+        made = GenerationEngine(model, Tokenizer(), [0], None, sizes["rows"], schedule, fused=fused)
+        if made.ops is not None:
+            made.ops = WatchedKernels(model, made.ops.decoder, made.ops.kernels)
+        made._plain.decoder = WatchedPlain(model, schedule)
+        return made
 
     generator = RolloutEngine(engine, world, "", make)
     prompts = [GenerationPrompt(np.arange(1, sizes["prompt"] + 1), i, "", {}) for i in range(sizes["rows"])]

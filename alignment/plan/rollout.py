@@ -1,0 +1,155 @@
+"""A rollout: the cache's size, how many answers are under way, bytes, and what is computed.
+
+The rollout engine (:mod:`alignment.ppo.generation.fused`) has a cache of a fixed number of tokens, in which a prompt
+has one region however many answers it gets, and takes waiting answers in as others end. Where it cannot be used (see
+:attr:`Setting.engine_generates`) the plain path lets batches of answers grow together in paddlenlp's own cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.parallel.topology import Topology, layers_of_stage
+from alignment.plan import kernels, work
+from alignment.plan.activations import GROWING, WholeHead, cache_bytes, layer_kind
+from alignment.plan.setting import Setting
+from alignment.plan.work import Op
+
+#: Regions of the cache begin at multiples of so many tokens: ``BLOCK`` of ppo/generation/arena.py, of gpu_operators.py.
+BLOCK, GPU_BLOCK = 16, 64
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """How one process generates.
+
+    Attributes:
+        prompts: that it answers in all.
+        copies: answers to each.
+        rows: answers that are under way at once.
+        tokens: that the engine's cache holds; 0 on the plain path.
+    """
+
+    prompts: int
+    copies: int
+    rows: int
+    tokens: int
+
+    @property
+    def answers(self) -> int:
+        """In all."""
+        return self.prompts * self.copies
+
+    @property
+    def rounds(self) -> float:
+        """How often each place of the batch is filled."""
+        return self.answers / self.rows
+
+    @property
+    def prompts_at_once(self) -> int:
+        """Prompts that are read together at first."""
+        return min(self.prompts, -(-self.rows // self.copies))
+
+
+def rollout_of(setting: Setting, layout: Topology, shares: int) -> RolloutPlan:
+    """How a process generates, its rows at their limits; what a cache has room for follows.
+
+    Args:
+        setting: the run.
+        layout: that generates.
+        shares: among how many processes a data rank's prompts are divided.
+    """
+    copies = setting.answers_per_prompt
+    prompts = max(1, -(-setting.samples // copies // shares))
+    answers = prompts * copies
+    most = min(answers, setting.rollout_rows or answers)
+    if not setting.engine_generates:
+        per_batch = max(1, (setting.rollout_rows or setting.micro_rows) // copies)
+        return RolloutPlan(prompts, copies, min(answers, per_batch * copies), 0)
+    block = BLOCK if setting.kernels else GPU_BLOCK
+    own, prompt = _rounded(setting.response_tokens, block), _rounded(setting.prompt_tokens, block)
+    actor = setting.role("actor")
+    assert actor is not None
+    budget = setting.token_budget or int(
+        setting.cache_bytes // cache_bytes(actor.shape, actor.shape.layers, 1, 1, setting.item, layout.tensor)
+    )
+    tokens = min(answers * own + prompts * prompt, max(_rounded(budget, block), own + prompt))
+    # Whole groups of a prompt and its answers, and answers of one more prompt.
+    groups, left = divmod(tokens, prompt + copies * own)
+    room = groups * copies + min(copies - 1, max(0, left - prompt) // own)
+    return RolloutPlan(prompts, copies, max(1, min(most, room)), tokens)
+
+
+def _rounded(tokens: int, block: int) -> int:
+    return -(-tokens // block) * block
+
+
+def rollout_memory(setting: Setting, layout: Topology, shares: int) -> dict[str, float]:
+    """Bytes that a rollout adds: cache, activations and the kernels' buffers, at their limits."""
+    actor = setting.role("actor")
+    assert actor is not None
+    shape, item = actor.shape, setting.item
+    plan = rollout_of(setting, layout, shares)
+    # On a GPU the engine's attention is a fused operator whatever the training's is.
+    layer = layer_kind(shape, item, layout.tensor, flash=setting.flash or setting.engine_generates)
+    read = plan.prompts_at_once * setting.prompt_tokens
+    logits = plan.rows * shape.vocab * (item + 4.0) if layout.last_stage else 0.0
+    if not setting.engine_generates:
+        return _plain_memory(setting, layout, plan, read * layer.running(setting.prompt_tokens), logits)
+    cache = cache_bytes(shape, shape.layers, 1, plan.tokens, item, layout.tensor)
+    if not setting.kernels:
+        return {"kv_cache": cache, "activations": max(read * layer.running(setting.prompt_tokens), logits)}
+    # Input, output; between tensor ranks also what a half adds, and the sum.
+    states = 4.0 * shape.hidden * (2 if layout.tensor == 1 else 3)
+    logits = 4.0 * plan.rows * shape.vocab * (1 if layout.tensor == 1 else 2)
+    buffers = kernels.stack_buffers(shape, max(read, plan.rows), max(setting.prompt_tokens, plan.rows), layout.tensor)
+    return {"kv_cache": cache, "activations": max(read * states, logits), "buffers": buffers}
+
+
+def _plain_memory(
+    setting: Setting, layout: Topology, plan: RolloutPlan, reading: float, logits: float
+) -> dict[str, float]:
+    """Caches of the answers that are generated together, and one layer of the prefill or a step's logits."""
+    actor = setting.role("actor")
+    assert actor is not None
+    shape, item, tokens = actor.shape, setting.item, setting.prompt_tokens + setting.response_tokens
+    layers = len(layers_of_stage(shape.layers, layout.pipeline, layout.stage))
+    cache = cache_bytes(shape, layers, plan.rows, tokens, item, layout.tensor)
+    read = cache_bytes(shape, layers, plan.prompts_at_once, setting.prompt_tokens, item, layout.tensor)
+    # One token behind the cache: keys and values of one layer, repeated to all heads, and one of them turned.
+    repeated = 0.0 if setting.flash else 3.0 * plan.rows * tokens * shape.query / layout.tensor * item
+    if reading + read > GROWING * cache + repeated + logits:
+        return {"kv_cache": read, "activations": reading}
+    return {"kv_cache": GROWING * cache, "activations": repeated + logits}
+
+
+def rollout_ops(setting: Setting, stage: Topology, plan: RolloutPlan, layers: int) -> list[Op]:
+    """Everything that one stage of the layout computes in a rollout, answers at their mean lengths: a prefill of each
+    prompt, then a step per token. A step reads the weights once and the caches of all rows, so it is bound by memory's
+    bandwidth (Pope et al. 2022, arXiv:2211.05102, section 2.1).
+    """
+    actor = setting.role("actor")
+    assert actor is not None
+    shape, item, rows = actor.shape, setting.item, float(plan.rows)
+    prompt, half = setting.mean_prompt, setting.mean_prompt + setting.mean_response / 2
+    steps = plan.rounds * (setting.mean_response - 1)
+    columns = WholeHead(shape, item, stage.tensor).columns
+    if setting.engine_generates and setting.kernels:
+        group = min(kernels.GROUP, plan.prompts_at_once * prompt)
+        reads = plan.prompts * prompt / group
+        ops = [op.times(layers * reads) for op in kernels.layer_forward(shape, group, prompt, stage.tensor)]
+        ops += [op.times(layers * steps) for op in kernels.layer_decode(shape, rows, half, stage.tensor)]
+        own = kernels.choice(shape, rows, setting.nucleus)
+        return ops + [op.times(plan.rounds * setting.mean_response) for op in own]
+    at_once = max(1.0, rows / plan.copies)
+    engine = setting.engine_generates
+    common: dict[str, Any] = {"flash": setting.flash or engine, "cached": not engine}
+    read = work.layer_forward(shape, item, stage.tensor, at_once, prompt, prompt, **common)
+    step = work.layer_forward(shape, item, stage.tensor, rows, 1.0, half, **common)
+    ops = [op.times(layers * plan.prompts / at_once) for op in read] + [op.times(layers * steps) for op in step]
+    if stage.last_stage:
+        head = [work.product(rows, shape.hidden, columns, item)]
+        head.append(Op("stream", moved=rows * shape.vocab * (item + 4.0), launches=3))
+        ops += [op.times(plan.rounds * setting.mean_response) for op in head]
+    return ops

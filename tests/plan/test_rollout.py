@@ -1,0 +1,123 @@
+"""The plan of a rollout against the engine's own admission, and micro batches against those that are cut."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from alignment.parallel.topology import Topology
+from alignment.plan import kernels, work
+from alignment.plan.activations import cache_bytes
+from alignment.plan.memory import memory_of, training_memory
+from alignment.plan.rollout import BLOCK, GPU_BLOCK, rollout_of
+from alignment.plan.setting import RolePlan, Setting
+from alignment.plan.shapes import ModelShape
+from alignment.plan.times import forward_ops, times_of
+from alignment.ppo.generation import arena, gpu_operators
+from alignment.ppo.generation.fused import ContinuousBatch
+from alignment.ppo.generation.rows import GenerationPrompt, RowTable
+from alignment.ppo.generation.sampler import SamplingSettings
+from alignment.ppo.generation.stopping import StopRule
+from alignment.training.order import micro_batches
+
+SHAPE = ModelShape("llama", 512, 64, 128, 2, 4, 2, 16)
+
+
+def setting(**changes: object) -> Setting:
+    values = {
+        "prompt_tokens": 40,
+        "response_tokens": 70,
+        "mean_prompt": 40.0,
+        "mean_response": 70.0,
+        "samples": 24,
+        "micro_rows": 8,
+        "infer_rows": 8,
+        "item": 4,
+        "kernels": True,
+        **changes,
+    }
+    roles = (RolePlan("actor", SHAPE, "lm", True), RolePlan("reference", SHAPE, "lm", False))
+    return Setting("ppo", roles, Topology(), **values)
+
+
+@pytest.mark.parametrize("budget", [1, 130, 500, 1000, 100_000])
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("most", [0, 5])
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_the_cache_and_the_rows_are_the_engine_s(budget: int, copies: int, most: int, kind: str) -> None:
+    planned = setting(answers_per_prompt=copies, token_budget=budget, rollout_rows=most, kernels=kind == "cpu", item=4)
+    plan = rollout_of(planned, Topology(), 1)
+    prompts = [GenerationPrompt(np.arange(1, 41), i, "", {}) for i in range(24 // copies)]
+    settings = SamplingSettings(max_new_tokens=70, temperature=0.0)
+    table = RowTable.start(prompts, copies, settings, StopRule((0,), None, None), None)
+    block = BLOCK if kind == "cpu" else GPU_BLOCK
+    batch = ContinuousBatch(SimpleNamespace(block=block), table, settings, budget, most or None)
+    assert plan.tokens == batch.arena.capacity
+    assert plan.rows == len(batch._admit())
+    assert plan.answers == 24
+
+
+def test_blocks_are_the_engine_s() -> None:
+    assert (BLOCK, GPU_BLOCK) == (arena.BLOCK, gpu_operators.BLOCK)
+
+
+def test_a_budget_of_bytes_is_filled_and_shared_prompts_are_kept_once() -> None:
+    few = setting(cache_bytes=300.0 * cache_bytes(SHAPE, 2, 1, 1, 4))
+    assert rollout_of(few, Topology(), 1).tokens == 304
+    once, each = (rollout_of(setting(answers_per_prompt=n), Topology(), 1).tokens for n in (4, 1))
+    assert each - once == (24 - 6) * 48
+    held = memory_of(few, Topology())[0].kinds
+    assert held["kv_cache"] == 304 * cache_bytes(SHAPE, 2, 1, 1, 4)
+
+
+def test_the_plain_path_takes_its_batches_and_its_copies() -> None:
+    plain = setting(engine=False)
+    assert rollout_of(plain, Topology(), 1).rows == 8
+    held = memory_of(plain, Topology())[0].kinds
+    assert held["kv_cache"] == 2 * cache_bytes(SHAPE, 2, 8, 110, 4)
+    fast, slow = (next(time for time in times_of(s, _cpu()) if time.phase == "generate") for s in (setting(), plain))
+    assert slow.seconds > 2 * fast.seconds
+
+
+def _cpu():
+    from alignment.plan.hardware import card_named
+
+    return card_named("cpu")
+
+
+@pytest.mark.parametrize("budget", [0, 50, 110, 250, 1000])
+def test_micro_batches_are_those_that_are_cut(budget: int) -> None:
+    planned = setting(max_tokens=budget, accumulation=2)
+    parts = micro_batches([110] * 16, 8, budget)
+    assert planned.micro_batch_at(110) == len(parts[0])
+    assert planned.micro_batches_at(110) == len(parts)
+    assert planned.infer_batch_at(110) == len(micro_batches([110] * 24, 8, budget)[0])
+    pairs = Setting("reward", planned.roles[:1], Topology(), micro_rows=8, row_tokens=50, max_tokens=budget)
+    parts = micro_batches([2 * 50] * 8, 8, budget)
+    assert (pairs.micro_batch_at(50), pairs.micro_batches) == (len(parts[0]), len(parts))
+
+
+def test_a_budget_of_tokens_bounds_activations() -> None:
+    whole, less = (training_memory(setting(max_tokens=n), Topology(), setting().roles[0]) for n in (0, 220))
+    assert less["activations"] == pytest.approx(whole["activations"] / 4)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 64])
+def test_products_of_the_kernels_are_those_of_the_model(rows: int) -> None:
+    planned = setting()
+    ops = forward_ops(planned, planned.roles[0], Topology(), rows, 110.0, 7.0)
+    half = 2.0 * rows * 110 * 110 * SHAPE.query * SHAPE.layers  # the masked half of attention is left out
+    assert work.flops(ops) == pytest.approx(work.matmul_flops(SHAPE, rows, 110, 7, "lm") - half)
+    decode = kernels.layer_decode(SHAPE, rows, 100.0)
+    assert work.flops(decode) == 2 * rows * SHAPE.layer_matrices + 4 * rows * 100 * SHAPE.query
+    weights = sum(op.moved for op in decode if op.kind == "weights")
+    assert weights == 4 * SHAPE.layer_matrices
+
+
+def test_few_rows_cost_what_reading_the_weights_does() -> None:
+    card = _cpu()
+    one, four, eight = (work.seconds(kernels.layer_decode(SHAPE, n, 1.0), card, 4) for n in (1, 4, 8))
+    assert four < 1.1 * one
+    assert eight > four
