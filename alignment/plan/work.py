@@ -244,13 +244,13 @@ def score_head(shape: ModelShape, tokens: float, *, trained: bool = False) -> li
 
 
 def adamw(elements: float, item: int) -> list[Op]:
-    """One AdamW step with its gradient norm and clipping, by the elements that this process owns: gradient, moments
-    and weights are read, moments and weights written (Paddle's CPU kernel computes on one core, and is slower than
-    memory); the norm squares and sums, the clip reads and writes.
+    """One AdamW step with its gradient norm and clipping, by the elements that this process owns: the norm reads the
+    gradient; then gradient, moments and weights are read, moments and weights written. In float32 the clip is part of
+    that pass (the CPU kernel); in half precision it reads and writes the gradient once more.
     """
     update = 28.0 if item == 4 else 30.0
-    norm, clip = Op("squares", moved=elements * 12.0, launches=10), Op("far", moved=elements * 2 * item, launches=0)
-    return [Op("adamw", moved=elements * update, launches=10), norm, clip]
+    ops = [Op("squares", moved=elements * item, launches=10), Op("adamw", moved=elements * update, launches=10)]
+    return ops if item == 4 else [*ops, Op("far", moved=elements * 2 * item, launches=0)]
 
 
 def matmul_flops(shape: ModelShape, rows: float, row_tokens: float, labels: float, head: str) -> float:
