@@ -28,7 +28,7 @@ CHAOS_LAYOUTS = ("1 process", "TP2 x PP2")
 # One kill in each of these in turn, in a fresh random order each time round; `finish` ends a run, so it is rarer.
 PHASES = ("rollout", "scoring", "update", "saving", "evaluation", "update", "saving")
 FINISHES = 10  # one in so many kills is in the last phase
-LONGEST = {"rollout": 0.03, "scoring": 0.01, "update": 0.05, "saving": 0.05, "evaluation": 0.08, "finish": 0.02}
+LONGEST = {"rollout": 0.03, "scoring": 0.01, "update": 0.05, "saving": 0.05, "evaluation": 0.08, "finish": 0.004}
 KILLED, HANGS = "ended without a result", "still running"
 TIMEOUT = 180.0
 
