@@ -56,7 +56,7 @@ test-slow: $(READY)
 	$(RUN) -m pytest -m slow $(ARGS)
 
 # Kill a run thirty times on one process and thirty on TP2 x PP2, resume it each time, and compare it with an
-# uninterrupted one bit by bit (about 8 minutes).
+# uninterrupted one bit by bit (about 3 minutes).
 chaos: $(READY)
 	$(RUN) -m tests.e2e.chaos $(ARGS)
 
