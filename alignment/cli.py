@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from alignment import __version__, runtime
 from alignment.errors import AlignmentError, ArgumentsError, nearest
@@ -45,6 +46,7 @@ TASKS = {
     "generate": Task(
         "alignment.ppo.generation.run_generate:main", "--model DIR [options]", "answer prompts with a model"
     ),
+    "score": Task("alignment.rm.run_score:main", "--model DIR --file FILE", "score your answers with a reward model"),
     "merge_lora": Task(
         "alignment.cli:merge_lora_main",
         "--lora_path DIR --output_path DIR",
@@ -188,16 +190,16 @@ def _print_error(text: str) -> None:
     print(f"{rank}{text}", file=sys.stderr, flush=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports wrong arguments as every other error is reported."""
+class CommandParser(argparse.ArgumentParser):
+    """The parser of every subcommand with options: reports wrong ones as every other error is reported."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise ArgumentsError(f"{message}\n{self.format_usage().strip()}")
 
 
 def merge_lora_main(argv: list[str]) -> int:
     """``alignment merge_lora``: write the base model with a LoRA checkpoint's weights added to it."""
-    parser = _Parser(prog="alignment merge_lora", description=merge_lora_main.__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="alignment merge_lora", description=merge_lora_main.__doc__, allow_abbrev=False)
     parser.add_argument("--lora_path", required=True, metavar="DIR", help="folder of the LoRA checkpoint")
     parser.add_argument("--output_path", required=True, metavar="DIR", help="folder for the merged model")
     parser.add_argument(

@@ -6,17 +6,12 @@ import argparse
 import sys
 
 from alignment import runtime
-from alignment.errors import ArgumentsError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ArgumentsError(f"{message}\n{self.format_usage().strip()}")
+from alignment.cli import CommandParser
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = _Parser(prog="alignment export", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="alignment export", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--checkpoint",
         required=True,

@@ -91,6 +91,13 @@ def _check_learning_rate(args: Arguments, problems: Problems, prefix: str) -> No
             f"{prefix}min_learning_rate",
             f"{prefix}learning_rate",
         )
+    names = (f"{prefix}warmup_ratio",) if prefix else ("warmup_ratio", "warmup_steps")  # critic_warmup_steps is no rate
+    asked = [name for name in names if name in args.given and getattr(args, name)]
+    if getattr(args, f"{prefix}lr_scheduler_type") == "constant" and asked:
+        args.notes.append(
+            f"{' and '.join(asked)}: not used, because {prefix}lr_scheduler_type constant has no warm-up; "
+            "constant_with_warmup has"
+        )
 
 
 def _check_evaluation(args: Arguments, problems: Problems) -> None:
@@ -294,7 +301,7 @@ def _check_ppo(args: PPOArguments, problems: Problems) -> None:
     _check_rewards(args, problems)
     _check_windows(args, problems)
     _check_ppo_limits(args, problems)
-    if args.given & {"critic_learning_rate", "critic_min_learning_rate"}:
+    if args.given & {"critic_learning_rate", "critic_min_learning_rate", "critic_lr_scheduler_type"}:
         _check_learning_rate(args, problems, "critic_")
     if args.ptx_coeff > 0 and not args.ptx_datasets:
         problems.add(

@@ -77,6 +77,9 @@ class BatchFields:
     max_steps: int = argument(
         -1, "Optimizer steps in all; -1: as num_train_epochs says. Wins over it.", ge=-1, unit="optimizer steps"
     )
+    shuffle: bool = argument(
+        True, "Take rows in a fresh random order each epoch; false: in the data's own order, for curricula."
+    )
     dataloader_drop_last: bool = argument(False, "Leave out the last batch of an epoch if it is not full.")
 
 
@@ -114,6 +117,9 @@ class EvaluationFields:
     evaluation_strategy: str = argument("no", "When to evaluate.", choices=INTERVALS)
     eval_steps: int | None = argument(
         None, "Optimizer steps between two evaluations.", ge=1, unit="optimizer steps", derived="logging_steps"
+    )
+    eval_on_start: bool = argument(
+        True, "Evaluate before the first step too, where the run evaluates at all; what training gains is seen by it."
     )
     save_strategy: str = argument("steps", "When to save a checkpoint.", choices=INTERVALS)
     save_steps: int = argument(500, "Optimizer steps between two checkpoints.", ge=1, unit="optimizer steps")

@@ -6,7 +6,6 @@ and overrides for the folder and the seed.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import time
@@ -14,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alignment.errors import AlignmentError, ArgumentsError
+from alignment.cli import CommandParser
+from alignment.errors import AlignmentError
 
 CONFIG = Path(__file__).resolve().parent / "config"
 WRITTEN_IN = "checkpoints/demo"  # the folder that the JSON files name
@@ -30,18 +30,13 @@ QUICK = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ArgumentsError(f"{message}\n{self.format_usage().strip()}")
-
-
 def main(argv: list[str]) -> int:
     """Run the demo; returns the exit status of the first stage that fails, or 0.
 
     Raises:
         AlignmentError: an option or the folder cannot be used.
     """
-    parser = _Parser(prog="alignment demo", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="alignment demo", description=__doc__, allow_abbrev=False)
     parser.add_argument("--output_dir", default=WRITTEN_IN, metavar="DIR", help=f"where all files go ({WRITTEN_IN})")
     parser.add_argument("--seed", type=int, default=1, help="of data, model and training (1)")
     parser.add_argument("--prepare_only", action="store_true", help="make the model and the data, then stop")

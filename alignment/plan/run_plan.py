@@ -24,7 +24,7 @@ from alignment.arguments.checks import Problems, check_processes
 from alignment.arguments.layout import topology_of
 from alignment.arguments.parser import STAGES, build, find
 from alignment.arguments.sources import COMMAND_LINE, Given, read_argv, read_file
-from alignment.cli import run_main
+from alignment.cli import CommandParser, run_main
 from alignment.errors import ArgumentsError
 from alignment.parallel.topology import Topology
 from alignment.plan import advise, report
@@ -222,13 +222,8 @@ def stage_of(keys: Sequence[str], file: str) -> type[Arguments]:
     return possible[0][1]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ArgumentsError(f"{message}\n{self.format_usage().strip()}")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="alignment plan",
         usage="alignment plan FILE.json [options] [key=value ...]",
         description="Predict memory and time of a run, phase by phase, from its argument file.",

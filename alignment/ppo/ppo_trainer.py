@@ -97,9 +97,11 @@ class PPOTrainer:
             else FixedKLController(args.kl_coeff)
         )
         self.moments = RunningMoments() if running_normalization else None
-        self.prompt_stream = IndexStream(len(train_prompts), args.seed)
+        self.prompt_stream = IndexStream(len(train_prompts), args.seed, shuffle=args.shuffle)
         pad_id = generator.pad_id
-        self.ptx = PtxStream(ptx_dataset, args.seed + 1, pad_id) if ptx_dataset is not None else None
+        self.ptx: PtxStream | None = None
+        if ptx_dataset is not None:
+            self.ptx = PtxStream(ptx_dataset, args.seed + 1, pad_id, args.shuffle)
         self.updater = PPOUpdater(args, world, roles.actor, roles.critic, self.ptx, generator.tokenizer.decode)
         self.store = CheckpointStore(args.output_dir, args.save_total_limit)
         self.sampling = SamplingSettings(
@@ -147,7 +149,7 @@ class PPOTrainer:
         self._begin()
         try:
             with self.interrupt:
-                if self.state.global_step == 0 or not self.args.do_train:
+                if not self.args.do_train or (self.state.global_step == 0 and self.args.eval_on_start):
                     self._evaluate()
                 while self.args.do_train and self._goes_on():
                     self.iterate()

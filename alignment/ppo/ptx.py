@@ -43,11 +43,12 @@ class PtxStream:
         dataset: a ``SupervisedDataset``.
         seed: of the order.
         pad_id: for the collator.
+        shuffle: see :class:`IndexStream`.
     """
 
-    def __init__(self, dataset: Any, seed: int, pad_id: int) -> None:
+    def __init__(self, dataset: Any, seed: int, pad_id: int, shuffle: bool = True) -> None:
         self.dataset, self.pad_id = dataset, pad_id
-        self.stream = IndexStream(len(dataset), seed)
+        self.stream = IndexStream(len(dataset), seed, shuffle=shuffle)
 
     def take(self, rows: int, world: World) -> PtxWindow:
         """The next ``rows`` rows of the stream (over all ranks), this rank's share collated on demand.

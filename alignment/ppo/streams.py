@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignment.training.order import epoch_permutation
+from alignment.training.order import epoch_order
 
 
 @dataclass
@@ -17,11 +17,13 @@ class IndexStream:
         rows: how many there are.
         seed: of the orders.
         position: how many numbers were taken since the start of the run.
+        shuffle: a fresh order each epoch; False: 0, 1, 2, ... in each.
     """
 
     rows: int
     seed: int
     position: int = 0
+    shuffle: bool = True
 
     @property
     def epoch(self) -> int:
@@ -38,7 +40,7 @@ class IndexStream:
         taken: list[int] = []
         while len(taken) < count:
             start = self.position % self.rows
-            piece = epoch_permutation(self.seed, self.epoch, self.rows)[start : start + count - len(taken)]
+            piece = epoch_order(self.seed, self.epoch, self.rows, self.shuffle)[start : start + count - len(taken)]
             taken.extend(int(i) for i in piece)
             self.position += len(piece)
         return taken

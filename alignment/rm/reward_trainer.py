@@ -38,7 +38,6 @@ class RewardStage:
     """
 
     name = "reward model"
-    evaluates_first = True
 
     def __init__(
         self,

@@ -34,7 +34,6 @@ class SFTStage:
     """
 
     name = "SFT"
-    evaluates_first = False
 
     def __init__(
         self,

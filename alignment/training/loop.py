@@ -94,7 +94,7 @@ class StageTrainer:
                     self.evaluate()
                     self._write_results({})
                     return 0
-                if start == 0 and self.stage.evaluates_first and self.evaluates:
+                if start == 0 and self.args.eval_on_start and self.evaluates:
                     self.evaluate()
                 tokens = 0
                 for step in range(start, self.total_steps):
@@ -395,7 +395,7 @@ class StageTrainer:
 def make_order(args: Any, world_size: int, rows: int) -> TrainingOrder:
     """The run's order of rows from its arguments."""
     batch = args.per_device_train_batch_size * world_size * args.gradient_accumulation_steps
-    return TrainingOrder(rows, batch, args.seed, bool(args.dataloader_drop_last))
+    return TrainingOrder(rows, batch, args.seed, bool(args.dataloader_drop_last), args.shuffle)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from alignment.errors import ArgumentsError, CheckpointError, nearest
 from alignment.log import get_logger
 from alignment.parallel import World
+from alignment.progress import format_seconds
 from alignment.training.checkpoint import disk_errors
 
 METRICS_FILE = "metrics.jsonl"
@@ -292,13 +293,6 @@ class MetricWriter:
             self._file.close()
         for backend in self._backends:
             backend.close()
-
-
-def format_seconds(seconds: float) -> str:
-    """``1:02:03`` or ``02:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:

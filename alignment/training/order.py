@@ -1,6 +1,7 @@
 """In which order rows are seen: the same for every number of processes, and found again from (seed, epoch, step) alone.
 
-Global batch ``k`` of an epoch is ``permutation[k * G : (k + 1) * G]`` with ``G`` rows per optimizer step over all ranks
+Global batch ``k`` of an epoch is ``order[k * G : (k + 1) * G]``, where the order is a permutation (or, with
+``shuffle: false``, the data's own), with ``G`` rows per optimizer step over all ranks
 and micro batches. Rank ``r`` takes the ``r``-th contiguous slice of it, in micro batches of
 ``per_device_train_batch_size``.
 """
@@ -22,6 +23,11 @@ def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     order = np.random.Generator(np.random.Philox(key=key)).permutation(n).astype(np.int64)
     order.flags.writeable = False  # it is shared by all who ask for it
     return order
+
+
+def epoch_order(seed: int, epoch: int, n: int, shuffle: bool = True) -> np.ndarray:
+    """The order of ``n`` rows in an epoch, int64 ``[n]``: :func:`epoch_permutation`, or the data's own order."""
+    return epoch_permutation(seed, epoch, n) if shuffle else np.arange(n, dtype=np.int64)
 
 
 def rank_slice(batch: np.ndarray, rank: int, size: int) -> np.ndarray:
@@ -67,12 +73,14 @@ class TrainingOrder:
         global_batch: rows per optimizer step over all ranks and micro batches.
         seed: of the permutations.
         drop_last: drop an epoch's last, shorter batch.
+        shuffle: a fresh permutation each epoch; False: the data's own order.
     """
 
     rows: int
     global_batch: int
     seed: int
     drop_last: bool = False
+    shuffle: bool = True
 
     @property
     def steps_per_epoch(self) -> int:
@@ -89,7 +97,8 @@ class TrainingOrder:
     def batch(self, step: int) -> np.ndarray:
         """Row numbers of optimizer step ``step`` (0-based, counted through all epochs): int64 ``[<= global_batch]``."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        return epoch_permutation(self.seed, epoch, self.rows)[k * self.global_batch : (k + 1) * self.global_batch]
+        order = epoch_order(self.seed, epoch, self.rows, self.shuffle)
+        return order[k * self.global_batch : (k + 1) * self.global_batch]
 
     def epoch_at(self, step: int) -> float:
         """How many epochs are done after ``step`` steps."""

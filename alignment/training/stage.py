@@ -26,12 +26,10 @@ class Stage(Protocol):
     Attributes:
         name: for messages.
         engine: the trained model.
-        evaluates_first: evaluate before the first step too.
     """
 
     name: str
     engine: Engine
-    evaluates_first: bool
 
     def collate(self, rows: Sequence[Any]) -> Batch:
         """Rows of the data set -> one micro batch of numpy arrays."""

@@ -147,3 +147,12 @@ def test_the_report_is_said_once(said: list[tuple[str, str]]) -> None:
     args.report()
     precision = "bf16, fp16_opt_level: Paddle has no half-precision kernels on CPUs; everything is computed in float32"
     assert said == [("INFO", precision), ("WARNING", "kl_target: not used, because adaptive_kl is false")]
+
+
+def test_a_constant_schedule_has_no_warm_up() -> None:
+    """D30: a warm-up that does not happen is said."""
+    args = _args(SFTArguments, lr_scheduler_type="constant", warmup_steps=5)
+    assert any(note.startswith("warmup_steps: not used") for note in args.notes)
+    assert not any("warmup" in note for note in _args(SFTArguments, lr_scheduler_type="linear", warmup_steps=5).notes)
+    args = _args(PPOArguments, critic_lr_scheduler_type="constant", critic_warmup_ratio=0.1)
+    assert any(note.startswith("critic_warmup_ratio: not used") for note in args.notes)

@@ -84,7 +84,7 @@ def test_it_learns_and_leaves_everything_behind(model_dir: Path, data_dir: Path,
     assert len(seen) == 192
     assert seen[0] > 5
     evaluations = [row for row in rows if "eval/loss" in row]
-    assert [row["step"] for row in evaluations] == list(range(12, 193, 12))
+    assert [row["step"] for row in evaluations] == list(range(0, 193, 12)), "P16: before the first step too"
     last = evaluations[-1]
     # Knowing the eight words but not which one the prompt names gives 0.65.
     assert last["eval/loss"] < 0.3 and last["eval/accuracy"] > 0.9
@@ -204,6 +204,12 @@ def test_an_earlier_run_is_not_overwritten_by_accident(
     assert len(read_metrics(out)) == 2
 
 
+def test_eval_on_start_can_be_left_out(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    """P16: evaluation before the first step is a key of all stages."""
+    rows = train(model_dir, data_dir, tmp_path / "run", do_eval=True, eval_on_start=False, max_steps=2)
+    assert [row["step"] for row in rows if "eval/loss" in row] == [2]
+
+
 def test_the_best_model_is_the_final_one(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     rows = train(
@@ -219,7 +225,7 @@ def test_the_best_model_is_the_final_one(model_dir: Path, data_dir: Path, tmp_pa
         metric_for_best_model="eval_loss",
         greater_is_better=True,
     )
-    evaluations = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+    evaluations = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row and row["step"]}
     # The loss falls, so with greater_is_better the first one evaluated is the "best".
     best = max(evaluations, key=evaluations.get)
     assert best == 2

@@ -12,7 +12,8 @@ import pytest
 
 from alignment.errors import ArgumentsError
 from alignment.parallel import Topology, World
-from alignment.training.metrics import MetricWriter, backend_names, format_seconds, read_metrics
+from alignment.progress import format_seconds
+from alignment.training.metrics import MetricWriter, backend_names, read_metrics
 
 
 def arguments(**values: object) -> SimpleNamespace:

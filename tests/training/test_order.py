@@ -68,3 +68,13 @@ def test_a_budget_of_tokens_takes_every_row_once_and_is_kept(lengths: list[int],
         assert width >= max(lengths[i] for i in after)  # grouped by length
     fixed = micro_batches(lengths, size)
     assert [len(part) for part in fixed] == [min(size, len(lengths) - i) for i in range(0, len(lengths), size)]
+
+
+def test_without_shuffling() -> None:
+    """`shuffle: false`: the data's own order in every epoch, for SFT, reward models and PPO's prompts alike."""
+    from alignment.ppo.streams import IndexStream
+
+    order = TrainingOrder(10, 4, seed=1, shuffle=False)
+    assert [order.batch(step).tolist() for step in range(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3]]
+    stream = IndexStream(3, 5, shuffle=False)
+    assert stream.take(7) == [0, 1, 2, 0, 1, 2, 0]

@@ -9,17 +9,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from alignment.cli import CommandParser
 from alignment.errors import AlignmentError, ArgumentsError, DataError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ArgumentsError(f"{message}\n{self.format_usage().strip()}")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = _Parser(prog="alignment generate", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="alignment generate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder (OUTPUT_DIR/policy after PPO)")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument(

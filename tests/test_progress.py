@@ -1,0 +1,32 @@
+"""Progress of long passes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from alignment import progress
+from alignment.progress import Progress
+
+
+def test_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a bar a line comes every half minute, with rate and remaining time; a short pass says nothing."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO, "alignment"), Progress("evaluation", 100, bar=False) as shown:
+        now[0] += 10
+        shown.add(10)
+        assert not caplog.messages
+        now[0] += 40
+        shown.add(15)
+    assert set(caplog.messages) == {"evaluation: 25 of 100 rows, 0.5 rows/s, 02:30 left"}
+
+
+def test_bar(capsys: pytest.CaptureFixture) -> None:
+    with Progress("scoring", 4) as shown:
+        shown.add(4)
+    assert "scoring" in capsys.readouterr().err
+    with Progress("scoring", 4, active=False) as shown:
+        shown.add(4)
+    assert not capsys.readouterr().err
