@@ -60,7 +60,7 @@ def _read_weights(folder: Path, name: str) -> dict[str, Any]:
     files = sorted(folder.glob("*model*.safetensors"))
     if files:
         # Not safetensors' own reader: it has no bfloat16 for NumPy.
-        from alignment.ppo.models.hf_layout import SafetensorsFile
+        from alignment.ppo.models.safetensors_file import SafetensorsFile
 
         result: dict[str, Any] = {}
         for file in files:

@@ -161,8 +161,7 @@ def test_float16_overflow_is_named(make_folder: MakeFolder, tmp_path: Path) -> N
 
 
 def test_bfloat16_rounding_of_special_numbers() -> None:
-    from alignment.ppo.models.export_weights import to_bfloat16
-    from alignment.ppo.models.hf_layout import bfloat16_to_float32
+    from alignment.ppo.models.safetensors_file import bfloat16_to_float32, to_bfloat16
 
     # 1 + 2^-8 lies halfway between 1 and 1 + 2^-7 and goes to the even 1; 1 + 3 * 2^-8 goes up to 1 + 2^-6.
     given = np.array([0.0, -0.0, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20], dtype=np.float32)

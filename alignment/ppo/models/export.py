@@ -18,7 +18,7 @@ from alignment.errors import AlignmentError, ArgumentsError, CheckpointError, Mo
 from alignment.log import get_logger
 from alignment.training.checkpoint import MANIFEST, verify
 
-from .export_weights import DTYPE_CODES, ExportTensor, export_tensors, parse_size, write_weights
+from .export_weights import export_tensors, parse_size
 from .folders import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -32,6 +32,7 @@ from .hf_layout import Weights
 from .hf_tokenizer import open_source_tokenizer, write_hf_tokenizer
 from .loading import CAUSAL_MODELS, load_config
 from .lora import is_adapter_folder, merge_lora
+from .safetensors_file import DTYPE_CODES, StoredTensor, write_weights
 from .score_model import fill_score_config
 from .tokenizers import copy_tokenizer_files
 from .upstream import quiet_paddlenlp
@@ -200,7 +201,7 @@ def _write(
         if plain_head:
             # The same numbers under the name that transformers' *ForSequenceClassification reads.
             head = next(tensor for tensor in tensors if tensor.name == "score_head.weight")
-            tensors.append(ExportTensor("score.weight", head.shape, head.code, head.read))
+            tensors.append(StoredTensor("score.weight", head.shape, head.code, head.read))
         elif is_score:
             notes.append(
                 "the score head has a bias or a normaliser, which transformers' *ForSequenceClassification cannot "
@@ -228,7 +229,7 @@ def _is_plain_head(config: Any) -> bool:
     return not config.bias and not normalises
 
 
-def _main_dtype(tensors: list[ExportTensor]) -> str:
+def _main_dtype(tensors: list[StoredTensor]) -> str:
     code = max(tensors, key=lambda tensor: tensor.size).code
     return next((name for name, value in DTYPE_CODES.items() if value == code), "float32")
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import ModelError, nearest
+
+from .safetensors_file import read_safetensors_header
 
 #: ``model_type`` in config.json -> what the architecture is called in messages. These are the backbones that can be
 #: trained.
@@ -35,14 +36,6 @@ WEIGHT_FILES: tuple[tuple[str, str], ...] = (
     ("pytorch_model.bin.index.json", "torch"),
     ("pytorch_model.bin", "torch"),
 )
-
-_SAFETENSORS_ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64"), 8),
-}
-_MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -176,57 +169,6 @@ def model_context_length(path: str | os.PathLike) -> int | None:
         return None
     value = read_config(folder).get("max_position_embeddings")
     return int(value) if isinstance(value, int) and value > 0 else None
-
-
-def read_safetensors_header(
-    file: Path, *, role: str = "model"
-) -> tuple[int, dict[str, dict[str, Any]], dict[str, str]]:
-    """Read and check the header of a safetensors file.
-
-    The format: 8 bytes little-endian length, a JSON object ``{name: {dtype, shape, data_offsets}}``, then the
-    tensors' bytes.
-
-    Returns:
-        The offset of the first tensor byte, the tensors, the metadata.
-
-    Raises:
-        ModelError: the file is cut short, longer than its header says, or its header is damaged.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if len(head) < 8 or length > _MAX_HEADER_BYTES:
-            raise ModelError(
-                f"{role}: {file} is not a safetensors file (its first 8 bytes are no header length); copy it again"
-            )
-        if 8 + length > size:
-            raise ModelError(
-                f"{role}: {file} is cut short: its header alone takes {8 + length:,} bytes, the file has {size:,}; "
-                f"copy it again"
-            )
-        raw = stream.read(length)
-    try:
-        tensors = json.loads(raw)
-        metadata = tensors.pop("__metadata__", None) or {}
-        end = 0
-        for info in tensors.values():
-            start, stop = info["data_offsets"]
-            items = 1
-            for dimension in info["shape"]:
-                items *= dimension
-            if stop - start != items * _SAFETENSORS_ITEM_BYTES[info["dtype"]]:
-                raise ValueError("a tensor's shape, dtype and offsets disagree")
-            end = max(end, stop)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{role}: {file} has a damaged safetensors header ({error}); copy it again") from error
-    expected = 8 + length + end
-    if size != expected:
-        state = "is cut short" if size < expected else "has bytes after its last tensor"
-        raise ModelError(
-            f"{role}: {file} {state}: its header promises {expected:,} bytes, the file has {size:,}; copy it again"
-        )
-    return 8 + length, tensors, metadata
 
 
 def _find_weights(folder: Path, *, role: str) -> tuple[str, tuple[Path, ...]]:

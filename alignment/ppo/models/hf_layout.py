@@ -22,22 +22,9 @@ import numpy as np
 
 from alignment.errors import ModelError
 
-from .folders import ModelFolder, check_torch_zip, read_safetensors_header
+from .folders import ModelFolder, check_torch_zip
+from .safetensors_file import FLOATS, SafetensorsFile, bfloat16_to_float32, code_of
 
-_SAFETENSORS_DTYPES = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "I16": np.int16,
-    "U16": np.uint16,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "I64": np.int64,
-    "U64": np.uint64,
-    "F16": np.float16,
-    "F32": np.float32,
-    "F64": np.float64,
-}
 #: torch's storage classes -> NumPy dtype; bfloat16 is read as bits and widened.
 _TORCH_STORAGES: dict[str, Any] = {
     "DoubleStorage": np.float64,
@@ -51,40 +38,6 @@ _TORCH_STORAGES: dict[str, Any] = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-
-
-def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
-    """Widen bfloat16 given as uint16 bits: its 16 bits are the upper half of the float32 with the same value."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-class SafetensorsFile:
-    """A ``.safetensors`` file; tensors are read from a memory map when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offset, self._tensors, self.metadata = read_safetensors_header(path)
-        self._bytes: np.ndarray | None = None
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor, as stored."""
-        return {name: tuple(info["shape"]) for name, info in self._tensors.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """Return one tensor, as stored; bfloat16 comes as float32."""
-        info = self._tensors[name]
-        if self._bytes is None:
-            self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
-        start, stop = info["data_offsets"]
-        raw = self._bytes[self._offset + start : self._offset + stop]
-        if info["dtype"] == "BF16":
-            return bfloat16_to_float32(np.frombuffer(raw, dtype=np.uint16)).reshape(info["shape"])
-        if info["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ModelError(
-                f"{self.path}: tensor {name!r} has dtype {info['dtype']}, which cannot be loaded; use float32, "
-                f"float16 or bfloat16"
-            )
-        return np.frombuffer(raw, dtype=_SAFETENSORS_DTYPES[info["dtype"]]).reshape(info["shape"])
 
 
 @dataclass(frozen=True)
@@ -153,6 +106,10 @@ class TorchFile:
         """Return the shape of every tensor, as stored."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
+    def code(self, name: str) -> str:
+        """Return safetensors' code of a tensor's dtype."""
+        return code_of(self._tensors[name].storage.dtype)
+
     def read(self, name: str) -> np.ndarray:
         """Return one tensor, as stored; bfloat16 comes as float32."""
         tensor = self._tensors[name]
@@ -210,6 +167,10 @@ class PaddleFile:
         """Return the shape of every tensor, as stored."""
         return {name: value.shape for name, value in self._tensors.items()}
 
+    def code(self, name: str) -> str:
+        """Return safetensors' code of a tensor's dtype."""
+        return code_of(self._tensors[name].dtype)
+
     def read(self, name: str) -> np.ndarray:
         """Return one tensor, as stored; bfloat16 comes as float32."""
         value = self._tensors[name]
@@ -255,6 +216,21 @@ class Weights:
         """Return a tensor's shape in paddlenlp's orientation."""
         return self._shapes[name]
 
+    def code(self, name: str) -> str:
+        """Return safetensors' code of a tensor's dtype (``"F32"``, ``"BF16"``, ...).
+
+        Raises:
+            ModelError: a parameter is not stored as floating-point numbers.
+        """
+        file, stored_name = self._sources[name]
+        code = file.code(stored_name)
+        if code not in FLOATS and name != "normalizer.count":
+            raise ModelError(
+                f"{file.path}: tensor {stored_name!r} is stored as {code}, which is no dtype of weights; they are "
+                f"{', '.join(FLOATS)}. Are they quantised, or written by a tool that takes bfloat16 for integers?"
+            )
+        return code
+
     def stored_name(self, name: str) -> str:
         """Return the tensor's name in its file, for messages."""
         return self._sources[name][1]
@@ -264,8 +240,13 @@ class Weights:
         return self._sources[name][0].path
 
     def read(self, name: str) -> np.ndarray:
-        """Return a tensor in paddlenlp's orientation, contiguous."""
+        """Return a tensor in paddlenlp's orientation, contiguous; bfloat16 comes as float32.
+
+        Raises:
+            ModelError: a parameter is not stored as floating-point numbers.
+        """
         file, stored_name = self._sources[name]
+        self.code(name)
         array = file.read(stored_name)
         return np.ascontiguousarray(array.T) if self._transposed(name, array.shape) else array
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 import paddle
 from paddle import nn
-from safetensors.numpy import save_file
 
 from alignment.errors import ModelError
 
 from .folders import GENERATION_CONFIG_FILE
 from .forward import unwrap
 from .parts import whole_config
+from .safetensors_file import StoredTensor, code_of, write_weights
 from .score_model import ScoreModelMixin
 from .upstream import quiet_paddlenlp
+
+MAX_SHARD_BYTES = 10 * 10**9
 
 
 def save_model(
@@ -38,20 +39,16 @@ def save_model(
     """
     quiet_paddlenlp()
     inner = unwrap(model)
+    if inner is model:
+        tensors = inner.state_dict() if state_dict is None else state_dict
+        stored = [StoredTensor(n, tuple(t.shape), code_of(t.dtype), t.numpy) for n, t in tensors.items()]
+        _write_folder(inner, Path(folder), stored)
+        return
+    if isinstance(inner, ScoreModelMixin):
+        inner.write_normalizer_to_config()
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if inner is not model:  # LoRA's wrapper
-            if isinstance(inner, ScoreModelMixin):
-                inner.write_normalizer_to_config()
-            model.save_pretrained(str(folder))
-        else:
-            with warnings.catch_warnings():
-                # paddlenlp warns and writes no generation_config.json if sampling values stand beside do_sample=False,
-                # as in many published models; the file is written here whatever it says.
-                warnings.filterwarnings("ignore", message="The generation config instance is invalid")
-                inner.save_pretrained(str(folder), safe_serialization=True, state_dict=state_dict)
-            if getattr(inner, "generation_config", None) is not None:
-                inner.generation_config.to_json_file(str(Path(folder) / GENERATION_CONFIG_FILE), use_diff=True)
+        model.save_pretrained(str(folder))  # LoRA's wrapper: the adapter alone
     except OSError as error:
         raise ModelError(f"cannot save the model in {folder}: {error}") from error
 
@@ -62,22 +59,33 @@ def save_whole_model(model: nn.Layer, folder: str | os.PathLike, tensors: dict[s
     Args:
         model: this process's part, for its config.
         folder: made if it does not exist.
-        tensors: all of the whole model, by name.
+        tensors: all of the whole model, by name; bfloat16 as Paddle gives it to NumPy, its bits as uint16.
 
     Raises:
         ModelError: the folder cannot be written.
     """
-    inner = unwrap(model)
+    stored = [
+        StoredTensor(name, tuple(array.shape), code_of(array.dtype), lambda array=array: array)
+        for name, array in tensors.items()
+    ]
+    _write_folder(unwrap(model), Path(folder), stored)
+
+
+def _write_folder(inner: nn.Layer, folder: Path, tensors: list[StoredTensor]) -> None:
+    """Write config and weights; not through paddlenlp's ``save_pretrained``, which stores bfloat16 as ``U16``, needs
+    memory for the whole model once more, and makes files that only their owner may read.
+    """
     if isinstance(inner, ScoreModelMixin):
         inner.write_normalizer_to_config()
     config = whole_config(inner.config)
     config.architectures = [type(inner).__name__]
-    config.dtype = str(next(iter(inner.parameters())).dtype).split(".")[-1]
+    config.dtype = str(next(iter(inner.parameters())).dtype).rpartition(".")[2]
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(folder))
-        save_file(tensors, str(Path(folder) / "model.safetensors"), metadata={"format": "np"})
+        write_weights(folder, tensors, metadata_format="np", max_shard_bytes=MAX_SHARD_BYTES)
+        # paddlenlp's own way writes none if sampling values stand beside do_sample=False, as in many published models.
         if getattr(inner, "generation_config", None) is not None:
-            inner.generation_config.to_json_file(str(Path(folder) / GENERATION_CONFIG_FILE), use_diff=True)
+            inner.generation_config.to_json_file(str(folder / GENERATION_CONFIG_FILE), use_diff=True)
     except OSError as error:
         raise ModelError(f"cannot save the model in {folder}: {error}") from error
