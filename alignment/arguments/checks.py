@@ -13,10 +13,11 @@ from alignment.arguments import device
 from alignment.arguments.base import Arguments
 from alignment.arguments.layout import topology_of
 from alignment.arguments.ppo import PPOArguments
+from alignment.arguments.resolve import default_metric, greater_is_better
 from alignment.arguments.reward import RewardArguments
 from alignment.arguments.sft import LoRAFields, SFTArguments
-from alignment.arguments.values import LATEST
-from alignment.errors import ArgumentsError, DataError
+from alignment.arguments.values import LATEST, short_names
+from alignment.errors import ArgumentsError, DataError, nearest
 
 #: What an output_dir may hold without counting as an earlier run.
 _HARMLESS = {"heartbeat", "log", "logs", "runs", "vdl_log", "arguments.json", "data_mixture.json"}
@@ -115,6 +116,7 @@ def _check_evaluation(args: Arguments, problems: Problems) -> None:
             "do_eval",
             "evaluation_strategy",
         )
+    _check_best_metric(args, problems)
     if evaluation and args.eval_split_ratio is not None:
         args.notes.append("eval_split_ratio is not used, because eval_datasets is given")
     if args.load_best_model_at_end:
@@ -133,6 +135,40 @@ def _check_evaluation(args: Arguments, problems: Problems) -> None:
                 f"{args.save_steps} and {args.eval_steps}",
                 *keys,
             )
+
+
+def evaluation_metrics(args: Arguments) -> list[str]:
+    """Names that ``metric_for_best_model`` may say: what every evaluation of this stage gives, without ``eval_``."""
+    if isinstance(args, RewardArguments):
+        names = ["accuracy", "loss", "margin", "rewards_mean", "rewards_std", "chosen_mean", "rejected_mean"]
+        names += ["calibration_error"]
+        return [*names, *(["normalizer_mean", "normalizer_std"] if args.normalize_score_during_training else [])]
+    if not isinstance(args, PPOArguments):
+        return ["loss", "perplexity", "accuracy"]
+    found = []
+    for suffix in ("", "_greedy") if args.eval_temperature > 0 else ("_greedy",):
+        found += [f"{name}{suffix}" for name in ("reward", "mean_generated_length", "truncation_rate")]
+        if isinstance(args.reward, dict) and len(args.reward) > 1:
+            found += [f"reward{suffix}/{name}" for name in short_names(list(args.reward))]
+    return found
+
+
+def _check_best_metric(args: Arguments, problems: Problems) -> None:
+    """A name that no evaluation gives would end the run at its first evaluation, with nothing saved."""
+    if not args.do_eval:
+        return
+    wanted = args.metric_for_best_model or ""
+    name, known = wanted.removeprefix("eval_").removeprefix("eval/"), evaluation_metrics(args)
+    if name in known:
+        return
+    message = f"metric_for_best_model {wanted}: no such metric{nearest(name, known)}; there are {', '.join(known)}"
+    if args.load_best_model_at_end:
+        problems.add(message, "metric_for_best_model")
+        return
+    args.metric_for_best_model = default_metric(args)
+    if "greater_is_better" not in args.given:
+        args.greater_is_better = greater_is_better(args.metric_for_best_model)
+    args.notes.append(f"{message}. The best checkpoint is that by {args.metric_for_best_model}")
 
 
 def _check_precision(args: Arguments, problems: Problems) -> None:

@@ -49,10 +49,20 @@ def _resolve_evaluation(args: Arguments) -> None:
     if args.eval_steps is None:
         args.eval_steps = args.logging_steps
     if args.metric_for_best_model is None:
-        args.metric_for_best_model = _DEFAULT_METRIC[args.STAGE]
+        args.metric_for_best_model = default_metric(args)
     if args.greater_is_better is None:
-        metric = args.metric_for_best_model.removeprefix("eval_")
-        args.greater_is_better = not metric.endswith(_SMALLER_IS_BETTER)
+        args.greater_is_better = greater_is_better(args.metric_for_best_model)
+
+
+def default_metric(args: Arguments) -> str:
+    """What ``metric_for_best_model`` is unless the user says."""
+    greedy_only = isinstance(args, PPOArguments) and args.eval_temperature == 0
+    return "reward_greedy" if greedy_only else _DEFAULT_METRIC[args.STAGE]
+
+
+def greater_is_better(metric: str) -> bool:
+    """Whether a greater value of an evaluation's metric is the better one."""
+    return not metric.endswith(_SMALLER_IS_BETTER)
 
 
 def _beside_file(name: str, argument_file: str | None) -> str:

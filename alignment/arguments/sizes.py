@@ -61,21 +61,6 @@ class Sizes:
     ptx_rows_per_step: int = 0
     micro_batch_tokens: int = 0
 
-    @property
-    def updates(self) -> int:
-        """The same as ``total_steps``."""
-        return self.total_steps
-
-    @property
-    def rows_per_update(self) -> int:
-        """The same as ``rows_per_step``."""
-        return self.rows_per_step
-
-    @property
-    def micro_batches(self) -> int:
-        """Upper bound of the micro batches of the run, per process."""
-        return self.total_steps * self.micro_batches_per_step
-
     def _micro_batches_in_words(self) -> str:
         if not self.micro_batch_tokens:
             return f"{self.micro_batches_per_step:,}"

@@ -129,3 +129,11 @@ def read_offload_level(value: Any, is_text: bool) -> str:
                 f"{word!r} is not one of {', '.join(map(repr, OFFLOAD_PARTS))} (several are separated by spaces)"
             )
     return " ".join(dict.fromkeys(words))
+
+
+def short_names(names: list[str]) -> list[str]:
+    """How metrics call the sources of ``reward``: ``"my_rewards.py:helpfulness"`` is ``"helpfulness"``, unless two
+    sources would then share a name.
+    """
+    short = [name.rpartition(":")[2] for name in names]
+    return [last if short.count(last) == 1 else name for last, name in zip(short, names, strict=True)]

@@ -68,7 +68,7 @@ class Evaluator:
             if self.world.is_main:
                 with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        if self.world.is_main:
+        if self.world.is_main and table:
             self.write(sample_table(table, step))
         return statistics.result()
 

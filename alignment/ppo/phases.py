@@ -33,11 +33,13 @@ from alignment.ppo.statistics import Statistics
 
 @dataclass
 class Roles:
-    """The models of a run; ``reward`` is absent when only callables score."""
+    """The models of a run; ``reward`` is absent when only callables score, ``reference`` and ``critic`` when nothing is
+    trained.
+    """
 
     actor: PolicyRole
-    reference: PolicyRole
-    critic: ValueRole
+    reference: PolicyRole | None
+    critic: ValueRole | None
     reward: RewardRole | None
 
 
@@ -64,6 +66,8 @@ class RolloutPhases:
         stats: figures of the newest rollout.
         tokens: of the newest rollout that have not been counted towards the rate yet.
         reshard_bytes: received by rollout weights since this was last set to 0.
+        kl_adapts: whether the KL controller learns from the next rollout; not while only the critic is trained, since
+            the policy is the reference until then and a KL of 0 says nothing about the coefficient.
     """
 
     def __init__(
@@ -80,18 +84,18 @@ class RolloutPhases:
         self.args, self.world, self.roles, self.score = args, world, roles, score
         self.generator, self.sampling, self.kl_controller, self.moments = generator, sampling, kl_controller, moments
         self.timer, self.stats, self.tokens, self.reshard_bytes = PhaseTimer(), Statistics(), 0, 0
+        self.kl_adapts = True
 
     def functions(self) -> dict[str, Callable[..., Any]]:
-        """The phases' functions by name."""
+        """The phases' functions by name, for training."""
         roles = self.roles
+        assert roles.reference is not None and roles.critic is not None
         functions: dict[str, Callable[..., Any]] = {
             "generate": self.generate,
-            "actor_logprobs": functools.partial(self._counted, "actor_logprobs", roles.actor, roles.actor.logprobs),
-            "reference_logprobs": functools.partial(
-                self._counted, "reference_logprobs", roles.reference, roles.reference.logprobs
-            ),
-            "reward_scores": functools.partial(self._counted, "reward_scores", roles.reward, self.score),
-            "critic_values": functools.partial(self._counted, "critic_values", roles.critic, roles.critic.values),
+            "actor_logprobs": functools.partial(self._where_rows, roles.actor, roles.actor.logprobs),
+            "reference_logprobs": functools.partial(self._where_rows, roles.reference, roles.reference.logprobs),
+            "reward_scores": functools.partial(self._where_rows, roles.reward, self.score),
+            "critic_values": functools.partial(self._where_rows, roles.critic, roles.critic.values),
             "advantages": self.experience,
         }
         calls = {call.name: call for call in PPO_ITERATION.calls}
@@ -120,9 +124,7 @@ class RolloutPhases:
         self.refresh()
         if not prompts:
             return None
-        rollout = self.generator.generate(prompts, self.sampling, self.args.num_return_sequences)
-        self.timer.count_tokens("generate", float(rollout.response_len.sum()))
-        return rollout
+        return self.generator.generate(prompts, self.sampling, self.args.num_return_sequences)
 
     def refresh(self) -> int:
         """Bring the rollout model's weights up to date, where it is not the actor itself; returns the bytes moved."""
@@ -133,18 +135,14 @@ class RolloutPhases:
         self.reshard_bytes += moved.nbytes
         return moved.nbytes
 
-    def _counted(
-        self,
-        phase: str,
-        role: PolicyRole | ValueRole | RewardRole | None,
-        function: Callable[[Rollout], Any],
-        rollout: Rollout | None,
+    @staticmethod
+    def _where_rows(
+        role: PolicyRole | ValueRole | RewardRole | None, function: Callable[[Rollout], Any], rollout: Rollout | None
     ) -> Any:
         if rollout is None:
             if role is not None:
                 role.engine.infer_pass([], no_rows, no_rows)  # other data ranks may gather layers from this one
             return None
-        self.timer.count_tokens(phase, float(rollout.lengths.sum()))
         return function(rollout)
 
     def experience(
@@ -178,8 +176,17 @@ class RolloutPhases:
         gap = self.stats.result()["train/rollout_logprob_gap"]
         check_rollout_gap(gap, self.roles.actor.engine.dtype, self.sampling.temperature)
         self.tokens = int(whole.lengths.sum())
-        self.kl_controller.update(float(summed_k1(experience).mean()), len(experience))
+        self._count_tokens(whole)
+        if self.kl_adapts:
+            self.kl_controller.update(float(summed_k1(experience).mean()), len(experience))
         return experience
+
+    def _count_tokens(self, whole: Rollout) -> None:
+        """Count all ranks' tokens for the phases' rates: the answers' for ``generate``, whole rows' for the others."""
+        self.timer.count_tokens("generate", float(whole.response_len.sum()))
+        scored = ("reward_scores",) if self.roles.reward is not None else ()
+        for phase in ("actor_logprobs", "reference_logprobs", "critic_values", *scored):
+            self.timer.count_tokens(phase, float(whole.lengths.sum()))
 
     def _same_tokens(self, rollout: Rollout | None) -> None:
         if not self.world.topology.splits_model:

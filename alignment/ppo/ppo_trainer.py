@@ -21,6 +21,7 @@ from alignment.parallel.offload import Residency
 from alignment.ppo.algorithms.advantages import RunningMoments
 from alignment.ppo.algorithms.kl import AdaptiveKLController, FixedKLController
 from alignment.ppo.dataflow import PPO_ITERATION, PhaseTimer
+from alignment.ppo.engine import Engine
 from alignment.ppo.evaluation import Evaluator
 from alignment.ppo.generation.engine import GenerationPrompt
 from alignment.ppo.generation.layouts import RolloutEngine
@@ -31,7 +32,7 @@ from alignment.ppo.phases import Roles, RolloutPhases
 from alignment.ppo.ptx import PtxStream
 from alignment.ppo.rewards import RewardResult
 from alignment.ppo.rollout import Experience, Rollout
-from alignment.ppo.state import PPOState, load_state, save_state
+from alignment.ppo.state import PPOState, load_state, read_state, save_state
 from alignment.ppo.statistics import Statistics
 from alignment.ppo.streams import IndexStream
 from alignment.ppo.update import Position, PPOUpdater
@@ -39,6 +40,7 @@ from alignment.training.best import best_metric, is_better
 from alignment.training.checkpoint import CheckpointStore
 from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt, resume_command
 from alignment.training.metrics import MetricWriter
+from alignment.training.order import rank_slice
 from alignment.training.output import on_main, publishing
 from alignment.training.resume import save_arguments
 
@@ -102,7 +104,7 @@ class PPOTrainer:
         self.ptx: PtxStream | None = None
         if ptx_dataset is not None:
             self.ptx = PtxStream(ptx_dataset, args.seed + 1, pad_id, args.shuffle)
-        self.updater = PPOUpdater(args, world, roles.actor, roles.critic, self.ptx, generator.tokenizer.decode)
+        self.updater: PPOUpdater | None = None
         self.store = CheckpointStore(args.output_dir, args.save_total_limit)
         self.sampling = SamplingSettings(
             max_new_tokens=args.max_dec_len,
@@ -118,10 +120,13 @@ class PPOTrainer:
         self.phases = RolloutPhases(
             args, world, roles, score, generator, self.sampling, self.kl_controller, self.moments
         )
-        self.functions = {
-            **self.phases.functions(),
-            "update": self.phases.awake(("actor", "critic"), self._update, whole=False),
-        }
+        self.functions: dict[str, Callable[..., Any]] = {}
+        if roles.critic is not None:
+            self.updater = PPOUpdater(args, world, roles.actor, roles.critic, self.ptx, generator.tokenizer.decode)
+            self.functions = {
+                **self.phases.functions(),
+                "update": self.phases.awake(("actor", "critic"), self._update, whole=False),
+            }
 
     # -- the loop
 
@@ -144,8 +149,9 @@ class PPOTrainer:
         if resume_path is not None:
             self._resume(resume_path)
         self._enter("weights")
-        for engine in (self.roles.actor.engine, self.roles.critic.engine):
-            engine.check_same_on_all_ranks()
+        for role in (self.roles.actor, self.roles.critic):
+            if role is not None:
+                role.engine.check_same_on_all_ranks()
         self._begin()
         try:
             with self.interrupt:
@@ -168,6 +174,7 @@ class PPOTrainer:
         half, self.half_used, self.evaluation_bytes = self.half_used, None, 0
         before = self.first_step = self.state.global_step if half is None else half.first_step
         self.begin = None if half is None else half.position
+        self.phases.kl_adapts = before >= self.args.critic_warmup_steps
         if half is None:
             values, first = {"prompts": self._next_prompts()}, None
         else:
@@ -177,6 +184,10 @@ class PPOTrainer:
         if self.half_used is not None:
             return
         self.state.rollouts += 1
+        if not self._goes_on() and self.pending != Statistics():
+            # prompts, not steps, have ended the run: its last figures are no multiple of logging_steps away
+            self.rows.append((self.state.global_step, self.pending))
+            self.pending = Statistics()
         self._write_rows()
         improved = self._due(self.args.evaluation_strategy, self.args.eval_steps, before) and self._improves()
         # the best model must be on the disk to be loaded at the end, whether or not a save is due
@@ -209,19 +220,20 @@ class PPOTrainer:
             else:
                 count = self.prompt_stream.left_in_epoch
         rows = self.prompt_stream.take(count)
-        share = np.array_split(np.arange(len(rows)), self.world.size)[self.world.rank]
+        share = rank_slice(np.arange(len(rows)), self.world.rank, self.world.size)
         return [as_prompt(self.train_prompts[rows[i]], first + int(i)) for i in share]
 
     def _update(self, experience: Experience) -> None:
-        if self.begin is None:
-            self.phases.timer.count_tokens("update", float(experience.rollout.lengths.sum()) * self.args.update_iters)
+        assert self.updater is not None
         self.update_began = time.perf_counter()
         on_step = functools.partial(self._after_step, experience)
         self.updater.run(experience, self.state.rollouts, self.state.global_step, on_step, self.begin)
 
-    def _after_step(self, experience: Experience, stats: Statistics, after: Position | None) -> bool:
+    def _after_step(self, experience: Experience, stats: Statistics, after: Position | None, tokens: int) -> bool:
         """Take in one optimizer step's figures, and save when due; returns whether the update goes on."""
+        assert self.updater is not None
         self.state.global_step += 1
+        self.phases.timer.count_tokens("update", float(tokens))
         step = self.state.global_step
         self.pending.merge(self.phases.stats)
         self.pending.merge(stats)
@@ -294,11 +306,9 @@ class PPOTrainer:
             self.writer.write,
         )
         self.evaluator.drop_after(self.state.global_step or -1)
-        if self.state.global_step == 0:
-            engines = {"actor": self.roles.actor.engine, "critic": self.roles.critic.engine}
-            engines["reference"] = self.roles.reference.engine
-            if self.roles.reward is not None:
-                engines["reward"] = self.roles.reward.engine
+        if self.state.global_step == 0 and self.updater is not None:
+            roles = {name: getattr(self.roles, name) for name in ("actor", "critic", "reference", "reward")}
+            engines = {name: role.engine for name, role in roles.items() if role is not None}
             using = {"using": self.residency.using} if self.residency is not None else {}
             self.updater.check_first_step(MovementCheck(engines, **using))
 
@@ -365,7 +375,7 @@ class PPOTrainer:
         self.state.rng = {"kind": "counter", "seed": self.args.seed}
         self._enter("checkpoint")
         with on_main(self.world, lambda: self.store.writing(self.state.global_step, best=best)) as folder:
-            engines = self.roles.actor.engine, self.roles.critic.engine
+            engines = self._trained
             save_state(folder, self.state, *engines, self.save_extras, half_used)
             if self.world.is_main:
                 save_arguments(folder, self.args, self.world)
@@ -374,7 +384,11 @@ class PPOTrainer:
 
     def _resume(self, path: Path) -> None:
         self._enter("checkpoint")
-        self.state = load_state(path, self.roles.actor.engine, self.roles.critic.engine)
+        if self.args.do_train:
+            self.state = load_state(path, *self._trained)
+        else:  # whatever was evaluated there before, this run was started to evaluate
+            self.state = replace(read_state(path), evaluated_at=-1)
+            self.roles.actor.engine.load_weights(path / "policy")
         self.prompt_stream.position = self.state.prompt_position
         if self.ptx is not None:
             self.ptx.stream.position = self.state.ptx_position
@@ -383,7 +397,7 @@ class PPOTrainer:
             self.moments.load_state_dict(self.state.reward_moments)
         if self.world.is_main:
             self.store.remember_best(self.state.best_step)
-        self.half_used = load_half_used(path / "trainer")
+        self.half_used = load_half_used(path / "trainer") if self.args.do_train else None
         self.pending, self.phases.timer = Statistics(**self.state.pending), PhaseTimer(**self.state.timer)
         self.phases.reshard_bytes, self.evaluated_at = self.state.reshard_bytes, self.state.evaluated_at
         self.saved_at = self.state.global_step
@@ -394,6 +408,12 @@ class PPOTrainer:
                 f"{path} is at optimizer step {self.state.global_step}, beyond the {self.sizes.total_steps} of this "
                 f"run: raise num_train_epochs or max_steps, or choose an earlier checkpoint"
             )
+
+    @property
+    def _trained(self) -> tuple[Engine, Engine]:
+        """Actor and critic."""
+        assert self.roles.critic is not None
+        return self.roles.actor.engine, self.roles.critic.engine
 
     def _stop_early(self) -> int:
         if self.saved_at != self.state.global_step:
@@ -413,9 +433,9 @@ class PPOTrainer:
         if self.args.load_best_model_at_end and self.state.best_step not in (-1, self.state.global_step):
             best = self.store.path(self.state.best_step)
             get_logger().info("the best policy is that of step %d; loading %s", self.state.best_step, best)
-            self.roles.actor.engine.load_weights(best / "policy")
-            self.roles.critic.engine.load_weights(best / "value")
-        for name, engine in (("policy", self.roles.actor.engine), ("value", self.roles.critic.engine)):
+            for name, engine in zip(("policy", "value"), self._trained, strict=True):
+                engine.load_weights(best / name)
+        for name, engine in zip(("policy", "value"), self._trained, strict=True):
             with on_main(self.world, lambda name=name: publishing(Path(self.args.output_dir) / name)) as target:
                 engine.save_weights(target)
                 if self.world.is_main:

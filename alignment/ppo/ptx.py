@@ -11,7 +11,7 @@ import numpy as np
 from alignment.parallel import World
 from alignment.ppo.data import collate_supervised
 from alignment.ppo.streams import IndexStream
-from alignment.training.order import micro_batches
+from alignment.training.order import micro_batches, rank_slice
 
 
 @dataclass(frozen=True)
@@ -57,5 +57,5 @@ class PtxStream:
         """
         chosen = [self.dataset[i] for i in self.stream.take(rows)]
         tokens = sum(int((row["labels"][1:] != -100).sum()) for row in chosen)
-        share = np.array_split(np.arange(len(chosen)), world.size)[world.rank]
+        share = rank_slice(np.arange(len(chosen)), world.rank, world.size)
         return PtxWindow([chosen[i] for i in share], max(1, tokens), self.pad_id)

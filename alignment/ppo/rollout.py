@@ -24,7 +24,8 @@ class Rollout:
         tokens: ``[B, T]`` int64, ``[prompt | response | padding]``.
         prompt_len: ``[B]`` int64.
         response_len: ``[B]`` int64, the EOS included; 0 where the model answered nothing.
-        finished: ``[B]`` bool, whether the answer ended with an EOS (rather than at the length limit).
+        finished: ``[B]`` bool, whether the answer ended by itself, with an EOS or a stop string, rather than at the
+            length limit. ``missing_eos_rule`` goes by it.
         logprobs: ``[B, R]`` float32, log-probs of the response's tokens as the generation engine computed them, at the
             sampling temperature and before top-k, top-p and the repetition penalty.
         prompt_index: ``[B]`` int64, the prompt's number in the run's endless stream of prompts.
@@ -173,21 +174,6 @@ def join_rollouts(parts: Sequence[Rollout], pad_id: int) -> Rollout:
         else:
             joined[field.name] = _join_arrays(values, pad_id if field.name == "tokens" else 0)
     return Rollout(**joined)
-
-
-def join_experiences(parts: Sequence[Experience], pad_id: int) -> Experience:
-    """Put experiences together, in order; see :func:`join_rollouts`."""
-    rollout = join_rollouts([part.rollout for part in parts], pad_id)
-    joined: dict[str, Any] = {}
-    for field in fields(Experience):
-        if field.name == "rollout":
-            continue
-        values = [getattr(part, field.name) for part in parts]
-        if isinstance(values[0], dict):
-            joined[field.name] = {key: np.concatenate([value[key] for value in values]) for key in values[0]}
-        else:
-            joined[field.name] = _join_arrays(values, 0)
-    return Experience(rollout=rollout, **joined)
 
 
 def join_micro_batches(pieces: Sequence[np.ndarray], groups: Sequence[np.ndarray], width: int) -> np.ndarray:

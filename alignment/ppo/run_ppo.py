@@ -96,25 +96,16 @@ def check_models(args: PPOArguments, topology: Any) -> None:
 
     folders: dict[str, str] = {"actor_model_name_or_path": args.actor_model_name_or_path}
     if uses_model(args.reward):
-        if not args.reward_model_name_or_path:
-            raise ArgumentsError(
-                "reward_model_name_or_path is missing: give a reward model, or a `reward` that needs none "
-                '("file.py:function", or the NAME of a registered one)'
-            )
         found = check_model_folder(args.reward_model_name_or_path, role="reward_model_name_or_path")
         if found is not None:
             check_layout(found.config, topology, f"reward_model_name_or_path={args.reward_model_name_or_path}")
-    folders["reward_critic_model_name_or_path"] = critic_path(args)
+    if args.do_train:
+        folders["reward_critic_model_name_or_path"] = args.reward_critic_model_name_or_path
     for key, path in folders.items():
         found = check_model_folder(path, role=key)
         if found is not None:
             check_layout(found.config, topology, f"{key}={path}")
         args.check_context(model_context_length(path), f"{key}={path}")
-
-
-def critic_path(args: PPOArguments) -> str:
-    """Where the critic starts: its own model, else the reward model's, else the actor's with a new head."""
-    return args.reward_critic_model_name_or_path or args.reward_model_name_or_path or args.actor_model_name_or_path
 
 
 def load_data(args: PPOArguments, show_progress: bool = True) -> RunData:
@@ -196,7 +187,8 @@ def own_reward_format(args: PPOArguments, tokenizer: Any, template: Any) -> tupl
     check_same(saved, template, f"the reward model {folder}", "this run", args.allow_template_mismatch)
     own_template = PromptTemplate.resolve(saved or template, own)
     other_tokens = tokenizer_differs(tokenizer, own)
-    if other_tokens and Path(critic_path(args)).resolve() == Path(folder).resolve():
+    critic = Path(args.reward_critic_model_name_or_path)
+    if args.do_train and other_tokens and critic.resolve() == Path(folder).resolve():
         raise ArgumentsError(
             f"the critic would start from the reward model {folder}, but that has another tokenizer than the actor, so "
             "its values would be of other tokens: set reward_critic_model_name_or_path to a model with the actor's "
@@ -246,13 +238,23 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
                 residency.add(optimizer_of(engine.name), engine.optimizer_tensors)
         return engine
 
-    actor_settings = OptimizerSettings(**args.policy_optimizer(sizes.total_steps))
-    critic_settings = OptimizerSettings(**args.critic_optimizer(sizes.total_steps))
+    actor_settings = None
+    if args.do_train:
+        # the actor's schedule has the steps in which the actor learns
+        own_steps = max(1, sizes.total_steps - args.critic_warmup_steps)
+        actor_settings = OptimizerSettings(**args.policy_optimizer(own_steps))
     actor_model = load_causal_lm(actor_path, role="actor", **model_options)
     actor = offloaded(Engine("actor", actor_model, world, actor_settings, recompute=bool(args.recompute)))
-    reference = offloaded(Engine("reference", load_causal_lm(actor_path, role="reference", **model_options), world))
-    critic_model = load_score_model(critic_path(args), score_type="critic", role="critic", **model_options)
-    critic = offloaded(Engine("critic", critic_model, world, critic_settings, recompute=bool(args.critic_recompute)))
+    reference = critic = None
+    if args.do_train:
+        reference = offloaded(Engine("reference", load_causal_lm(actor_path, role="reference", **model_options), world))
+        critic_settings = OptimizerSettings(**args.critic_optimizer(sizes.total_steps))
+        critic_model = load_score_model(
+            args.reward_critic_model_name_or_path, score_type="critic", role="critic", **model_options
+        )
+        critic = offloaded(
+            Engine("critic", critic_model, world, critic_settings, recompute=bool(args.critic_recompute))
+        )
     reward_role = scorer = None
     running_normalization = bool(args.normalize_reward)
     if uses_model(args.reward):
@@ -291,8 +293,8 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
 
     roles = Roles(
         PolicyRole(actor, args.temperature, infer_rows, budget),
-        PolicyRole(reference, args.temperature, infer_rows, budget),
-        ValueRole(critic, infer_rows, budget),
+        None if reference is None else PolicyRole(reference, args.temperature, infer_rows, budget),
+        None if critic is None else ValueRole(critic, infer_rows, budget),
         reward_role,
     )
     return PPOTrainer(

@@ -104,15 +104,24 @@ def load_state(folder: Path, actor: Engine, critic: Engine) -> PPOState:
     Raises:
         CheckpointError: something is missing, unreadable or belongs to another model.
     """
-    file = folder / "trainer" / STATE_FILE
-    try:
-        state = PPOState(**json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no PPO checkpoint: it has no trainer/{STATE_FILE}") from None
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    state = read_state(folder)
     actor.load_weights(folder / "policy")
     critic.load_weights(folder / "value")
     actor.load_state(folder / "trainer" / "actor_optimizer.safetensors")
     critic.load_state(folder / "trainer" / "critic_optimizer.safetensors")
     return state
+
+
+def read_state(folder: Path) -> PPOState:
+    """The counters and small states of a checkpoint.
+
+    Raises:
+        CheckpointError: they are missing or unreadable.
+    """
+    file = folder / "trainer" / STATE_FILE
+    try:
+        return PPOState(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no PPO checkpoint: it has no trainer/{STATE_FILE}") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None

@@ -29,7 +29,7 @@ class Statistics:
 
     def maximum(self, name: str, value: float) -> None:
         """Count ``value`` towards the maximum ``name``."""
-        self.maxima[name] = max(self.maxima.get(name, -np.inf), float(value))
+        self.maxima[name] = float(np.maximum(self.maxima.get(name, -np.inf), value))  # NaN stays NaN
 
     def set(self, name: str, value: float) -> None:
         """Remember the newest value (a learning rate, a coefficient)."""

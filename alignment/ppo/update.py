@@ -23,7 +23,7 @@ from alignment.ppo.ptx import PtxStream
 from alignment.ppo.roles import PolicyRole, ValueRole
 from alignment.ppo.rollout import Experience, Rollout
 from alignment.ppo.statistics import Statistics
-from alignment.training.order import micro_batches
+from alignment.training.order import micro_batches, rank_slice
 
 # An update stops when its approximate KL passes this multiple of target_kl (the factor of TRL v1 and
 # Stable-Baselines3).
@@ -49,6 +49,7 @@ class Window:
         mine: this rank's rows.
         tokens: response tokens of the window on all ranks.
         answers: rows with at least one response token, on all ranks.
+        all_tokens: tokens of prompts and responses, on all ranks.
         rows: rows on all ranks.
         first_pass: whether nothing was learnt from this rollout before (first window of the first pass).
         after: where the next window begins; ``None`` behind the last one.
@@ -57,6 +58,7 @@ class Window:
     mine: Experience
     tokens: int
     answers: int
+    all_tokens: int
     rows: int
     first_pass: bool
     after: Position | None
@@ -83,7 +85,7 @@ def split_windows(
     """
     rows = len(experience)
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
-    lengths = experience.rollout.response_len
+    lengths, whole = experience.rollout.response_len, experience.rollout.lengths
     begin = begin or Position()
     for number in range(begin.number, args.update_iters):
         order = np.random.default_rng([args.seed, 1, rollout_number, number]).permutation(rows)
@@ -92,21 +94,16 @@ def split_windows(
             after: Position | None = Position(number, start + size)
             if start + size >= rows:
                 after = Position(number + 1) if number + 1 < args.update_iters else None
-            mine = np.array_split(chosen, world.size)[world.rank]
+            mine = rank_slice(chosen, world.rank, world.size)
             yield Window(
                 mine=experience.select(mine),
                 tokens=int(lengths[chosen].sum()),
                 answers=int((lengths[chosen] > 0).sum()),
+                all_tokens=int(whole[chosen].sum()),
                 rows=len(chosen),
                 first_pass=number == 0 and start == 0,
                 after=after,
             )
-
-
-def count_windows(rows: int, args: Any, world_size: int) -> int:
-    """How many optimizer steps one rollout of ``rows`` rows (all ranks) gives."""
-    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
-    return args.update_iters * -(-rows // size)
 
 
 class PPOUpdater:
@@ -144,7 +141,7 @@ class PPOUpdater:
         experience: Experience,
         rollout_number: int,
         global_step: int,
-        on_step: Callable[[Statistics, Position | None], bool],
+        on_step: Callable[[Statistics, Position | None, int], bool],
         begin: Position | None = None,
     ) -> None:
         """Learn from one experience.
@@ -153,8 +150,8 @@ class PPOUpdater:
             experience: the rows of all ranks.
             rollout_number: of this experience, for the orders.
             global_step: optimizer steps taken so far in the run.
-            on_step: gets the statistics (over all ranks) of each optimizer step and where the update goes on
-                (``None``: it ends here); returning ``False`` ends the update.
+            on_step: gets the statistics (over all ranks) of each optimizer step, where the update goes on (``None``:
+                it ends here) and the tokens that were learnt from (all ranks); returning ``False`` ends the update.
             begin: where it goes on after a restart; ``None`` for the start.
 
         Raises:
@@ -168,7 +165,7 @@ class PPOUpdater:
             stop = self._actor_step(window, local, global_step) if train_actor else False
             stats = local.over_ranks(self.world)
             global_step += 1
-            if not on_step(stats, None if stop else window.after) or stop:
+            if not on_step(stats, None if stop else window.after, window.all_tokens) or stop:
                 break
 
     def _micro_batches(self, mine: Experience) -> list[Experience]:

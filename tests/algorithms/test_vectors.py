@@ -36,9 +36,9 @@ def tensors(*arrays: np.ndarray) -> list[paddle.Tensor]:
     return [paddle.to_tensor(array) for array in arrays]
 
 
-def rewards_of(case: dict, position: str = "last") -> np.ndarray:
+def rewards_of(case: dict) -> np.ndarray:
     kl = kl_estimate(case["logprobs"], case["ref_logprobs"], "k1") * case["mask"]
-    return shape_rewards(case["scores"], kl, case["response_len"], case["inputs"]["kl_coef"], None, position)
+    return shape_rewards(case["scores"], kl, case["response_len"], case["inputs"]["kl_coef"], None)
 
 
 def advantages_of(case: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -63,11 +63,6 @@ def test_rewards_with_the_score_at_the_last_token_are_trl_v1s(case: dict) -> Non
     close(rewards_of(case), wanted, case)
 
 
-def test_rewards_with_the_score_behind_the_last_token_are_trl_heads(case: dict) -> None:
-    wanted = case["results"]["TRL HEAD experimental.ppo"]["rewards(score at first PAD after EOS when it fits)"]
-    close(rewards_of(case, "after_last"), wanted, case)
-
-
 def test_raw_advantages_and_returns(case: dict) -> None:
     advantages, returns = advantages_of(case)
     close(advantages, case["results"]["shared"]["gae_raw_advantages(no whitening)"], case)
@@ -87,7 +82,7 @@ def test_whitened_rewards_keep_their_mean_as_in_trl_v1(case: dict) -> None:
     raw, inside = rewards_of(case), case["mask"].astype(bool)
     scale = 1.0 / np.sqrt(raw[inside].var(ddof=1) + 1e-8)
     pad_value = raw[inside].mean() * (1.0 - scale)
-    rewards = np.where(inside, whiten(raw, case["mask"], shift_mean=False), pad_value).astype(raw.dtype)
+    rewards = np.where(inside, whiten(raw, case["mask"]) + raw[inside].mean(), pad_value).astype(raw.dtype)
     everywhere = np.ones_like(case["mask"])
     advantages, returns = gae(rewards, case["values"], everywhere, case["inputs"]["gamma"], case["inputs"]["lam"])
     trl = case["results"]["TRL v0.11.4 PPOTrainer"]

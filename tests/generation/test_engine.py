@@ -62,8 +62,8 @@ def test_greedy_is_the_same_while_rows_wait_leave_and_take_each_others_place(lla
     prompts = make_prompts([3, 30, 5, 1, 17, 40, 2, 11])
     engine = engine_for(llama, token_budget=64)
     rollout = engine.generate(prompts, SamplingSettings(20, greedy=True), 2)
-    assert engine.last is not None
-    assert engine.last.arena.capacity < 16 * 20, "the cache was to hold a part of the rows only"
+    assert engine.figures is not None
+    assert engine.figures.capacity < 16 * 20, "the cache was to hold a part of the rows only"
     for prompt, got in zip(prompts, responses(rollout)[::2], strict=True):
         assert got == greedy_by_paddlenlp(llama, prompt.input_ids, 20)
     assert responses(rollout)[::2] == responses(rollout)[1::2]
@@ -157,10 +157,10 @@ def test_steps_follow_the_tokens_that_are_produced(llama: paddle.nn.Layer) -> No
     engine = engine_for(llama, token_budget=4 * 32)  # four rows at a time
     rollout = engine.generate(prompts, SamplingSettings(20, min_new_tokens=20, seed=1))
     assert rollout.response_len.tolist() == lengths
-    assert engine.last is not None
-    assert engine.last.arena.most_used == 4 * 32
+    assert engine.figures is not None
+    assert engine.figures.most_used == 4 * 32
     # 24 tokens come from decoding (the first ones come from prefill), at least 6 and in lockstep batches 12 steps
-    assert 6 <= engine.last.steps <= 9
+    assert 6 <= engine.figures.steps <= 9
 
 
 def test_a_restart_between_two_parts_changes_nothing(llama: paddle.nn.Layer, way: str) -> None:
@@ -255,6 +255,16 @@ def test_the_context_bounds_answers_and_refuses_prompts_that_fill_it(llama: padd
         engine_for(llama, way, context=12).generate(make_prompts([12]), SamplingSettings(3))
     with pytest.raises(ModelError, match="has no token"):
         engine_for(llama, way).generate(make_prompts([0]), SamplingSettings(3))
+
+
+def test_a_row_that_ends_at_the_context_does_not_stop_the_others(llama: paddle.nn.Layer, way: str) -> None:
+    """rl 6: on the plain way it rides along for a while; its positions must not pass the model's table."""
+    how = SamplingSettings(40, min_new_tokens=40)
+    prompts = make_prompts([62, 3, 4, 5, 3, 4, 5, 6])
+    together = engine_for(llama, way, context=64).generate(prompts, how)
+    assert together.response_len.tolist() == [2] + [40] * 7
+    alone = engine_for(llama, way, context=64).generate(prompts[1:], how)
+    assert responses(together)[1:] == responses(alone)
 
 
 def test_a_token_that_the_model_does_not_know_is_refused(llama: paddle.nn.Layer) -> None:

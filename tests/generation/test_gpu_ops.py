@@ -81,8 +81,8 @@ def test_fused_steps_give_the_same_tokens(
     assert_same(engine.generate(make_prompts(LENGTHS), SAMPLING, 2), wanted)
     unused = {"swiglu"} if name == "gemma" else set()
     assert set(operators.calls) == set(KERNELS) - unused
-    assert engine.last is not None
-    assert operators.calls["cached attention"] == 2 * engine.last.steps
+    assert engine.figures is not None
+    assert operators.calls["cached attention"] == 2 * engine.figures.steps
 
 
 def test_rows_that_wait_and_take_each_others_blocks(
@@ -92,7 +92,7 @@ def test_rows_that_wait_and_take_each_others_blocks(
     model, wanted = expected("llama")
     engine, _ = gpu_engine(model, KERNELS, token_budget=6 * BLOCK)
     assert_same(engine.generate(make_prompts(LENGTHS), SAMPLING, 2), wanted)
-    assert engine.last is not None and engine.last.arena.capacity == 6 * BLOCK
+    assert engine.figures is not None and engine.figures.capacity == 6 * BLOCK
 
 
 @pytest.mark.parametrize("steps", [[], list(KERNELS)], ids=["plain", "fused"])

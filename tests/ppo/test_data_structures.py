@@ -132,3 +132,12 @@ def test_statistics_are_means_over_everything() -> None:
     one.merge(two)
     assert one.result() == {"loss": 7 / 4, "peak": 5.0, "rate": 0.1}
     assert one.over_ranks(World()).result() == one.result()
+
+
+def test_a_maximum_keeps_nan() -> None:
+    """rl 23: a check of a maximum must see that something was no number, whenever it came."""
+    for values in ((float("nan"), 1.0), (1.0, float("nan"))):
+        stats = Statistics()
+        for value in values:
+            stats.maximum("x", value)
+        assert np.isnan(stats.result()["x"])

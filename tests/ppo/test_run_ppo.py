@@ -321,3 +321,73 @@ def test_another_template_than_the_models_is_refused_unless_allowed(
     assert saved["template"] == template
     file = ppo_json("allowed", prompt_template="beaver", allow_template_mismatch=True, **changes)
     assert main(["ppo", str(file)]) == 0
+
+
+def test_greedy_only_evaluation_runs_to_the_end(ppo_json: Callable[..., Path], tmp_path: Path, capsys) -> None:
+    """rl 3: `eval_temperature: 0` is documented; rl 28: a table of no rows is not printed."""
+    file = ppo_json(eval_temperature=0, evaluation_strategy="steps", eval_steps=4, max_steps=8, sample_table_rows=0)
+    assert main(["ppo", str(file), "save_strategy=steps", "load_best_model_at_end=true", "save_steps=4"]) == 0
+    assert all("eval/reward" not in row for row in metric_rows(tmp_path / "ppo"))
+    assert "evaluation samples" not in capsys.readouterr().out
+
+
+def test_a_metric_that_there_is_not_is_refused_at_the_start_where_it_is_needed(
+    ppo_json: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rl 3: found at the first evaluation after training it would cost all that was trained."""
+    best = {"load_best_model_at_end": True, "save_strategy": "epoch", "metric_for_best_model": "rewrad"}
+    assert main(["ppo", str(ppo_json(**best))]) == 2
+    message = capsys.readouterr().err
+    assert "did you mean 'reward'" in message and "truncation_rate_greedy" in message
+    assert main(["ppo", str(ppo_json(metric_for_best_model="rewrad", max_steps=4))]) == 0
+    assert "metric_for_best_model rewrad: no such metric" in capsys.readouterr().err
+
+
+def test_the_last_figures_are_written_when_prompts_end_the_run(ppo_json: Callable[..., Path], tmp_path: Path) -> None:
+    """rl 13: early stops make fewer steps than planned, so the last step is no multiple of logging_steps."""
+    file = ppo_json(target_kl=1e-9, learning_rate=1e-2, update_iters=4, logging_steps=100, num_train_epochs=1)
+    assert main(["ppo", str(file)]) == 0
+    rows = [row for row in metric_rows(tmp_path / "ppo") if "train/reward" in row]
+    assert len(rows) == 1 and rows[0]["train/early_stopped"] == 1.0
+    assert rows[0]["step"] < 24 and "time/generate_seconds" in rows[0]
+
+
+def test_without_do_train_a_checkpoint_is_evaluated_again(
+    ppo_json: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rl 14: whatever was evaluated at that step before; and only what generates and scores is loaded."""
+    assert main(["ppo", str(ppo_json(num_train_epochs=1, save_strategy="epoch"))]) == 0
+    samples = tmp_path / "ppo" / "eval_samples.jsonl"
+    before = len(samples.read_text().splitlines())
+    (checkpoint,) = (tmp_path / "ppo").glob("checkpoint-*")
+    again = ppo_json(do_train=False, eval_temperature=0.5, reward_critic_model_name_or_path=str(tmp_path / "none"))
+    assert main(["ppo", str(again), f"resume_from_checkpoint={checkpoint}", "offload_level=freeze_model"]) == 0
+    assert len(samples.read_text().splitlines()) == before + 12
+
+
+def test_the_kl_coefficient_waits_for_the_actor(ppo_json: Callable[..., Path], tmp_path: Path) -> None:
+    """rl 15: while only the critic learns the KL is exactly 0, which says nothing about the coefficient.
+    rl 16: and the actor's schedule ends at 0 with the actor's last step.
+    """
+    file = ppo_json(
+        adaptive_kl=True, kl_coeff=0.1, kl_target=1.0, kl_horizon=100, critic_warmup_steps=12,
+        lr_scheduler_type="linear", evaluation_strategy="no", eval_datasets=None, do_eval=False,
+    )  # fmt: skip
+    assert main(["ppo", str(file)]) == 0
+    rows = [row for row in metric_rows(tmp_path / "ppo") if "train/kl_coeff" in row]
+    assert [row["train/kl_coeff"] for row in rows if row["step"] <= 16] == [0.1] * 16
+    assert rows[-1]["train/kl_coeff"] != 0.1
+    rates = [row["train/actor_lr"] for row in rows if "train/actor_lr" in row]
+    assert len(rates) == 12 and rates[0] == 1e-3 and rates[-1] == pytest.approx(1e-3 / 12)
+
+
+def test_rates_count_what_was_made_on_all_ranks(ppo_json: Callable[..., Path], tmp_path: Path) -> None:
+    """rl 22: `tokens_per_second/x * time/x_seconds` is the same count of tokens for every pass over a rollout."""
+    assert main(["ppo", str(ppo_json(num_train_epochs=1, update_iters=1))]) == 0
+    row = next(row for row in metric_rows(tmp_path / "ppo") if "time/update_seconds" in row)
+    counts = {
+        name: row[f"tokens_per_second/{name}"] * row[f"time/{name}_seconds"]
+        for name in ("generate", "actor_logprobs", "reference_logprobs", "critic_values", "update")
+    }
+    passes = {round(counts[name]) for name in counts if name != "generate"}
+    assert len(passes) == 1 and round(counts["generate"]) < passes.pop()

@@ -56,7 +56,7 @@ class Setup:
 
     def __init__(self, folder: Path, args: Any, learning_rate: float = 1e-3) -> None:
         settings_ = OptimizerSettings(learning_rate=learning_rate, lr_scheduler_type="constant", total_steps=100)
-        self.args = args
+        self.args, self.tokens = args, list[int]()
         self.actor_engine = Engine("actor", load_causal_lm(str(folder)), World(), settings_)
         self.critic_engine = Engine("critic", load_score_model(str(folder), score_type="critic"), World(), settings_)
         size = args.per_device_train_batch_size
@@ -66,7 +66,8 @@ class Setup:
     def run(self, experience: Experience, global_step: int = 0) -> list[dict[str, float]]:
         rows: list[dict[str, float]] = []
 
-        def keep(stats: Statistics, after: Position | None) -> bool:
+        def keep(stats: Statistics, after: Position | None, tokens: int) -> bool:
+            self.tokens.append(tokens)
             rows.append(stats.result())
             return True
 
@@ -235,6 +236,17 @@ def test_an_update_stops_when_the_policy_has_moved_too_far(policy_dir: Path) -> 
     assert rows[-1]["train/approx_kl"] > 1.5e-3
     assert all(row["train/approx_kl"] <= 1.5e-3 for row in rows[:-1])
     assert setup.actor_engine.steps == len(rows) - 1
+    # rl 22: what an early stop left out is not counted
+    assert setup.tokens == [int(make_rollout(LENGTHS).lengths.sum())] * len(rows)
+
+
+def test_a_policy_that_has_gone_far_away_gives_finite_gradients(policy_dir: Path) -> None:
+    """rl 24: a log-ratio beyond 88 has an infinite exponential, whose gradient is NaN though the loss is finite."""
+    setup = Setup(policy_dir, make_args())
+    experience = make_experience(make_rollout(LENGTHS), setup.actor, setup.critic, setup.args)
+    experience.logprobs = experience.logprobs - 200.0 * experience.mask
+    (row,) = setup.run(experience)
+    assert np.isfinite(row["train/actor_grad_norm"])
 
 
 def test_entropy_bonus_raises_entropy(policy_dir: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from alignment.errors import RewardError
 from alignment.ppo.rewards import RewardBatch, resolve_rewards
@@ -78,3 +80,19 @@ def test_regex() -> None:
 
 def test_words() -> None:
     assert score("words", ["", "one", "two  words\n"]) == [0, 1, 2]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*"-+$,.7x \n\u0663", "####", "e9"]), max_size=12).map("".join) | st.text())
+def test_no_answer_of_a_policy_makes_a_grader_fail(answer: str) -> None:
+    """rl 4: the policy writes the text; whatever it writes is an answer, right or wrong."""
+    assert score("gsm8k", [answer], answer=["#### 7"])[0] in (0.0, 1.0)
+    assert score("exact_match", [answer], answer=["7"])[0] in (0.0, 1.0)
+    assert score("regex", [answer], pattern=["7$"])[0] in (0.0, 1.0)
+    assert score("words", [answer])[0] >= 0
+
+
+def test_signs_of_a_final_number() -> None:
+    """rl 4: one sign, before or behind a dollar; two are no number."""
+    texts = ["#### -2", "#### -$2", "#### $-2", "#### --2", "#### +-2", "#### -$-2"]
+    assert [gsm8k_number(text) for text in texts] == [-2.0, -2.0, -2.0, None, None, None]

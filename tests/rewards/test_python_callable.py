@@ -216,12 +216,12 @@ def failure_of(file: Path, name: str, batch: RewardBatch = BATCH) -> RewardError
     return failure.value
 
 
-def test_an_exception_names_reward_type_line_and_sample(failing: Path) -> None:
+def test_an_exception_names_reward_type_and_line(failing: Path) -> None:
     error = failure_of(failing, "in_loop")
     text = str(error)
     assert "in_loop' failed: KeyError: 'no such thing'" in text
     assert f'{failing}, line 9 (raise KeyError("no such thing"))' in text
-    assert "while it worked on sample 1 of 3:\n  prompt   [1]: second prompt\n  response [1]: second response" in text
+    assert "in a batch of 3. Its first sample:\n  prompt   [0]: first prompt" in text
     assert isinstance(error.__cause__, KeyError)
 
 
@@ -229,16 +229,18 @@ def test_the_line_is_the_users_and_not_a_librarys(failing: Path) -> None:
     text = str(failure_of(failing, "at_once"))
     assert "failed: JSONDecodeError" in text
     assert f"{failing}, line 15" in text
-    assert "in a batch of 3. The first sample:\n  prompt   [0]: first prompt" in text
+    assert "in a batch of 3. Its first sample:\n  prompt   [0]: first prompt" in text
 
 
-def test_the_sample_is_found_through_a_helper(failing: Path) -> None:
+def test_a_failure_names_the_right_sample_or_none(failing: Path) -> None:
+    """rl 20: which of several samples was at fault cannot be told, so none is blamed; of one it is that one."""
     batch = RewardBatch(["one prompt", "two prompt"], ["1 ok", "x bad"], [{}, {}])
     text = str(failure_of(failing, "in_helper", batch))
     assert "failed: ValueError" in text
     assert f"{failing}, line 3" in text
-    assert "sample 1 of 2" in text
-    assert "response [1]: x bad" in text
+    assert "worked on sample" not in text and "in a batch of 2" in text
+    text = str(failure_of(failing, "in_helper", RewardBatch(["two prompt"], ["x bad"], [{}])))
+    assert "on this sample:" in text and "response [0]: x bad" in text
 
 
 def test_a_missing_column_is_named_with_those_there_are() -> None:

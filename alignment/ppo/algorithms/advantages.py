@@ -41,16 +41,12 @@ def gae(
     return advantages.astype(rewards.dtype), returns.astype(rewards.dtype)
 
 
-def whiten(
-    values: np.ndarray, mask: np.ndarray, shift_mean: bool = True, unbiased: bool = True, epsilon: float = 1e-8
-) -> np.ndarray:
-    """Scale the masked entries to variance 1 and, if wanted, to mean 0.
+def whiten(values: np.ndarray, mask: np.ndarray, epsilon: float = 1e-8) -> np.ndarray:
+    """Scale the masked entries to mean 0 and variance 1 (divided by n - 1, as TRL and verl do).
 
     Args:
         values: ``[B, R]``.
         mask: ``[B, R]``; statistics are taken, and results given, inside it only.
-        shift_mean: ``False`` keeps the mean (what peers do to rewards, so that signs survive).
-        unbiased: divide by n - 1 (TRL, verl; the default here) rather than n (Ziegler et al., N+).
         epsilon: added to the variance, as in TRL and verl.
 
     Returns:
@@ -64,13 +60,10 @@ def whiten(
         return np.zeros_like(values)
     mean = (wide * weights).sum() / count
     variance = (np.square(wide - mean) * weights).sum() / count
-    if unbiased and count > 1:
+    if count > 1:
         variance *= count / (count - 1)
     scale = 1.0 / np.sqrt(variance + epsilon) if count > 1 else 1.0
-    result = (wide - mean) * scale
-    if not shift_mean:
-        result = result + mean
-    return (result * weights).astype(values.dtype)
+    return ((wide - mean) * scale * weights).astype(values.dtype)
 
 
 def explained_variance(values: np.ndarray, returns: np.ndarray, mask: np.ndarray) -> float:

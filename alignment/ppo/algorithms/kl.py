@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
-SCORE_POSITIONS = ("last", "after_last")
 
 
 def kl_estimate(logprobs: np.ndarray, ref_logprobs: np.ndarray, kind: str = "k1") -> np.ndarray:
@@ -79,9 +78,9 @@ def shape_rewards(
     response_len: np.ndarray,
     kl_coeff: float,
     clip_range_score: float | None = None,
-    score_position: str = "last",
 ) -> np.ndarray:
-    """Token rewards: ``-kl_coeff * kl`` at every token of the response, plus the clipped score once.
+    """Token rewards: ``-kl_coeff * kl`` at every token of the response, plus the clipped score at its last one (as TRL
+    v1, OpenRLHF and safe-rlhf do).
 
     Source: Ouyang et al. 2022 (InstructGPT), section 3.5; the clip is safe-rlhf's ``clip_range_score``.
 
@@ -91,26 +90,15 @@ def shape_rewards(
         response_len: ``[B]`` tokens of each response, EOS included; 0 allowed (such a row earns nothing).
         kl_coeff: beta.
         clip_range_score: the score is clipped to ``[-x, x]``; ``None`` for no clip.
-        score_position: ``"last"``, the response's last token (TRL v1, OpenRLHF, safe-rlhf; the default here), or
-            ``"after_last"``, the first slot behind it when it fits, else the last (DeepSpeed-Chat, N+, TRL since 0.12).
 
     Returns:
-        ``[B, R]`` with zeros behind each response (but for the score under ``"after_last"``).
-
-    Raises:
-        ValueError: ``score_position`` is unknown.
+        ``[B, R]`` with zeros behind each response.
     """
-    if score_position not in SCORE_POSITIONS:
-        raise ValueError(f"unknown score position {score_position!r}; known: {', '.join(SCORE_POSITIONS)}")
-    rows, width = kl.shape
-    mask = response_mask(response_len, width, kl.dtype)
+    mask = response_mask(response_len, kl.shape[1], kl.dtype)
     rewards = -kl_coeff * kl * mask
     clipped = scores if clip_range_score is None else np.clip(scores, -clip_range_score, clip_range_score)
     filled = np.nonzero(response_len > 0)[0]
-    column = response_len[filled] - 1
-    if score_position == "after_last":
-        column = np.minimum(column + 1, width - 1)
-    rewards[filled, column] += clipped[filled]
+    rewards[filled, response_len[filled] - 1] += clipped[filled]
     return rewards
 
 

@@ -14,6 +14,10 @@ from paddle import Tensor
 
 LOSS_MEANS = ("token", "sequence")
 
+# Log-ratios are cut to +-20, as in verl: exp() of more than 88 is infinite in float32, and then the gradient of the
+# clipped loss is 0 * inf. A ratio of e^20 is far beyond every clip, so nothing else changes.
+LARGEST_LOG_RATIO = 20.0
+
 
 @dataclass(frozen=True)
 class PolicyLoss:
@@ -102,7 +106,7 @@ def policy_loss(
     mask = mask.astype(logprobs.dtype)
     high = clip_range_low if clip_range_high is None else clip_range_high
     # Outside the mask the log-probs are whatever padding gave: 0 there keeps exp() finite and its gradient 0.
-    log_ratio = (logprobs - old_logprobs) * mask
+    log_ratio = ((logprobs - old_logprobs) * mask).clip(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clip(1.0 - clip_range_low, 1.0 + high)

@@ -16,7 +16,7 @@ import paddle
 from alignment.errors import ModelError
 from alignment.kernels.ops import kernels
 from alignment.log import get_logger
-from alignment.ppo.generation.fused import ContinuousBatch
+from alignment.ppo.generation.fused import BatchFigures, ContinuousBatch
 from alignment.ppo.generation.gpu_check import gpu_layers
 from alignment.ppo.generation.layers import CpuKernelOps, LayerOps
 from alignment.ppo.generation.plain import PlainBatch
@@ -50,7 +50,7 @@ class GenerationEngine:
 
     Attributes:
         ops: the rollout engine's layers; None where the plain way is taken.
-        last: the rollout engine's newest batch, for its figures.
+        figures: of the rollout engine's newest batch.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class GenerationEngine:
         self.context_length, self.token_budget, self.most_rows = context_length, token_budget, most_rows
         self.batch_size = max(1, most_rows or batch_size)
         self.ops: LayerOps | None = None
-        self.last: ContinuousBatch | None = None
+        self.figures: BatchFigures | None = None
         if fused:
             self.ops = self._layers()
         # Only Mistral's models have sliding windows that are in force; paddlenlp's code ignores them.
@@ -120,8 +120,7 @@ class GenerationEngine:
                 if self.ops is not None:
                     table = RowTable.start(prompts, num_return_sequences, settings, stop, self.context_length)
                     budget = self.token_budget or cache_bytes() // self.ops.bytes_per_token
-                    self.last = ContinuousBatch(self.ops, table, settings, budget, self.most_rows)
-                    self.last.run()
+                    self.figures = ContinuousBatch(self.ops, table, settings, budget, self.most_rows).run()
                     return table.rollout(self.pad_id)
                 parts = []
                 per_batch = max(1, (batch_size or self.batch_size) // num_return_sequences)

@@ -10,6 +10,7 @@ So time follows the tokens that are really produced. Nothing is padded, neither 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,21 @@ from alignment.ppo.generation.layers import CachedBatch, LayerOps, PackedBatch
 from alignment.ppo.generation.random_numbers import token_uniforms
 from alignment.ppo.generation.rows import RowTable
 from alignment.ppo.generation.sampler import SamplingSettings
+
+
+@dataclass(frozen=True)
+class BatchFigures:
+    """What a batch took; unlike the batch itself it keeps no array alive.
+
+    Attributes:
+        steps: decoding steps.
+        capacity: tokens that the cache could hold.
+        most_used: tokens of the cache that were in use at once.
+    """
+
+    steps: int
+    capacity: int
+    most_used: int
 
 
 class ContinuousBatch:
@@ -57,7 +73,7 @@ class ContinuousBatch:
         self._seen = self._marks() if settings.repetition_penalty != 1.0 else None
         self._mark = paddle.ones([1], dtype="uint8")
 
-    def run(self) -> None:
+    def run(self) -> BatchFigures:
         """Until all rows have ended.
 
         Raises:
@@ -76,6 +92,7 @@ class ContinuousBatch:
                     self._decode()
         finally:
             self.ops.release()
+        return BatchFigures(self.steps, self.arena.capacity, self.arena.most_used)
 
     # -- admission
 

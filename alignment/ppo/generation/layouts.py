@@ -26,6 +26,7 @@ from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
 from alignment.ppo.generation.sampler import SamplingSettings
 from alignment.ppo.models import empty_like, pieces_of, without_sequence_parallel
 from alignment.ppo.rollout import Rollout, join_rollouts
+from alignment.training.order import rank_slice
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class RolloutEngine:
                 f"the rollout model has the weights of optimizer step {self.resharder.version}, the actor is at step "
                 f"{self.engine.steps}: refresh it first"
             )
-        mine = np.array_split(np.arange(len(prompts)), self.layout.shares)[self.layout.share]
+        mine = rank_slice(np.arange(len(prompts)), self.layout.share, self.layout.shares)
         part = None
         if len(mine):
             part = self.inner.generate([prompts[i] for i in mine], settings, num_return_sequences, batch_size)

@@ -58,7 +58,7 @@ class PlainBatch:
         seen = _seen(prompts, repeat, vocabulary) if settings.repetition_penalty != 1.0 else None
         position = 0
         while True:
-            choose = functools.partial(self._choose, logits, settings, table, active, position, seen)
+            choose = functools.partial(self._choose, logits, settings, table, active, growing, position, seen)
             tokens, logprobs = self.decoder.decide(choose)
             if seen is not None:
                 seen[active, tokens] = True
@@ -74,7 +74,9 @@ class PlainBatch:
                 active, tokens, visible, growing = active[stay], tokens[stay], visible[stay], growing[stay]
                 caches = _gather(caches, paddle.to_tensor(stay))
             visible = np.concatenate([visible, np.ones((len(active), 1), dtype=np.int64)], axis=1)
-            logits, caches = self._decode(tokens, table.prompt_len[active] + position - 1, visible, caches)
+            # rows that ride along stay where they ended: what lies behind it may be beyond the model's positions
+            places = table.prompt_len[active] + table.response_len[active] - 1
+            logits, caches = self._decode(tokens, places, visible, caches)
 
     def _choose(
         self,
@@ -82,6 +84,7 @@ class PlainBatch:
         settings: SamplingSettings,
         table: RowTable,
         active: np.ndarray,
+        growing: np.ndarray,
         position: int,
         seen: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -93,9 +96,9 @@ class PlainBatch:
             table.stop.eos_ids,
             None if seen is None else seen[active],
         )
-        if (tokens < 0).any():
+        if (tokens[growing] < 0).any():
             raise ModelError("the model gave NaN or infinite logits during generation; are its weights intact?")
-        return tokens, logprobs
+        return tokens.clip(min=0), logprobs
 
     def _prefill(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray | None, Any]:
         width = max(len(prompt) for prompt in prompts)

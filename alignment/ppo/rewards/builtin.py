@@ -7,13 +7,16 @@ import re
 from alignment.errors import RewardError
 from alignment.ppo.rewards.registry import register_reward
 
-FINAL_ANSWER = re.compile(r"####\s*([-+]?\$?[-+]?[\d,]*\.?\d+)")
+FINAL_ANSWER = re.compile(r"####\s*((?:[-+]\$?|\$[-+]?)?[\d,]*\.?\d+)")  # one sign, before or behind a "$"
 
 
 def gsm8k_number(text: str) -> float | None:
     """The number behind the last ``####`` of a GSM8K solution (Cobbe et al. 2021, section 2), or None."""
     found = FINAL_ANSWER.findall(text)
-    return float(found[-1].replace(",", "").replace("$", "")) if found else None
+    try:
+        return float(found[-1].replace(",", "").replace("$", "")) if found else None
+    except ValueError:  # the policy writes this text: whatever it is, it is an answer, right or wrong
+        return None
 
 
 @register_reward("gsm8k")

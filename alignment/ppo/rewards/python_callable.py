@@ -16,8 +16,6 @@ from alignment.ppo.rewards.base import RewardBatch, RewardSource, check_scores
 
 RESPONSE_NAMES = ("responses", "completions")  # the second as in trl
 OWN_NAMES = ("prompts", *RESPONSE_NAMES)
-# Python shares very short strings, so they tell nothing about which sample was being worked on.
-SHORTEST_TELLING = 2
 
 
 class PythonReward(RewardSource):
@@ -103,13 +101,12 @@ class PythonReward(RewardSource):
         return positional, named
 
     def _failure(self, error: Exception, batch: RewardBatch) -> str:
-        place, index = _place_of(error.__traceback__, self.function), _sample_of(error.__traceback__, batch)
+        place = _place_of(error.__traceback__, self.function)
         text = f"reward {self.NAME!r} failed: {type(error).__name__}: {error}\n  at {place}"
-        if index is not None:
-            return f"{text}, while it worked on sample {index} of {len(batch)}:\n{batch.show(index)}"
-        if len(batch):
-            return f"{text}, in a batch of {len(batch)}. The first sample:\n{batch.show(0)}"
-        return text
+        if len(batch) == 1:
+            return f"{text}, on this sample:\n{batch.show(0)}"
+        # a function gets the whole batch, so which of its samples was at fault cannot be told from outside
+        return f"{text}, in a batch of {len(batch)}. Its first sample:\n{batch.show(0)}" if len(batch) else text
 
 
 def name_hint(function: Callable) -> str:
@@ -153,18 +150,3 @@ def _place_of(trace: TracebackType | None, function: Callable) -> str:
     own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
     frame = (own or frames)[-1]
     return f"{frame.filename}, line {frame.lineno}" + (f" ({frame.line})" if frame.line else "")
-
-
-def _sample_of(trace: TracebackType | None, batch: RewardBatch) -> int | None:
-    """Which sample the function was working on, told from its local variables that are one of the batch's own
-    strings.
-    """
-    candidates = set(range(len(batch)))
-    frame = trace.tb_next if trace else None
-    while frame is not None:
-        for value in list(frame.tb_frame.f_locals.values()):
-            if isinstance(value, str) and len(value) >= SHORTEST_TELLING:
-                rows = {i for i in range(len(batch)) if value is batch.prompts[i] or value is batch.responses[i]}
-                candidates = candidates & rows or candidates
-        frame = frame.tb_next
-    return min(candidates) if candidates and (len(candidates) < len(batch) or len(batch) == 1) else None

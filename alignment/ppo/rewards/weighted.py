@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from alignment.arguments.values import short_names
 from alignment.errors import RewardError
 from alignment.ppo.rewards.base import RewardBatch, RewardResult, RewardSource, check_scores
 from alignment.ppo.rewards.python_callable import PythonReward, load_function
@@ -86,14 +87,8 @@ def resolve_rewards(
     """
     weights = _weights(spec)
     made = [(name, weight, _make(name, model_scorer, base_dir)) for name, weight in weights.items()]
-    # "my_rewards.py:helpfulness" is logged as "helpfulness", unless two sources would then share a name.
-    short = [name.rpartition(":")[2] for name in weights]
-    return WeightedRewards(
-        [
-            (last if short.count(last) == 1 else name, weight, source)
-            for last, (name, weight, source) in zip(short, made, strict=True)
-        ]
-    )
+    short = short_names(list(weights))
+    return WeightedRewards([(name, weight, source) for name, (_, weight, source) in zip(short, made, strict=True)])
 
 
 def _weights(spec: Any) -> dict[str, float]:
