@@ -76,7 +76,7 @@ def test_segments_of_a_jinja_template_are_the_rendered_text(source, count):
     turns = [f"turn {number}" for number in range(count)]
     roles = ("user", "assistant")
     messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
-    rendered = template._render(messages, add_generation_prompt=count % 2 == 1)
+    rendered = template.renderer.render(messages, prompt=count % 2 == 1)
     text = "".join(segment.text for segment in template.format_turns(turns))
     assert rendered.startswith(text) and not rendered[len(text) :].strip()  # but for space after the last end
 
@@ -87,12 +87,12 @@ def test_a_prompt_is_the_beginning_of_its_conversation():
         assert template.format_turns(["a", "b", "c"]) == template.format_turns(["a", "b", "c", "d"])[:-1]
 
 
-def test_a_generation_prompt_that_opens_more_than_the_finished_turn_holds():
-    source = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+def test_a_generation_prompt_that_opens_the_reasoning():
+    """D9: an answer without reasoning closes what the prompt opened; earlier answers stand as the template has them."""
+    source = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     template = PromptTemplate.resolve(source, FAKE)
-    assert template.format_turns(["a", "b"])[-1] == Segment("b", is_answer=True, add_eos=True)
-    with pytest.raises(DataError, match="conversations of several turns cannot be trained"):
-        template.format_turns(["a", "b", "c", "d"])
+    assert template.format_turns(["a", "b"])[-1] == Segment("\n</think>\n\nb<|im_end|>", is_answer=True, add_eos=True)
+    assert template.format_turns(["a", "b", "c", "d"])[1] == Segment("b<|im_end|>", is_answer=True)
 
 
 def test_a_template_that_rewrites_earlier_turns():
@@ -103,8 +103,9 @@ def test_a_template_that_rewrites_earlier_turns():
     )
     template = PromptTemplate.resolve(source, FAKE)
     assert template.format_turns(["a", "b"])[-1].text == "b"
-    with pytest.raises(DataError, match="rewrites earlier turns"):
-        template.format_turns(["a", "b", "c"])
+    with pytest.raises(DataError, match="message 2: the chat template rewrites the conversation"):
+        template.format_turns(["a", "b", "c", "d"])
+    assert "".join(piece.text for piece in template.format_turns(["a", "b", "c"])) == "user: a\nuser: c\nassistant: "
 
 
 def test_chat_is_read_from_the_tokenizer(chat_tokenizer):

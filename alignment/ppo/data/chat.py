@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     import jinja2
 
 
+#: What stands around the text of a ``{% generation %}`` block until the text is cut there (noncharacters: no text may
+#: hold them).
+MARKS = ("\ufdd2", "\ufdd3")
+
+
 def tokenizer_folder(tokenizer: Any) -> Path | None:
     """Return the local folder that the tokenizer was loaded from, or None."""
     name = getattr(tokenizer, "name_or_path", None)
@@ -33,8 +38,6 @@ def special_token(tokenizer: Any, name: str) -> str:
 @lru_cache(maxsize=16)
 def compile_template(source: str) -> jinja2.Template:
     """Compile in a sandbox, with the settings and helpers that chat templates are written for."""
-    import datetime
-
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -46,14 +49,45 @@ def compile_template(source: str) -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=_undefined(),
-        extensions=["jinja2.ext.loopcontrols"],
+        extensions=["jinja2.ext.loopcontrols", _generation_tag()],
     )
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+    environment.filters["tojson"] = _to_json
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as err:
         raise DataError(f"the prompt template is not valid Jinja: line {err.lineno}: {err.message}") from err
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As chat templates mean it: Jinja's own filter sorts keys and escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=1)
+def _generation_tag() -> type[jinja2.ext.Extension]:
+    """``{% generation %}...{% endgeneration %}``: what stands between is written with :data:`MARKS` around it."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+        def _marked(self, caller: Any) -> str:
+            return MARKS[0] + caller() + MARKS[1]
+
+    return Generation
 
 
 def _undefined() -> type[jinja2.Undefined]:

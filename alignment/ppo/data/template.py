@@ -7,14 +7,16 @@ the token ids that it had in training.
 
 from __future__ import annotations
 
+import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import DataError
-from alignment.ppo.data.chat import chat_source, compile_template, read_text, special_token, tokenizer_folder
+from alignment.ppo.data.chat import chat_source, read_text, special_token, tokenizer_folder
+from alignment.ppo.data.rendering import ChatRenderer, Message, Segment, is_trained, split_reasoning
 
 PROMPT_BEGIN = "BEGINNING OF CONVERSATION: "
 PROMPT_USER = "USER: {input} "
@@ -26,23 +28,14 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A piece of a conversation's text that is tokenised by itself."""
-
-    text: str
-    is_answer: bool = False
-    """Whether the assistant says it (and training learns it)."""
-    add_eos: bool = False
-    """Whether the end-of-sequence token follows, unless the text already ends with it."""
-
-
-@dataclass(frozen=True)
 class PromptTemplate:
     """How a conversation is written down.
 
     ``kind`` is ``"beaver"`` (PKU's template: the constants of this module), ``"chat"`` (``source`` is the tokenizer's
     own Jinja chat template) or ``"jinja"`` (``source`` is the user's). Jinja sources are rendered in a sandbox with
-    ``messages`` (dicts with ``role`` and ``content``), ``add_generation_prompt``, ``eos_token`` and ``bos_token``.
+    ``messages``, ``tools``, ``add_generation_prompt``, ``enable_thinking``, ``strftime_now``, ``eos_token`` and
+    ``bos_token``. ``date`` (``YYYY-MM-DD``) is set where the source asks for the day: it is fixed when a run starts and
+    saved, so that a later run of the same model reads the same text.
 
     The Beaver template has no place for a system prompt: one is written between its beginning and the first user turn.
     """
@@ -51,6 +44,8 @@ class PromptTemplate:
     source: str = ""
     eos_token: str = ""
     bos_token: str = ""
+    date: str = ""
+    enable_thinking: bool | None = None
 
     @classmethod
     def resolve(cls, spec: str | PromptTemplate | None, tokenizer: Any) -> PromptTemplate:
@@ -92,26 +87,47 @@ class PromptTemplate:
             eos_token=special_token(tokenizer, "eos"),
             bos_token=special_token(tokenizer, "bos"),
         )
+        if "strftime_now" in template.source and not template.date:
+            template = replace(template, date=datetime.date.today().isoformat())
         if template.kind != "beaver":
-            template._probe()
+            template.renderer.check()
         return template
 
-    # ---------------------------------------------------------------- turns to text
+    # ---------------------------------------------------------------- conversations to text
 
-    def format_turns(self, turns: Sequence[str], system: str | None = None) -> list[Segment]:
-        """Write a conversation as segments.
+    def format_messages(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, thinking: bool | None = None
+    ) -> list[Segment]:
+        """Write a conversation as segments: what is learnt apart from what is read.
 
         Args:
-            turns: user and assistant by turns. An odd number ends with the user: a prompt, closed by the assistant's
-                header. An even number ends with an answer, which is always the last segment.
-            system: a system prompt, or None.
+            messages: in OpenAI's form, see :data:`Message`; consecutive messages of one role are joined already. They
+                end with the assistant (then the last segment is its answer) or with user or tool: a prompt, closed by
+                the assistant's header.
+            tools: descriptions of functions, as JSON values, for templates that have a place for them.
+            thinking: what templates are told as ``enable_thinking``; None: true where an answer to be learnt has
+                reasoning, else the template's own ``enable_thinking``.
+
+        Returns:
+            Segments that together are the text. Answers of weight 0 are there, but not learnt.
 
         Raises:
-            DataError: ``turns`` is empty, or the Jinja source fails on this conversation or rewrites its earlier turns.
+            DataError: there is no message, the template has no place for something in them, or the Jinja source fails
+                on this conversation or rewrites an answer that is to be learnt.
         """
-        if not turns:
+        if not messages:
             raise DataError("a conversation without turns")
-        return self._beaver_segments(turns, system) if self.kind == "beaver" else self._jinja_segments(turns, system)
+        if self.kind == "beaver":
+            return _beaver_segments(messages, tools)
+        return self.renderer.segments(messages, tools, thinking)
+
+    def format_turns(self, turns: Sequence[str], system: str | None = None) -> list[Segment]:
+        """Write user and assistant by turns (an odd number is a prompt) as :meth:`format_messages` does.
+
+        Raises:
+            DataError: see there.
+        """
+        return self.format_messages(as_messages(turns, system))
 
     def format_prompt(self, input: str | Sequence[str], eos_token: str | None = None, system: str | None = None) -> str:
         """Return the text of a prompt, up to and with the assistant's header.
@@ -135,98 +151,12 @@ class PromptTemplate:
         """Return what follows the user's text in a prompt: the part that no truncation may cut."""
         return self.format_prompt(_PROBE_USER).rpartition(_PROBE_USER)[2]
 
-    @staticmethod
-    def _beaver_segments(turns: Sequence[str], system: str | None) -> list[Segment]:
-        segments = []
-        for index, turn in enumerate(turns):
-            if index % 2:
-                segments.append(Segment(turn, is_answer=True, add_eos=True))
-                continue
-            begin = "" if index else PROMPT_BEGIN + (f"{system.strip()} " if system and system.strip() else "")
-            segments.append(Segment(begin + PROMPT_USER.replace("{input}", turn) + PROMPT_ASSISTANT))
-        return segments
-
-    def _jinja_segments(self, turns: Sequence[str], system: str | None) -> list[Segment]:
-        """Render turn by turn; what a turn adds to the text is its segment."""
-        messages = [{"role": "system", "content": system}] if system else []
-        segments: list[Segment] = []
-        written = ""
-        for start in range(0, len(turns), 2):
-            messages.append({"role": "user", "content": turns[start]})
-            prompt = self._render(messages, add_generation_prompt=True)
-            if not prompt.startswith(written):
-                raise DataError(
-                    "the chat template rewrites earlier turns when the conversation goes on (some drop the "
-                    "reasoning of former "
-                    "answers), so their tokens cannot be told apart; use rows of one turn or another template"
-                )
-            segments.append(Segment(prompt[len(written) :]))
-            written = prompt
-            if start + 1 == len(turns):
-                break
-            answer = turns[start + 1]
-            messages.append({"role": "assistant", "content": answer})
-            full = self._render(messages, add_generation_prompt=False)
-            is_last = start + 2 == len(turns)
-            # A generation prompt may hold more than the finished turn does (an opened reasoning block, say). The last
-            # answer can follow it all the same; an earlier one cannot.
-            told = full[len(prompt) :] if full.startswith(prompt) else answer
-            if not full.startswith(prompt) and not is_last:
-                raise DataError(
-                    "the chat template's generation prompt is not the beginning of the finished turn, so "
-                    "conversations of "
-                    "several turns cannot be trained with it; use rows of one turn or another template"
-                )
-            cut = self._answer_end(told, answer)
-            segments.append(Segment(told[:cut], is_answer=True, add_eos=is_last))
-            written = prompt + told[:cut]
-        return segments
-
-    def _answer_end(self, told: str, answer: str) -> int:
-        """Where the learned part of an assistant's turn ends: after its end-of-sequence token, else before trailing
-        space.
-        """
-        content_end = max(told.find(answer.strip()), 0) + len(answer.strip())
-        eos = told.find(self.eos_token, content_end) if self.eos_token else -1
-        return eos + len(self.eos_token) if eos >= 0 else len(told.rstrip())
-
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        import jinja2
-
-        try:
-            return compile_template(self.source).render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                eos_token=self.eos_token,
-                bos_token=self.bos_token,
-            )
-        except jinja2.TemplateError as err:
-            raise DataError(f"the prompt template ({self.describe()}) cannot be rendered: {err}") from err
-        except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as err:
-            raise DataError(
-                f"the prompt template ({self.describe()}) cannot be rendered: {type(err).__name__}: {err}"
-            ) from err
-
-    def _probe(self) -> None:
-        """Refuse a Jinja source that leaves out the user's text or has no header for the answer to follow."""
-        prompt = self._render([{"role": "user", "content": _PROBE_USER}], add_generation_prompt=True)
-        if _PROBE_USER not in prompt:
-            raise DataError(
-                f"the prompt template ({self.describe()}) leaves out the user's text; it must write "
-                "message['content'] of every "
-                "message in `messages`"
-            )
-        turn = [{"role": "user", "content": _PROBE_USER}, {"role": "assistant", "content": _PROBE_ANSWER}]
-        full = self._render(turn, add_generation_prompt=False)
-        if _PROBE_ANSWER not in full:
-            raise DataError(f"the prompt template ({self.describe()}) leaves out the assistant's answer")
-        if full.startswith(prompt) and not full[len(prompt) :].lstrip().startswith(_PROBE_ANSWER):
-            raise DataError(
-                f"the prompt template ({self.describe()}) writes "
-                f"{full[len(prompt) :].partition(_PROBE_ANSWER)[0]!r} before an "
-                "answer but not at the end of a prompt; end it with {% if add_generation_prompt %}...{% endif %} "
-                "around that text"
-            )
+    @property
+    def renderer(self) -> ChatRenderer:
+        """What renders a Jinja source."""
+        return ChatRenderer(
+            self.source, self.eos_token, self.bos_token, self.date, bool(self.enable_thinking), self.describe()
+        )
 
     # ---------------------------------------------------------------- on disk, compared
 
@@ -240,7 +170,12 @@ class PromptTemplate:
                 "user": PROMPT_USER,
                 "assistant": PROMPT_ASSISTANT,
             }
-        return {"format": _FORMAT, "kind": self.kind, "template": self.source}
+        found: dict[str, Any] = {"format": _FORMAT, "kind": self.kind, "template": self.source}
+        if self.date:
+            found["date"] = self.date
+        if self.enable_thinking is not None:
+            found["enable_thinking"] = self.enable_thinking
+        return found
 
     def describe(self) -> str:
         """Name the template in a few words, for messages."""
@@ -277,14 +212,54 @@ class PromptTemplate:
             if saved.get("kind") == "beaver":
                 template = cls()
             elif saved.get("kind") in ("chat", "jinja") and isinstance(saved.get("template"), str):
-                template = cls(saved["kind"], saved["template"])
+                template = cls(
+                    saved["kind"],
+                    saved["template"],
+                    date=saved.get("date", ""),
+                    enable_thinking=saved.get("enable_thinking"),
+                )
         if template is None or template.to_dict() != saved:
             raise DataError(f"{path} holds no prompt template that this version knows: {saved!r:.200}")
         return template
 
 
 _PROBE_USER = "What is this?"
-_PROBE_ANSWER = "An answer."
+
+
+def as_messages(turns: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
+    """User and assistant by turns, and a system prompt, as messages."""
+    messages = [{"role": "system", "content": system}] if system else []
+    return messages + [
+        {"role": "assistant" if index % 2 else "user", "content": turn} for index, turn in enumerate(turns)
+    ]
+
+
+def _beaver_segments(messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Segment]:
+    if tools:
+        raise DataError("the Beaver template has no place for tools; use prompt_template=chat with a model that has it")
+    segments: list[Segment] = []
+    begin = PROMPT_BEGIN
+    for number, message in enumerate(messages, 1):
+        role, content = message["role"], message.get("content") or ""
+        if role in ("system", "developer") and number == 1:
+            begin += f"{content.strip()} " if content.strip() else ""
+        elif role == "user":
+            segments.append(Segment(begin + PROMPT_USER.replace("{input}", content) + PROMPT_ASSISTANT))
+            begin = ""
+        elif role == "assistant" and not message.get("tool_calls"):
+            if begin:
+                raise DataError(f"message {number}: in the Beaver template a conversation begins with the user")
+            reasoning, rest = split_reasoning(message)
+            segments.append(Segment(reasoning + rest, is_answer=is_trained(message), add_eos=True))
+        else:
+            what = "tool calls" if role == "assistant" else f"the role {role!r} here"
+            raise DataError(
+                f"message {number}: the Beaver template has no place for {what}; use prompt_template=chat with a model "
+                "whose template has it"
+            )
+    if not segments:
+        raise DataError("there is no turn beside the system prompt")
+    return segments
 
 
 def check_same(
