@@ -29,6 +29,7 @@ from typing import BinaryIO
 from alignment import __version__
 from alignment.errors import CheckpointError
 from alignment.log import get_logger
+from alignment.paths import leaves_folder, open_to_others
 
 MANIFEST = "manifest.json"
 #: How the files of a checkpoint are laid out, and the layouts that this version reads.
@@ -79,8 +80,8 @@ class CheckpointStore:
         try:
             with disk_errors(target):
                 yield temporary
+                open_to_others(temporary)
                 write_manifest(temporary, step)
-                os.chmod(temporary, 0o755)
                 if target.exists():
                     # A rename cannot replace a full folder: the old one steps aside first and goes last.
                     aside = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}old-", dir=self.output_dir))
@@ -242,6 +243,8 @@ def verify(path: str | Path, *, read_files: bool = True) -> dict:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
     for name, size, digest in entries:
+        if leaves_folder(name):
+            raise CheckpointError(f"{folder / MANIFEST} names {name!r}, which is no file of the checkpoint")
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{folder}: {name} is missing")

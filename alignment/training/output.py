@@ -13,6 +13,7 @@ from typing import Any
 from alignment.errors import ArgumentsError
 from alignment.log import get_logger
 from alignment.parallel import World
+from alignment.paths import open_to_others
 from alignment.training.checkpoint import BEST, MANIFEST, CheckpointStore, disk_errors, resolve_resume
 from alignment.training.metrics import METRICS_FILE
 
@@ -94,6 +95,7 @@ def publishing(folder: str | Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=PUBLISHING, dir=target))
         try:
             yield temporary
+            open_to_others(temporary)
             new = {path.name for path in temporary.iterdir()}
             for path in sorted(temporary.iterdir()):
                 destination = target / path.name

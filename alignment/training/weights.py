@@ -12,6 +12,8 @@ from alignment.errors import AlignmentError, CheckpointError
 from alignment.parallel.topology import Topology
 from alignment.ppo.models import Piece, pieces_of
 from alignment.ppo.models.parts import belongs_elsewhere
+from alignment.ppo.models.pickle_files import PaddleFile
+from alignment.ppo.models.safetensors_file import SafetensorsFile
 
 
 def load_weights_into(model: Any, folder: Path, name: str, topology: Topology) -> None:
@@ -57,28 +59,18 @@ def load_weights_into(model: Any, folder: Path, name: str, topology: Topology) -
 
 
 def _read_weights(folder: Path, name: str) -> dict[str, Any]:
-    files = sorted(folder.glob("*model*.safetensors"))
-    if files:
-        # Not safetensors' own reader: it has no bfloat16 for NumPy.
-        from alignment.ppo.models.safetensors_file import SafetensorsFile
-
-        result: dict[str, Any] = {}
-        for file in files:
-            try:
-                opened = SafetensorsFile(file)
-                result.update({key: opened.read(key) for key in opened.shapes()})
-            except (OSError, ValueError, KeyError, AlignmentError) as error:
-                raise CheckpointError(f"{name}: cannot read the weights {file}: {error}") from error
-        return result
-    files = sorted(folder.glob("*model_state*.pdparams"))
+    # Not the libraries' own readers: safetensors' has no bfloat16 for NumPy, paddle.load runs what a file tells it to.
+    files = [(SafetensorsFile, file) for file in sorted(folder.glob("*model*.safetensors"))]
+    files = files or [(PaddleFile, file) for file in sorted(folder.glob("*model_state*.pdparams"))]
     if not files:
         raise CheckpointError(f"{name}: no weight file (model_state.pdparams or *.safetensors) in {folder}")
-    result = {}
-    for file in files:
+    result: dict[str, Any] = {}
+    for reader, file in files:
         try:
-            result.update(paddle.load(str(file), return_numpy=True))
-        except Exception as error:  # paddle.load raises whatever the cut byte leads to
-            raise CheckpointError(f"{name}: cannot read the weights {file}: {type(error).__name__}: {error}") from error
+            opened = reader(file)
+            result.update({key: opened.read(key) for key in opened.shapes()})
+        except (OSError, ValueError, KeyError, AlignmentError) as error:
+            raise CheckpointError(f"{name}: cannot read the weights {file}: {error}") from error
     return result
 
 

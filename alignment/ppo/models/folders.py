@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ModelError, nearest
+from alignment.paths import leaves_folder
 
 from .safetensors_file import read_safetensors_header
 
@@ -179,7 +180,7 @@ def _find_weights(folder: Path, *, role: str) -> tuple[str, tuple[Path, ...]]:
             continue
         if not name.endswith(".index.json"):
             return kind, (file,)
-        return kind, _shards(file, role=role)
+        return kind, shards_of(file, role=role)
     if (folder / LORA_CONFIG_FILE).is_file():
         raise ModelError(
             f"{role}: {folder} is a LoRA adapter, not a whole model; merge it into its base first: "
@@ -189,13 +190,20 @@ def _find_weights(folder: Path, *, role: str) -> tuple[str, tuple[Path, ...]]:
     raise ModelError(f"{role}: {folder} has no weights (looked for {names}; it holds: {_listing(folder)})")
 
 
-def _shards(index_file: Path, *, role: str) -> tuple[Path, ...]:
-    """Return the shard files that an index names, all of them present."""
+def shards_of(index_file: Path, *, role: str = "model") -> tuple[Path, ...]:
+    """Return the shard files that an index names.
+
+    Raises:
+        ModelError: the index is no such thing, one of its files is missing or would lie outside its folder.
+    """
     index = read_json(index_file, role=role)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{role}: {index_file} has no weight_map; it must name the shard of every tensor")
     names = list(dict.fromkeys(str(name) for name in weight_map.values()))
+    outside = [name for name in names if leaves_folder(name)]
+    if outside:
+        raise ModelError(f"{role}: {index_file} names {outside[0]!r}, which is no file of its folder")
     missing = [name for name in names if not (index_file.parent / name).is_file()]
     if missing:
         raise ModelError(

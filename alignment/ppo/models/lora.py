@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import paddle
 from paddle import nn
 from paddlenlp.transformers import PretrainedModel
 
 from alignment.errors import ModelError
 from alignment.log import get_logger
 
-from .folders import CONFIG_FILE, LORA_CONFIG_FILE, LORA_WEIGHT_FILES, read_config, read_json
+from .folders import CONFIG_FILE, LORA_CONFIG_FILE, LORA_WEIGHT_FILES, read_config, read_json, shards_of
+from .pickle_files import PaddleFile
+from .safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:  # at run time it is imported where it is needed: it takes seconds
     from paddlenlp.peft import LoRAModel
@@ -152,26 +155,30 @@ def merge_lora(path: str | os.PathLike, output_dir: str | os.PathLike, base: str
 
 
 def _apply_adapter(model: PretrainedModel, folder: Path) -> None:
-    """Load an adapter into a plain model and merge it into the weights."""
-    import paddle
+    """Load an adapter into a plain model and merge it into the weights.
+
+    The files are read here and not by paddlenlp, whose reader runs the code that a crafted ``.pdparams`` names.
+    """
     from paddlenlp.peft import LoRAConfig, LoRAModel
 
     try:
         config = LoRAConfig.from_pretrained(str(folder))
         config.lora_dropout = 0.0
-        adapted = LoRAModel.from_pretrained(model, str(folder), lora_config=config)
-        file = folder / LORA_WEIGHT_FILES[0]
-        saved = {n: t.shape for n, t in paddle.load(str(file), return_numpy=True).items()} if file.is_file() else {}
-    except (ValueError, RuntimeError, KeyError, TypeError, EOFError, OSError, AttributeError) as error:
+        adapted = LoRAModel(model, config)
+        pickled, index = (folder / name for name in LORA_WEIGHT_FILES)
+        files = [PaddleFile(pickled)] if pickled.is_file() else [SafetensorsFile(shard) for shard in shards_of(index)]
+    except (ModelError, ValueError, RuntimeError, KeyError, TypeError, OSError, AttributeError) as error:
         raise ModelError(f"LoRA adapter {folder} cannot be loaded into its base: {error}") from error
-    expected = {name: list(tensor.shape) for name, tensor in adapted.get_trainable_state_dict().items()}
-    wrong = [n for n, shape in saved.items() if expected.get(n) != list(shape)] + [
-        n for n in expected if saved and n not in saved
-    ]
+    saved = {name: (file, shape) for file in files for name, shape in file.shapes().items()}
+    expected = adapted.get_trainable_state_dict()
+    wrong = [n for n, (_, shape) in saved.items() if n not in expected or list(expected[n].shape) != list(shape)]
+    wrong += [n for n in expected if n not in saved]
     if wrong:
         raise ModelError(
             f"LoRA adapter {folder} does not fit its base: {len(wrong)} tensors differ in name or shape, such as "
             f"{wrong[0]}; "
             f"is the base in {folder / CONFIG_FILE} the one that was adapted?"
         )
+    for name, tensor in expected.items():
+        tensor.set_value(paddle.to_tensor(saved[name][0].read(name)).astype(tensor.dtype))
     adapted.merge()
