@@ -19,8 +19,12 @@ from alignment.arguments.sft import LoRAFields, SFTArguments
 from alignment.arguments.values import LATEST, short_names
 from alignment.errors import ArgumentsError, DataError, nearest
 
-#: What an output_dir may hold without counting as an earlier run.
-_HARMLESS = {"heartbeat", "log", "logs", "runs", "vdl_log", "arguments.json", "data_mixture.json"}
+#: What an output_dir may hold without counting as an earlier run: what a start leaves that fails before its first step.
+_HARMLESS = {
+    "heartbeat", "log", "logs", "runs", "vdl_log", "arguments.json", "data_mixture.json", "data_summary.json",
+}  # fmt: skip
+#: The same as long as no step was trained: the first evaluation's.
+_UNTRAINED = {"metrics.jsonl", "eval_samples.jsonl"}
 
 
 class Problems:
@@ -233,11 +237,14 @@ def _check_folders(args: Arguments, problems: Problems) -> None:
         problems.add(f"output_dir {output} is a file, not a folder", "output_dir")
     # Only the first process looks: by the time the others do, it may have begun to write.
     elif output.is_dir() and args.do_train and not resume and not args.overwrite_output_dir and device.rank() == 0:
+        from alignment.training.metrics import METRICS_FILE, last_step
+
         logs = Path(args.logging_dir or "")
+        harmless = _HARMLESS if last_step(output / METRICS_FILE) > 0 else _HARMLESS | _UNTRAINED
         found = sorted(
             entry.name
             for entry in output.iterdir()
-            if entry.name not in _HARMLESS
+            if entry.name not in harmless
             and not entry.name.startswith(".")
             and entry.suffix != ".log"
             and entry != logs

@@ -54,25 +54,35 @@ class Member:
     def here(cls, rank: int) -> Member:
         """This process. Call it right after a barrier, for the sake of ``clock``."""
         pid = os.getpid()
-        return cls(rank, socket.gethostname(), pid, _machine(), _started(pid) or 0, time.time())
+        return cls(rank, socket.gethostname(), pid, machine_name(), start_time(pid) or 0, time.time())
 
     def is_gone(self) -> bool:
         """Whether the process has ended. Only for one on this machine (see ``machine``)."""
-        if self.started:
-            return _started(self.pid) != self.started
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
+        return has_ended(self.pid, self.started)
 
     def __str__(self) -> str:
         return f"rank {self.rank} on host {self.host} (process {self.pid})"
 
 
-def _machine() -> str:
+def has_ended(pid: int, started: int) -> bool:
+    """Whether a process of this machine has ended.
+
+    Args:
+        pid: its process id.
+        started: its :func:`start_time`, 0 where unknown.
+    """
+    if started:
+        return start_time(pid) != started
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def machine_name() -> str:
     """The host, boot and process-id namespace: containers may share a host's name."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
@@ -81,8 +91,10 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _started(pid: int) -> int | None:
-    """Start time of a living process; None if there is none, or it is a zombie, or there is no /proc."""
+def start_time(pid: int) -> int | None:
+    """Start time (Linux: clock ticks since boot) of a living process; None if there is none, or it is a zombie, or
+    there is no /proc.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

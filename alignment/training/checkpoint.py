@@ -1,9 +1,10 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is written into ``output_dir/.writing-checkpoint-N-*`` (the same file system), every file is flushed to the
-disk, ``manifest.json`` with every file's size and SHA-256 comes last, and only then the folder is renamed to
+A checkpoint is written into ``output_dir/.writing-checkpoint-N-OWNER`` (the same file system), every file is flushed to
+the disk, ``manifest.json`` with every file's size and SHA-256 comes last, and only then the folder is renamed to
 ``checkpoint-N``. A run that dies in between leaves a folder that no one takes for a checkpoint; one that is damaged
-later is recognised by its manifest, named, and skipped.
+later is recognised by its manifest, named, and skipped. Deleting is best effort: what cannot be deleted is named in a
+warning, and tried again at the next checkpoint.
 
     store = CheckpointStore(output_dir, save_total_limit=3)
     if world.is_main:
@@ -18,18 +19,19 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from alignment import __version__
 from alignment.errors import CheckpointError
-from alignment.log import get_logger
+from alignment.log import get_logger, say_once
 from alignment.paths import leaves_folder, open_to_others
+from alignment.training.temporary import is_abandoned, temporary_folder
 
 MANIFEST = "manifest.json"
 #: How the files of a checkpoint are laid out, and the layouts that this version reads.
@@ -38,6 +40,7 @@ READABLE_FORMATS = (1,)
 BEST = "best_checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".writing-checkpoint-"
+_OLD, _GONE = f"{_TEMPORARY}old-", f"{_TEMPORARY}gone-"
 
 
 class FormatError(CheckpointError):
@@ -72,11 +75,13 @@ class CheckpointStore:
             CheckpointError: when the disk is full, read-only or otherwise refuses; the temporary folder is removed,
                 older checkpoints stay.
         """
-        target = self.output_dir / f"checkpoint-{step}"
+        target, aside = self.output_dir / f"checkpoint-{step}", None
         with disk_errors(target):
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{step}-", dir=self.output_dir))
+            self._restore()
+            for leftover in self._leftovers():
+                _discard(leftover)
+            temporary = temporary_folder(self.output_dir, f"{_TEMPORARY}{step}-")
         try:
             with disk_errors(target):
                 yield temporary
@@ -84,18 +89,17 @@ class CheckpointStore:
                 write_manifest(temporary, step)
                 if target.exists():
                     # A rename cannot replace a full folder: the old one steps aside first and goes last.
-                    aside = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}old-", dir=self.output_dir))
+                    aside = temporary_folder(self.output_dir, _OLD)
                     os.rename(target, aside / "old")
-                    os.rename(temporary, target)
-                    shutil.rmtree(aside)
-                else:
-                    os.rename(temporary, target)
-                _sync_folder(self.output_dir)
+                os.rename(temporary, target)
+                sync_folder(self.output_dir)
                 if best:
                     self.mark_best(step)
         finally:
             if temporary.exists():
                 shutil.rmtree(temporary, ignore_errors=True)
+        if aside is not None:
+            _discard(aside)
         self.prune(just_written=target)
 
     def steps(self) -> list[int]:
@@ -116,8 +120,10 @@ class CheckpointStore:
         Raises:
             FormatError: the newest complete one was written by another version, which is no reason to go back.
         """
+        self._restore()
         for leftover in self._leftovers():
-            get_logger().warning("%s is a checkpoint that was never finished; it is ignored", leftover)
+            if not leftover.name.startswith((_OLD, _GONE)):
+                get_logger().warning("%s is a checkpoint that was never finished; it is ignored", leftover)
         for step in reversed(self.steps()):
             try:
                 verify(self.path(step))
@@ -150,7 +156,7 @@ class CheckpointStore:
 
     def prune(self, just_written: Path | None = None) -> None:
         """Delete the oldest complete checkpoints beyond ``save_total_limit``, never the newest complete one, the best
-        one, or a damaged one.
+        one, or a damaged one. One that cannot be deleted is named in a warning.
         """
         if self.save_total_limit <= 0:
             return
@@ -171,27 +177,53 @@ class CheckpointStore:
         for path in removable[: max(0, len(complete) - self.save_total_limit)]:
             # Out of sight first, so that a crash in the middle of deleting leaves no half checkpoint under a
             # checkpoint's name; and not as "old", which would get its place back.
-            with disk_errors(path):
-                doomed = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}gone-", dir=self.output_dir))
+            try:
+                doomed = temporary_folder(self.output_dir, _GONE)
+            except OSError as error:
+                _complain(path, error)
+                continue
+            try:
                 os.rename(path, doomed / "gone")
-                shutil.rmtree(doomed)
+            except OSError as error:
+                _complain(path, error)
+            _discard(doomed)
 
     def _leftovers(self) -> list[Path]:
+        """Temporary folders that no other living run is writing."""
         if not self.output_dir.is_dir():
             return []
-        return sorted(entry for entry in self.output_dir.iterdir() if entry.name.startswith(_TEMPORARY))
+        found = (entry for entry in self.output_dir.iterdir() if entry.name.startswith(_TEMPORARY))
+        return sorted(entry for entry in found if is_abandoned(entry))
 
-    def _remove_leftovers(self) -> None:
+    def _restore(self) -> None:
+        """Where a run died between the two renames of a checkpoint that replaces another, the old one is whole: give it
+        its place back.
+        """
         for leftover in self._leftovers():
             old = leftover / "old"
-            match = None
-            if old.is_dir():
-                with contextlib.suppress(OSError, ValueError, KeyError):
-                    match = self.path(int(json.loads((old / MANIFEST).read_text())["step"]))
-            if match is not None and not match.exists():
-                # The run died between the two renames: the old checkpoint is whole, so it gets its place back.
-                os.rename(old, match)
-            shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                match = self.path(int(json.loads((old / MANIFEST).read_text())["step"]))
+                if not match.exists():
+                    os.rename(old, match)
+
+
+def _discard(folder: Path) -> None:
+    """Delete a folder as far as that is possible: an open file of a network file system, or one that is protected,
+    makes no healthy run fail.
+    """
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # whatever else is in it
+        if folder.exists():
+            _complain(folder, error)
+
+
+def _complain(path: Path, error: OSError) -> None:
+    say_once(
+        f"{path} cannot be deleted ({error.strerror or error}); it is tried again at the next checkpoint",
+        logging.WARNING,
+    )
 
 
 def write_manifest(folder: Path, step: int) -> None:
@@ -208,7 +240,7 @@ def write_manifest(folder: Path, step: int) -> None:
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest.hexdigest()}
     write_json(folder / MANIFEST, {"format": FORMAT, "version": __version__, "step": step, "files": files})
     for inner in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
-        _sync_folder(inner)
+        sync_folder(inner)
 
 
 def verify(path: str | Path, *, read_files: bool = True) -> dict:
@@ -312,10 +344,14 @@ def _digest(handle: BinaryIO) -> hashlib._Hash:
     return digest
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk, where its file system can do that: some of FUSE's and SMB's cannot."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
 

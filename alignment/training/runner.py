@@ -17,6 +17,7 @@ from alignment.parallel import World, init_world
 from alignment.parallel.monitor import Monitor
 from alignment.ppo.data import PromptTemplate, check_same
 from alignment.training.checkpoint import write_json
+from alignment.training.output import claimed
 
 if TYPE_CHECKING:
     from alignment.training.stage import Stage
@@ -57,7 +58,8 @@ def run_stage(argv: list[str], parse: Callable[[list[str]], Any], body: Callable
     use_device(args)
     world = init_world(args.topology(), patience=args.hang_timeout or FOR_EVER)
     heartbeats = None if args.dry_run else Path(args.output_dir) / "heartbeat"
-    with world.guard(), Monitor(world, heartbeats, hang_timeout=args.hang_timeout):
+    # The folder first: a second run there must not disturb the first one's heartbeats either.
+    with world.guard(), claimed(args, world), Monitor(world, heartbeats, hang_timeout=args.hang_timeout):
         args.report()
         if world.processes > 1:
             get_logger().info("layout: %s", world.topology.describe())

@@ -256,9 +256,11 @@ def test_bad_command_lines(words: list[str], part: str) -> None:
         (["notes.txt"], False),
         ([], True),
         ([".cache/", "runs/", "log/", "heartbeat/", "train.log", "arguments.json"], True),
+        (["data_mixture.json", "data_summary.json", "metrics.jsonl", "eval_samples.jsonl", ".lock"], True),
     ],
 )
 def test_an_output_dir_of_an_earlier_run(content: list[str], ok: bool, tmp_path: Path) -> None:
+    """D13: what a start leaves that fails before its first step blocks no other."""
     (tmp_path / "out").mkdir()
     for name in content:
         path = tmp_path / "out" / name
@@ -277,6 +279,14 @@ def test_an_output_dir_of_an_earlier_run(content: list[str], ok: bool, tmp_path:
     from_dict(PPOArguments, {**PPO, "overwrite_output_dir": True})
     from_dict(PPOArguments, {**PPO, "resume_from_checkpoint": True})
     assert "is not empty" in from_dict(PPOArguments, {**PPO, "dry_run": True}).notes[0]
+
+
+def test_metrics_of_a_trained_step_are_an_earlier_run(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 0}\n')
+    from_dict(PPOArguments, PPO)
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
+    assert "it holds metrics.jsonl" in message(PPOArguments, {})
 
 
 def test_only_the_first_process_judges_the_output_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,17 @@ import errno
 import json
 import logging
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from alignment.errors import CheckpointError
 from alignment.log import get_logger
+from alignment.parallel.heartbeat import start_time
 from alignment.training.checkpoint import CheckpointStore, resolve_resume, verify, write_json
 from alignment.training.output import publishing
+from alignment.training.temporary import is_abandoned, temporary_folder
 
 
 @pytest.fixture
@@ -220,6 +223,141 @@ def test_a_crash_in_the_middle_of_pruning_brings_nothing_back(tmp_path: Path, mo
     assert store.steps() == [2] and len(list(tmp_path.glob(".writing-*"))) == 1
     write(store, 3)
     assert store.steps() == [3] and not list(tmp_path.glob(".writing-*"))
+
+
+def test_a_crash_between_the_two_renames_is_mended_by_a_resume(tmp_path: Path) -> None:
+    """C4: the newest whole checkpoint is found, not the one before it."""
+    store = CheckpointStore(tmp_path)
+    write(store, 3)
+    path = write(store, 4)
+    aside = tmp_path / ".writing-checkpoint-old-x"
+    aside.mkdir()
+    os.rename(path, aside / "old")
+    assert store.latest() == store.path(4)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings_seen: list[str]
+) -> None:
+    """A6: the new checkpoint is safe, so the run goes on; the old one is deleted when that is possible."""
+    store, real = CheckpointStore(tmp_path, save_total_limit=1), os.unlink
+    write(store, 1)
+    with monkeypatch.context() as patch:
+
+        def refuse(path: object, **options: object) -> None:
+            if str(path).endswith("model.bin"):
+                raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+            real(path, **options)
+
+        patch.setattr(os, "unlink", refuse)
+        write(store, 2)
+        write(store, 2, "again")  # the old one steps aside, and cannot be deleted either
+        write(store, 3)
+    assert store.steps() == [3] and store.latest() == store.path(3)
+    assert any("cannot be deleted (Operation not permitted)" in text for text in warnings_seen)
+    assert list(tmp_path.glob(".writing-*"))
+    write(store, 4)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_checkpoint_that_cannot_be_moved_away_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings_seen: list[str]
+) -> None:
+    """A6: pruning stops no run either where the old folder cannot even be renamed."""
+    store, real = CheckpointStore(tmp_path, save_total_limit=1), os.rename
+    write(store, 1)
+    with monkeypatch.context() as patch:
+
+        def refuse(source: object, target: object) -> None:
+            if str(source).endswith("checkpoint-1"):
+                raise OSError(errno.EBUSY, "Device or resource busy")
+            real(source, target)
+
+        patch.setattr(os, "rename", refuse)
+        write(store, 2)
+    assert store.steps() == [1, 2]
+    assert any("checkpoint-1 cannot be deleted (Device or resource busy)" in text for text in warnings_seen)
+    write(store, 3)
+    assert store.steps() == [3]
+
+
+def test_what_another_living_run_writes_is_left_alone(tmp_path: Path) -> None:
+    """A4: only folders of processes that have ended are cleared away."""
+    name = temporary_folder(tmp_path, ".writing-checkpoint-7-").name
+    mine = f"{os.getpid()}.{start_time(os.getpid())}"
+    assert mine in name and is_abandoned(tmp_path / name), "one's own are from an earlier save"
+    living = tmp_path / name.replace(mine, f"{os.getppid()}.{start_time(os.getppid())}")
+    ended = tmp_path / name.replace(mine, f"{os.getpid()}.1")
+    elsewhere = tmp_path / name.replace(name.split("-")[3].split(".")[0], "00000000")
+    forgotten = tmp_path / f"{elsewhere.name[:-1]}{'0' if elsewhere.name[-1] != '0' else '1'}"
+    for folder in (living, ended, elsewhere, forgotten):
+        folder.mkdir()
+        (folder / "model.bin").write_text("half")
+    for path in (forgotten / "model.bin", forgotten):
+        os.utime(path, (1e9, 1e9))
+    write(CheckpointStore(tmp_path), 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, elsewhere.name, "checkpoint-8"])
+
+
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    """A19: whoever may read the neighbours may read checkpoints and final models."""
+    before = os.umask(0o027)
+    try:
+        path = write(CheckpointStore(tmp_path), 1)
+        with publishing(tmp_path / "policy") as folder:
+            (folder / "config.json").write_text("{}")
+        write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    folders = (path, path / "trainer", tmp_path / "policy")
+    files = (path / "model.bin", path / "manifest.json", tmp_path / "policy" / "config.json", tmp_path / "a.json")
+    assert [oct(entry.stat().st_mode & 0o777) for entry in folders] == ["0o750"] * 3
+    assert [oct(entry.stat().st_mode & 0o777) for entry in files] == ["0o640"] * 4
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO])
+def test_a_file_system_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """C2: some of FUSE's and SMB's refuse; an error of the disk is still one."""
+    real = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    store = CheckpointStore(tmp_path)
+    if number == errno.EIO:
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            write(store, 1)
+    else:
+        write(store, 1)
+        assert store.latest() == store.path(1)
+
+
+def test_a_model_that_was_half_published_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C3: a crash leaves no folder that is taken for a model of old and new weights."""
+
+    def publish(text: str) -> None:
+        with publishing(tmp_path) as folder:
+            for name in ("config.json", "model-1.safetensors", "model-2.safetensors", "tokenizer.json"):
+                (folder / name).write_text(text)
+
+    publish("old")
+    real = os.replace
+    with monkeypatch.context() as patch:
+
+        def die(source: Path, target: Path) -> None:
+            real(source, target)
+            if Path(target).name == "model-1.safetensors":
+                raise KeyboardInterrupt
+
+        patch.setattr(os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            publish("new")
+    assert not (tmp_path / "config.json").exists()
+    publish("newer")
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"newer"}
 
 
 def test_a_best_checkpoint_that_was_not_yet_marked_is_remembered(tmp_path: Path) -> None:
