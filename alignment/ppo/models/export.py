@@ -27,6 +27,7 @@ from .folders import (
     check_model_folder,
     read_json,
 )
+from .gguf import ordinary_folder
 from .hf_config import causal_architecture, hf_config, hf_generation_config, score_architecture
 from .hf_layout import Weights
 from .hf_tokenizer import open_source_tokenizer, write_hf_tokenizer
@@ -119,7 +120,7 @@ def find_model(checkpoint: str | os.PathLike, role: str | None = None) -> Path:
     Raises:
         CheckpointError: no such folder, no model in it, no such role, or a file that differs from the manifest.
     """
-    folder = Path(checkpoint).expanduser()
+    folder = ordinary_folder(checkpoint, role="export")
     if not folder.is_dir():
         if folder.exists():
             raise CheckpointError(f"{checkpoint} is a file; give the folder that holds the model")

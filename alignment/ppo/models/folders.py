@@ -17,6 +17,7 @@ from typing import Any
 from alignment.errors import ModelError, nearest
 from alignment.paths import leaves_folder
 
+from .gguf import GGUF_FILE, SUFFIX, ordinary_folder
 from .safetensors_file import read_safetensors_header
 
 #: ``model_type`` in config.json -> what the architecture is called in messages. These are the backbones that can be
@@ -72,24 +73,26 @@ def check_model_folder(path: str | os.PathLike, *, role: str = "model") -> Model
     """Check all that can be checked about a model folder without loading weights.
 
     Args:
-        path: a local folder, or the name of a model on a hub.
+        path: a local folder, a GGUF file (or the folder of a ``model.gguf``), or the name of a model on a hub.
         role: what the model is for (``"actor"``, ``"reward model"``, ...), for messages.
 
     Returns:
-        What was found, or ``None`` when ``path`` is no local folder but may be the name of a model on a hub (that is
-        only known once it is fetched).
+        What was found (of a GGUF file, its unpacked copy), or ``None`` when ``path`` is no local folder but may be
+        the name of a model on a hub (that is only known once it is fetched).
 
     Raises:
         ModelError: no such folder; ``config.json`` missing, empty or not JSON; architecture not supported; no
             weights; a shard that the index names is missing; a weight file that is cut short or damaged.
     """
-    folder = Path(path).expanduser()
+    folder = ordinary_folder(path, role=role)
     if not folder.exists():
         if looks_like_hub_name(path):
             return None
         raise ModelError(f"{role}: no such folder: {path}{_sibling_hint(folder)}")
     if not folder.is_dir():
-        raise ModelError(f"{role}: {path} is a file; give the folder that holds config.json and the weights")
+        raise ModelError(
+            f"{role}: {path} is a file; give the folder that holds config.json and the weights, or a {SUFFIX} file"
+        )
     config = read_config(folder, role=role)
     model_type = model_type_of(config, folder, role=role)
     kind, weight_files = _find_weights(folder, role=role)
@@ -165,7 +168,7 @@ def model_context_length(path: str | os.PathLike) -> int | None:
     Raises:
         ModelError: the folder is local but its config cannot be read.
     """
-    folder = Path(path).expanduser()
+    folder = ordinary_folder(path)
     if not folder.is_dir():
         return None
     value = read_config(folder).get("max_position_embeddings")
@@ -186,7 +189,7 @@ def _find_weights(folder: Path, *, role: str) -> tuple[str, tuple[Path, ...]]:
             f"{role}: {folder} is a LoRA adapter, not a whole model; merge it into its base first: "
             f"python -m alignment merge_lora --lora_path {folder} --output_path {folder}-merged"
         )
-    names = ", ".join(name for name, _ in WEIGHT_FILES)
+    names = ", ".join((*(name for name, _ in WEIGHT_FILES), GGUF_FILE))
     raise ModelError(f"{role}: {folder} has no weights (looked for {names}; it holds: {_listing(folder)})")
 
 

@@ -15,6 +15,7 @@ from alignment.errors import DataError, ModelError
 from alignment.log import say_once
 
 from .folders import CONFIG_FILE, looks_like_hub_name, read_json
+from .gguf import gguf_file, ordinary_folder
 from .upstream import quiet_paddlenlp
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def load_tokenizer(path: str | os.PathLike, *, model_max_length: int | None = No
     lengths.
 
     Args:
-        path: a folder, or the name of a model on a hub.
+        path: a folder, a GGUF file, or the name of a model on a hub.
         model_max_length: longest sequence, if not the tokenizer's own.
         role: what the tokenizer is for, for messages.
 
@@ -68,6 +69,8 @@ def load_tokenizer(path: str | os.PathLike, *, model_max_length: int | None = No
         ModelError: no such folder, no tokenizer in it, files that cannot be read, or no eos token.
     """
     quiet_paddlenlp()
+    if gguf_file(path) is not None:
+        path = ordinary_folder(path, role=role)
     folder = Path(path).expanduser()
     _check_tokenizer_folder(path, folder, role=role)
     tokenizer = _open_tokenizer(
