@@ -71,16 +71,6 @@ class Arguments(TrainingFields):
         """Tokens of the longest row that the limits allow."""
         return self.max_length  # type: ignore[attr-defined]
 
-    @property
-    def parsed_train_datasets(self) -> list[tuple[str, dict[str, Any]]]:
-        """``train_datasets`` as ``[(name, {"proportion": p, ...})]``."""
-        return parsed_datasets(self.train_datasets)  # type: ignore[attr-defined]
-
-    @property
-    def parsed_eval_datasets(self) -> list[tuple[str, dict[str, Any]]]:
-        """``eval_datasets`` as ``[(name, {"proportion": p, ...})]``; empty for none."""
-        return parsed_datasets(self.eval_datasets)  # type: ignore[attr-defined]
-
     def to_dict(self) -> dict[str, Any]:
         """Return all keys with their resolved values, then the accepted keys without attribute; all JSON values.
 
@@ -219,20 +209,3 @@ def help_text(cls: type[Arguments]) -> str:
         allowed = f" [{spec.range_text()}]" if spec.range_text() and spec.kind != "bool" else ""
         lines += [f"  {name}  (default: {default}){allowed}", f"      {spec.help}"]
     return "\n".join(lines)
-
-
-def parsed_datasets(value: str | dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
-    """Return a mixture as ``[(name, {"proportion": p, ...})]``; an empty list for none."""
-    if not value:
-        return []
-    if isinstance(value, str):
-        from alignment.ppo.data import parse_dataset
-
-        return parse_dataset(value)
-    pairs = []
-    for name, share in value.items():
-        if isinstance(share, str):
-            pairs += parsed_datasets(f"{name}:{share}")
-        else:
-            pairs.append((name, {"proportion": 1.0, **share} if isinstance(share, dict) else {"proportion": share}))
-    return pairs

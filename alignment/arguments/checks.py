@@ -300,7 +300,7 @@ def _check_sft(args: SFTArguments, problems: Problems) -> None:
 
 
 def _check_data_folder(args: SFTArguments, name: str, problems: Problems) -> None:
-    from alignment.ppo.data.files import find_files
+    from alignment.ppo.data.files import EVALUATION, find_files
 
     folder = Path(name).expanduser()
     if not folder.exists():
@@ -311,13 +311,16 @@ def _check_data_folder(args: SFTArguments, name: str, problems: Problems) -> Non
         return
     if not folder.is_dir():
         return
-    wants_dev = args.do_eval and not args.eval_datasets and args.eval_split_ratio is None
+    wants_eval = args.do_eval and not args.eval_datasets and args.eval_split_ratio is None
+    asked = "train"
     try:
-        files = find_files(folder, "train")
-        if wants_dev and find_files(folder, "dev") == files:
-            raise DataError(f"the folder {name} holds no file of split 'dev'")
+        files = find_files(folder, asked)
+        if wants_eval:
+            asked = EVALUATION
+            if find_files(folder, asked) == files:
+                raise DataError(f"the folder {name} holds no file of split {EVALUATION!r}")
     except DataError as error:
-        way_out = "; evaluation needs one, or eval_split_ratio, or do_eval=false" if "'dev'" in str(error) else ""
+        way_out = "; evaluation needs one, or eval_split_ratio, or do_eval=false" if asked == EVALUATION else ""
         problems.add(f"dataset_name_or_path: {error}{way_out}", "dataset_name_or_path", "eval_split_ratio")
 
 

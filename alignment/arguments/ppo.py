@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.arguments import values
-from alignment.arguments.base import Arguments, parsed_datasets
+from alignment.arguments.base import Arguments
 from alignment.arguments.sizes import Sizes, ppo_sizes
 from alignment.arguments.spec import argument, read_int
 from alignment.arguments.training import ONE_PROCESS, SCHEDULERS, dataset_argument
@@ -218,11 +218,6 @@ class PPOArguments(CriticFields, ObjectiveFields, RolloutFields, PPODataFields, 
         """Batches of prompts that make one rollout: 1, or as many as fill one optimizer step."""
         window = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return max(1, window // (self.per_device_prompt_batch_size * self.num_return_sequences))
-
-    @property
-    def parsed_ptx_datasets(self) -> list[tuple[str, dict[str, Any]]]:
-        """``ptx_datasets`` as ``[(name, {"proportion": p, ...})]``; empty for none."""
-        return parsed_datasets(self.ptx_datasets)
 
     def derive_sizes(self, num_rows: int, world_size: int = 1) -> Sizes:
         """Derive the numbers of rollouts and steps from the number of prompts; see the base class."""

@@ -137,10 +137,10 @@ def load_data(args: PPOArguments, show_progress: bool = True) -> RunData:
         "max_src_len": args.max_src_len,
         "overlong_prompts": args.overlong_prompts,
     }
-    train = PromptOnlyDataset(args.parsed_train_datasets, tokenizer, **prompts)
+    train = PromptOnlyDataset(args.train_datasets, tokenizer, **prompts)
     held_out: Any = None
-    if args.parsed_eval_datasets:
-        held_out = PromptOnlyDataset(args.parsed_eval_datasets, tokenizer, **prompts)
+    if args.eval_datasets:
+        held_out = PromptOnlyDataset(args.eval_datasets, tokenizer, **prompts)
     elif args.eval_split_ratio:
         train, held_out = split_train_eval(train, args.eval_split_ratio, args.seed)
     if not len(train):
@@ -148,9 +148,7 @@ def load_data(args: PPOArguments, show_progress: bool = True) -> RunData:
     ptx = None
     if args.use_ptx:
         limit = args.max_src_len + args.max_dec_len
-        ptx = SupervisedDataset(
-            args.parsed_ptx_datasets, tokenizer, max_length=limit, max_src_len=args.max_src_len, **common
-        )
+        ptx = SupervisedDataset(args.ptx_datasets, tokenizer, max_length=limit, max_src_len=args.max_src_len, **common)
     eval_prompts: list[Any] = []
     if held_out is not None and args.do_eval:
         count = len(held_out) if args.eval_num_samples is None else min(args.eval_num_samples, len(held_out))

@@ -310,12 +310,13 @@ def test_a_checkpoint_may_be_named_within_the_output_dir(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("names", "part"),
     [
-        (["train.json"], "no file of split 'dev'; it holds: train (1); evaluation needs one, or eval_split_ratio"),
+        (["train.json"], "do_eval=false"),
+        (["train.json"], "no file of split 'validation or test'; it holds: train (1)"),
         (
             ["rows.json"],
-            "data holds no file of split 'dev'; evaluation needs one, or eval_split_ratio, or do_eval=false",
+            "holds no file of split 'validation or test'; evaluation needs one, or eval_split_ratio, or do_eval=false",
         ),
-        (["dev.json"], "no file of split 'train'; it holds: validation (1)"),
+        (["dev.json"], "no file of split 'train'; it holds: dev (1)"),
         (["readme.md"], "holds no data file"),
         (["train.jsonl", "dev.json.gz"], ""),
         (["train/a.json", "dev/a.json"], ""),

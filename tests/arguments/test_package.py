@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alignment.arguments import PPOArguments, RewardArguments, SFTArguments, from_dict, markdown_table, parser
+from alignment.arguments import PPOArguments, RewardArguments, SFTArguments, markdown_table, parser
 
 
 def test_parsing_is_quick_and_loads_neither_paddle_nor_paddlenlp(repo: Path) -> None:
@@ -47,17 +47,3 @@ def test_every_argument_says_what_it_does() -> None:
         for name, spec in cls.specs().items():
             assert spec.help.endswith("."), name
             assert spec.default is not None or spec.optional, name
-
-
-def test_parsed_mixtures() -> None:
-    values = {
-        "output_dir": "out",
-        "actor_model_name_or_path": "m",
-        "reward_model_name_or_path": "r",
-        "train_datasets": "alpaca:0.5",
-        "eval_datasets": {"alpaca": 1, "gsm8k": {"path": "x"}},
-    }
-    args = from_dict(PPOArguments, values)
-    assert args.parsed_train_datasets == [("alpaca", {"proportion": 0.5})]
-    assert args.parsed_eval_datasets == [("alpaca", {"proportion": 1}), ("gsm8k", {"proportion": 1.0, "path": "x"})]
-    assert args.parsed_ptx_datasets == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from alignment.errors import DataError
 from alignment.ppo.data import parse_dataset, parse_mixture
+from alignment.ppo.data.files import EVALUATION
 from alignment.ppo.data.mixture import take_rows
 
 
@@ -73,6 +75,43 @@ def test_a_mixture_can_be_written_in_many_ways():
     assert flat({"stanford-alpaca": 0.5, "Jsonfile": {"proportion": Fraction(3, -1), "path": "b"}}) == expected
     assert flat("alpaca:1/3")[0][2] == "1/3"
     assert flat({"jsonl": {"path": "b", "split": "dev"}})[0][3] == {"path": "b", "split": "dev"}
+
+
+@pytest.mark.parametrize(
+    ("written", "proportion", "path"),
+    [("0.5:d/shards", 0.5, "d/shards"), ("1/3", 1 / 3, None), (":d/a,b.jsonl", 1.0, "d/a,b.jsonl"), (2, 2.0, None)],
+)
+def test_a_value_of_a_mixture_may_be_written_as_after_a_name(written, proportion, path):
+    """D20: ``{"jsonl": "0.5:d/shards"}`` was read by PPO and refused by SFT and reward modelling."""
+    for spec in ({"jsonl": written}, [("jsonl", written)]):
+        (source,) = parse_mixture(spec)
+        assert (source.proportion, source.kwargs.get("path")) == (proportion, path)
+
+
+@pytest.mark.parametrize("form", [str, lambda path: f"{path}:0.5", lambda path: {str(path): 0.5}])
+def test_a_path_in_place_of_a_name_is_read(write_rows, tmp_path, monkeypatch, form):
+    """D26: an existing file was "no data set is named './r.jsonl'"."""
+    path = write_rows("r.jsonl", {"prompt": "q"})
+    monkeypatch.chdir(tmp_path)
+    for place in (path, path.parent, Path("./r.jsonl"), Path("r.jsonl")):
+        (source,) = parse_mixture(form(place))
+        assert source.name == "jsonl" and Path(source.kwargs["path"]).resolve() == place.resolve()
+        assert len(source.load()) == 1
+
+
+@pytest.mark.parametrize("name", ["./none.jsonl", "data/none.parquet", "/none"])
+def test_a_path_that_leads_nowhere_says_so(name):
+    """D26"""
+    with pytest.raises(DataError, match=rf"there is no file {re.escape(name)} \(looked in .*no data set is named"):
+        parse_mixture(name)
+
+
+def test_evaluation_asks_for_its_own_split_where_none_is_given():
+    """D4"""
+    spec = [("jsonl", {"path": "a"}), ("jsonl", {"path": "b", "split": "train"}), "alpaca"]
+    splits = [source.kwargs.get("split") for source in parse_mixture(spec, evaluation=True)]
+    assert splits == [EVALUATION, "train", None]
+    assert [source.kwargs.get("split") for source in parse_mixture(spec)] == [None, "train", None]
 
 
 def test_the_same_name_with_two_paths_is_two_sources_but_not_the_same_path():

@@ -3,7 +3,8 @@ batched.
 
 The way through the modules, in the order in which data meets them::
 
-    files.py, rows.py            a file's lines -> records -> RawSample
+    files.py, readers.py         a path -> its files -> their rows
+    rows.py                      a row -> RawSample
     base.py                      RawSample, RawDataset and the registry by NAME
     safe_rlhf.py alpaca.py gsm8k.py jsonl.py     the built-in raw data sets
     mixture.py                   "alpaca:0.5,jsonl::mine.jsonl" -> sources -> the rows that are taken from each
@@ -48,6 +49,7 @@ _SUBMODULES = (
     "hub",
     "jsonl",
     "loading",
+    "readers",
     "rows",
     "safe_rlhf",
     "table",

@@ -1,22 +1,29 @@
-"""Files of rows: jsonl, json, parquet and arrow, packed or not, one or a folder of them in the hub's layout."""
+"""Which files a path means: a file, a pattern, or a folder in the hub's layout; and the data set of their rows.
+
+A split is a whole name. ``train-00000-of-00003.parquet`` and ``train/0001.parquet`` are parts of ``train``;
+``train_prefs-00000-of-00001.parquet`` is a split of its own. Where more than one could be meant, an error lists them.
+"""
 
 from __future__ import annotations
 
-import bz2
-import gzip
+import glob
 import json
-import lzma
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from alignment.errors import DataError
+from alignment.log import say_once
 from alignment.ppo.data.base import RawDataset, RawSample
+from alignment.ppo.data.readers import FORMATS, PACKED, BadRow, Joined, Rows, format_of, open_rows, shorten
 
-_PACKED = {".gz", ".xz", ".bz2"}
-_FORMATS = {".jsonl", ".ndjson", ".json", ".parquet", ".arrow"}
+EVALUATION = "validation or test"
+"""The split that evaluation asks for: validation if there is one, else test."""
+ALL_CONFIGS = "*"
+"""As ``config``: the files of all sub-folders together, where the folder's README.md does not say otherwise."""
+
 _NOT_DATA = {
     "dataset_info.json",
     "dataset_infos.json",
@@ -31,19 +38,15 @@ _SPLITS = {"train": "train", "training": "train", "test": "test"} | dict.fromkey
 
 
 @dataclass(frozen=True)
-class BadRow:
-    """A row that could not be read; looking at it raises."""
+class _Found:
+    """A file of a folder: the name of its split as it stands ("" without one), which usual split that is (or None), and
+    the sub-folder that its data set lies in.
+    """
 
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows of one file: ``lines[i]`` is the 1-based line (or row number) of the i-th."""
-
-    path: Path
-    unit: str
-    lines: Sequence[int]
+    file: Path
+    name: str
+    split: str | None
+    config: str = ""
 
 
 class FileDataset(RawDataset):
@@ -51,27 +54,24 @@ class FileDataset(RawDataset):
     NAME.
 
     Args:
-        path: a file, or a folder in the hub's layout (``train.jsonl``, ``data/train-00000-of-00001.parquet``,
-            ``train/*.json``, ...).
-        split: which part of a folder to read; a file is read whole.
+        path: a file, a pattern (``data/*.parquet``), or a folder in the hub's layout (``train.jsonl``,
+            ``data/train-00000-of-00001.parquet``, ``train/*.json``, what ``save_to_disk`` writes, ...).
+        split: which part of a folder to read; a file is read whole. :data:`EVALUATION`: validation, else test.
+        config: of a folder that holds several data sets, the one to read; :data:`ALL_CONFIGS`: all of them.
+
+    Attributes:
+        files: the files that are read, in order.
+        rows: their rows, read when they are asked for.
 
     Raises:
-        DataError: the path is missing, holds nothing for the split, or is damaged. Malformed rows raise when they are
-            asked for.
+        DataError: the path is missing, holds nothing for the split or several things, or is damaged. Malformed rows
+            raise when they are asked for.
     """
 
-    def __init__(self, path: str | Path, split: str = "train") -> None:
-        self.rows: Sequence[Any] = []
-        self._parts: list[_Part] = []
-        rows: list[Any] = []
-        for file in find_files(path, split):
-            numbers, unit = [], "line"
-            for number, unit, row in read_rows(file):  # noqa: B007  (the unit is the same for the whole file)
-                numbers.append(number)
-                rows.append(row)
-            self._parts.append(_Part(file, unit, numbers))
-        self.rows = rows
-        if not rows:
+    def __init__(self, path: str | Path, split: str = "train", config: str | None = None) -> None:
+        self.files = find_files(path, split, config)
+        self.rows: Sequence[Any] = Joined([open_rows(file) for file in self.files])
+        if not self.rows:
             raise DataError(f"{path} holds no rows")
 
     def convert(self, row: Mapping[str, Any]) -> RawSample:
@@ -93,194 +93,220 @@ class FileDataset(RawDataset):
         return len(self.rows)
 
     def where(self, index: int) -> str:
-        for part in self._parts:
-            if index < len(part.lines):
-                return f"{part.path}, {part.unit} {part.lines[index]}"
-            index -= len(part.lines)
-        return f"row {index + 1}"
+        if not isinstance(self.rows, Joined) or not 0 <= index < len(self.rows):
+            return f"row {index + 1}"
+        number, inner = self.rows.find(index)
+        part: Rows = self.rows.parts[number]
+        return f"{self.files[number]}, {part.unit} {part.numbers[inner]}"
 
 
-def shorten(row: object, limit: int = 240) -> str:
-    """Show a row in one line of at most about ``limit`` characters."""
-    text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
-    return text if len(text) <= limit else text[:limit] + " ..."
-
-
-def find_files(path: str | Path, split: str = "train") -> list[Path]:
+def find_files(path: str | Path, split: str = "train", config: str | None = None) -> list[Path]:
     """Return the data files that ``path`` means, sorted.
 
-    A file is itself. In a folder (searched with its subfolders), a file belongs to the split that begins its name
-    (``train-00000-of-00001.parquet``, ``dev.json``) or that a folder above it is called. If no file belongs to any
-    split, all of them are taken.
+    A file is itself, and a pattern is the files that match it. In a folder (searched with its sub-folders) a file
+    belongs to the split that its name is without shard numbers (``train-00000-of-00001.parquet``, ``dev.json``), or
+    that a folder above it is called. If no file belongs to any split, all of them are taken. A README.md with the hub's
+    ``configs`` is followed. Files of which ``save_to_disk`` keeps a list are those of the list.
 
     Raises:
-        DataError: nothing is there, or nothing for the split.
+        DataError: nothing is there, nothing for the split, or more than one thing that the split could mean.
     """
     path = Path(path).expanduser()
     if path.is_file():
         return [path]
-    if not path.exists():
-        raise DataError(f"the data file or folder {path} does not exist (looked in {Path.cwd()})")
-    if not path.is_dir():
+    if path.is_dir():
+        return _of_folder(path, split, config)
+    if path.exists():
         raise DataError(f"{path} is neither a file nor a folder")
-    by_split: dict[str | None, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
-        inner = file.relative_to(path)
-        hidden = any(part.startswith((".", "_")) for part in inner.parts)
-        if not hidden and file.name not in _NOT_DATA and _format(file) and file.is_file():
-            by_split.setdefault(_split_of(inner), []).append(file)
-    wanted = _SPLITS.get(split, split)
-    if wanted in by_split:
-        return by_split[wanted]
-    if set(by_split) == {None}:
-        return by_split[None]
-    if not by_split:
+    if glob.has_magic(str(path)):
+        return _of_pattern(path)
+    raise DataError(f"the data file or folder {path} does not exist (looked in {Path.cwd()})")
+
+
+def _of_pattern(path: Path) -> list[Path]:
+    files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    files = [file for file in files if file.is_file() and _is_data(Path(file.name))]
+    if not files:
+        raise DataError(f"no data file matches {path} (looked in {Path.cwd()}); read are {', '.join(FORMATS)}")
+    splits = {_describe(Path(file.name), file).split for file in files} - {None}
+    if len(splits) > 1:
+        listed = _listed(file.name for file in files)
+        raise DataError(f"{path} matches files of several splits ({listed}); narrow it, or name the folder")
+    return files
+
+
+def _of_folder(folder: Path, split: str, config: str | None) -> list[Path]:
+    card = _read_card(folder)
+    everything = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    saved = _saved_lists(everything)
+    data = [
+        file
+        for file in everything
+        if _is_data(file.relative_to(folder)) and (file.parent not in saved or file.name in saved[file.parent])
+    ]
+    found = card or [_describe(file.relative_to(folder), file) for file in data]
+    if not found:
+        held = _listed(file.name for file in everything if not file.name.startswith("."))
         raise DataError(
-            f"the folder {path} holds no data file; read are {', '.join(sorted(_FORMATS))}, also packed (.gz, .xz, "
-            ".bz2)"
+            f"the folder {folder} holds no data file; read are {', '.join(FORMATS)}, the text formats also packed "
+            f"({', '.join(PACKED)}). It holds: {held or 'nothing'}"
         )
-    held = ", ".join(f"{name or 'no split'} ({len(files)})" for name, files in sorted(by_split.items(), key=str))
-    raise DataError(f"the folder {path} holds no file of split {split!r}; it holds: {held}")
+    chosen = _choose_split(folder, _choose_config(folder, found, split, config, bool(card)), split)
+    files = [one.file for one in chosen]
+    unread = [str(file.relative_to(folder)) for file in everything if format_of(file.name) and file not in files]
+    unread = [name for name in unread if Path(name).name not in _NOT_DATA and not _is_hidden(Path(name))]
+    if unread:
+        read = _listed(str(file.relative_to(folder)) for file in files)
+        say_once(f"the folder {folder}: of split {chosen[0].name or split} is read {read}; not read: {_listed(unread)}")
+    return files
 
 
-def _format(file: Path) -> str | None:
-    """The file's format by its name: one of ``_FORMATS``, or None."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in _PACKED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in _FORMATS else None
+def _is_hidden(inner: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in inner.parts)
 
 
-def _split_of(inner: Path) -> str | None:
-    stem = inner.name.lower().replace("_", "-").replace(".", "-").split("-")[0]
-    for name in (stem, *(part.lower() for part in reversed(inner.parts[:-1]))):
-        if name in _SPLITS:
-            return _SPLITS[name]
-    return None
+def _is_data(inner: Path) -> bool:
+    """Whether a file may hold rows. ``cache-*`` and ``tmp*`` are what ``datasets.map`` leaves in a saved folder."""
+    left_over = inner.name.startswith(("cache-", "tmp"))
+    return bool(format_of(inner.name)) and not _is_hidden(inner) and inner.name not in _NOT_DATA and not left_over
 
 
-def read_rows(file: Path) -> Iterator[tuple[int, str, Any]]:
-    """Yield (1-based number, "line" or "row", row) for every row; a row that is no JSON comes as a :class:`BadRow`.
-
-    Raises:
-        DataError: the file as a whole cannot be read (unpacking fails, parquet is damaged, a JSON array does not
-            parse).
-    """
-    kind = _format(file)
-    number = 0
-    try:
-        with file.open("rb") as raw:
-            magic = raw.read(6)
-        if magic.startswith(b"PAR1") or kind == ".parquet":
-            yield from _read_parquet(file)
-        elif magic == b"ARROW1" or kind == ".arrow":
-            yield from _read_arrow(file)
-        else:
-            with _open_packed(file, magic) as stream:
-                for number, unit, row in _read_json(file, stream):
-                    yield number, unit, row
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as err:
-        raise DataError(f"{file} is damaged or cut short after line {number}: {err}") from err
-    except OSError as err:
-        raise DataError(f"{file} cannot be read: {err}") from err
-
-
-def _open_packed(file: Path, magic: bytes) -> IO[bytes]:
-    """Open a file, unpacking it if its first bytes say that it is packed."""
-    if magic.startswith(b"\x1f\x8b"):
-        return gzip.open(file, "rb")
-    if magic.startswith(b"\xfd7zXZ"):
-        return lzma.open(file, "rb")
-    if magic.startswith(b"BZh"):
-        return bz2.open(file, "rb")
-    return file.open("rb")
-
-
-def _read_json(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, str, Any]]:
-    """Read JSON lines, or one JSON array, or one object that holds an array of rows."""
-    head = b""
-    while not head.strip():
-        head = stream.readline()
-        if not head:
-            return
-    stream.seek(0)
-    first = head.removeprefix(b"\xef\xbb\xbf").strip()
-    if first.startswith(b"[") or (first.startswith(b"{") and not _parses(first)):
-        whole = stream.read()
-        try:
-            found = json.loads(whole.decode("utf-8-sig"))
-        except UnicodeDecodeError as err:
-            raise DataError(f"{file} is not UTF-8 text: {err}") from err
-        except json.JSONDecodeError as err:
-            if first.startswith(b"["):
-                raise DataError(f"{file}, line {err.lineno}: not valid JSON: {err.msg}") from err
-            stream.seek(0)  # its first line is just a bad one
-        else:
-            rows = found if isinstance(found, list) else _only_list(found)
-            for number, row in enumerate(rows, 1):
-                yield number, "row", row
-            return
-    for number, line in enumerate(stream, 1):
-        if line.strip():
-            yield number, "line", _parse_line(line)
-
-
-def _parses(text: bytes) -> bool:
-    try:
-        json.loads(text.decode("utf-8"))
-    except ValueError:
-        return False
-    return True
-
-
-def _only_list(found: object) -> list[Any]:
-    """The rows of a JSON file that is one object: its single list (``{"data": [...]}``), else the object itself as one
-    row.
-    """
-    lists = [value for value in found.values() if isinstance(value, list)] if isinstance(found, dict) else []
-    is_table = len(lists) == 1 and lists[0] and all(isinstance(row, dict) for row in lists[0])
-    is_conversation = is_table and all({"role", "from"} & set(row) for row in lists[0])
-    return lists[0] if is_table and not is_conversation else [found]
-
-
-def _parse_line(line: bytes) -> Any:
-    try:
-        text = line.decode("utf-8-sig")
-    except UnicodeDecodeError as err:
-        return BadRow(f"not UTF-8 text ({err.reason} at byte {err.start}): {line[:120]!r}")
-    try:
-        return json.loads(text)
-    except ValueError as err:
-        what = f"{err.msg} at column {err.colno}" if isinstance(err, json.JSONDecodeError) else str(err)
-        return BadRow(f"not valid JSON ({what}): {shorten(text.strip())}")
-    except RecursionError:
-        return BadRow(f"JSON nested too deeply: {shorten(text.strip())}")
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[int, str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowException as err:
-        raise DataError(f"{file} is no readable parquet file: {err}") from err
-    for number, row in enumerate(rows, 1):
-        yield number, "row", row
-
-
-def _read_arrow(file: Path) -> Iterator[tuple[int, str, Any]]:
-    """Arrow streams (what ``datasets.save_to_disk`` writes) and Arrow files."""
-    import pyarrow
-
-    try:
-        with pyarrow.memory_map(str(file)) as source:
+def _saved_lists(files: Iterable[Path]) -> dict[Path, set[str]]:
+    """The files of each folder that ``datasets.save_to_disk`` wrote, by its ``state.json``."""
+    lists = {}
+    for file in files:
+        if file.name == "state.json":
             try:
-                rows = pyarrow.ipc.open_stream(source).read_all().to_pylist()
-            except pyarrow.ArrowInvalid:
-                source.seek(0)
-                rows = pyarrow.ipc.open_file(source).read_all().to_pylist()
-    except pyarrow.ArrowException as err:
-        raise DataError(f"{file} is no readable Arrow file: {err}") from err
-    for number, row in enumerate(rows, 1):
-        yield number, "row", row
+                listed = json.loads(file.read_text(encoding="utf-8"))["_data_files"]
+                lists[file.parent] = {one["filename"] for one in listed}
+            except (ValueError, KeyError, TypeError):
+                continue  # some other state.json
+            missing = [name for name in lists[file.parent] if not (file.parent / name).is_file()]
+            if missing:
+                raise DataError(f"{file} lists {_listed(missing)}, which the folder lacks; copy it again")
+    return lists
+
+
+def _describe(inner: Path, file: Path) -> _Found:
+    """Say which split and sub-folder a file belongs to by its path inside the folder."""
+    name = inner.name
+    for suffix in reversed(inner.suffixes):
+        if suffix.lower() in (*PACKED, *FORMATS):
+            name = name[: -len(suffix)]
+    levels = [_without_shard(name), *reversed(inner.parts[:-1])]
+    for number, level in enumerate(levels):
+        split = _split_of(level)
+        if split:
+            above = list(inner.parts[: len(levels) - 1 - number]) if number else list(inner.parts[:-1])
+            return _Found(file, level, split, "/".join(part for part in above if part != "data"))
+    return _Found(file, levels[0], None)
+
+
+def _without_shard(stem: str) -> str:
+    """``train-00000-of-00003-0a1b`` and ``train-3`` are parts of ``train``."""
+    stem = re.sub(r"[-_.]\d+-of-\d+.*$", "", stem)
+    return re.sub(r"[-_.](?:part|shard)?[-_.]?\d+$", "", stem)
+
+
+def _split_of(name: str) -> str | None:
+    """The usual split that a name is or has as one of its words; None without one or with several."""
+    if name.lower() in _SPLITS:
+        return _SPLITS[name.lower()]
+    words = {_SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS}
+    return words.pop() if len(words) == 1 else None
+
+
+def _choose_config(folder: Path, found: list[_Found], split: str, wanted: str | None, has_card: bool) -> list[_Found]:
+    """The files of one data set of the folder, of those that have the split at all."""
+    asked = {"validation", "test"} if split == EVALUATION else {split, _SPLITS.get(split.lower())} - {None}
+    have_it = [one for one in found if {one.name, one.split} & asked and (one.split or has_card)]
+    configs = sorted({one.config for one in have_it})
+    named = wanted if wanted != ALL_CONFIGS else None
+    if configs in ([], [""]) or (len(configs) == 1 and named in (None, *configs)):
+        return found
+    if wanted == ALL_CONFIGS and not has_card:
+        return found
+    choice = named or "default"
+    if choice in configs:
+        return [one for one in found if one.config == choice]
+    holds = f"no data set {named!r}; it holds" if named else "several data sets"
+    listed = ", ".join(config or "(the folder itself)" for config in configs)
+    example = json.dumps({"jsonl": {"path": str(folder), "config": next(config for config in configs if config)}})
+    every = "" if has_card else f', or all of them: "config": "{ALL_CONFIGS}"'
+    raise DataError(f"the folder {folder} holds {holds}: {listed}. Choose one: {example}{every}")
+
+
+def _choose_split(folder: Path, found: list[_Found], wanted: str) -> list[_Found]:
+    """The files of a split, or of the only one whose name has it as a word."""
+    if all(one.split is None for one in found) and wanted in ("train", EVALUATION):
+        return found
+    for split in ("validation", "test") if wanted == EVALUATION else (wanted,):
+        usual = _SPLITS.get(split.lower())
+        exact = [one for one in found if one.name == split or (usual and _SPLITS.get(one.name.lower()) == usual)]
+        if exact:
+            return exact
+        candidates = [one for one in found if usual and one.split == usual]
+        names = sorted({one.name for one in candidates})
+        if len(names) == 1:
+            return candidates
+        if names:
+            raise DataError(
+                f"the folder {folder} has no split named {split!r} but several that could be meant: "
+                f"{', '.join(names)}. Choose one: {_choosing(folder, names[0])}"
+            )
+    counts: dict[str, int] = {}
+    for one in found:
+        label = one.name if one.split else "no split"
+        counts[label] = counts.get(label, 0) + 1
+    held = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+    names = sorted({one.name for one in found if one.split})
+    cure = f". To read one of these: {_choosing(folder, names[0])}" if names else ", which are read without a `split`"
+    raise DataError(f"the folder {folder} holds no file of split {wanted!r}; it holds: {held}{cure}")
+
+
+def _choosing(folder: Path, split: str) -> str:
+    return f"{json.dumps({'jsonl': {'path': str(folder), 'split': split}})}, or a pattern: jsonl::{folder}/**/{split}*"
+
+
+def _read_card(folder: Path) -> list[_Found]:
+    """The files that the hub's dataset card (the YAML head of README.md) gives to configs and splits; empty without."""
+    card = folder / "README.md"
+    head = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL) if card.is_file() else None
+    if head is None or "configs:" not in head[1]:
+        return []
+    import yaml
+
+    try:
+        configs = yaml.safe_load(head[1]).get("configs") or []
+        flagged = [one["config_name"] for one in configs if one.get("default")]
+        found = []
+        for one in configs:
+            name = "default" if flagged[:1] == [one["config_name"]] else one["config_name"]
+            for split, pattern in _card_patterns(one["data_files"]):
+                base = folder / (one.get("data_dir") or "")
+                for file in sorted(base.glob(pattern.removeprefix("./"))):
+                    if file.is_file() and format_of(file.name):
+                        found.append(_Found(file, split, _split_of(split) or split, name))
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError):
+        say_once(f"{card}: its `configs` could not be understood; files are found by their names")
+        return []
+    return found
+
+
+def _card_patterns(data_files: Any) -> list[tuple[str, str]]:
+    """``data_files`` of a dataset card as (split, pattern) pairs."""
+    if isinstance(data_files, str) or (
+        isinstance(data_files, list) and all(isinstance(one, str) for one in data_files)
+    ):
+        data_files = [{"split": "train", "path": data_files}]
+    pairs = []
+    for one in data_files:
+        paths = [one["path"]] if isinstance(one["path"], str) else one["path"]
+        pairs += [(str(one["split"]), str(path)) for path in paths]
+    return pairs
+
+
+def _listed(names: Iterable[str], most: int = 6) -> str:
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

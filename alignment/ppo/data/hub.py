@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 from alignment.errors import DataError
 from alignment.ppo.data.base import describe_exception
-from alignment.ppo.data.files import FileDataset
+from alignment.ppo.data.files import ALL_CONFIGS, FileDataset
 
 
 class HubDataset(FileDataset):
@@ -32,9 +32,9 @@ class HubDataset(FileDataset):
 
     def __init__(self, path: str | Path | None = None) -> None:
         if path is not None:
-            super().__init__(path, self.SPLIT)
+            super().__init__(path, self.SPLIT, self.CONFIG or ALL_CONFIGS)
         else:
-            self._parts = []
+            self.files = []
             self.rows = fetch(self.REPO, self.CONFIG, self.SPLIT, str(self.NAME))
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.errors import DataError
 from alignment.ppo.data.base import RawDataset, find_class
+from alignment.ppo.data.files import EVALUATION
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,39 +101,43 @@ def _split_string(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Like :func:`parse_dataset`, but proportions stay as they were written."""
     if not isinstance(text, str):
         raise DataError(f"a dataset string is text ({_SYNTAX}), not {text!r}")
-    entries = []
-    for entry in text.split(","):
-        where = f"dataset string {entry.strip()!r}"
-        parts = [part.strip() for part in entry.split(":", 2)]
-        if not parts[0]:
-            raise DataError(f"dataset string {text!r}: an entry has no name; the forms are {_SYNTAX}")
-        attrs: dict[str, Any] = {"proportion": "1.0"}
-        if len(parts) == 2 and not parts[1]:
-            raise DataError(f"{where} ends with a colon; the forms are {_SYNTAX}")
-        if len(parts) > 1 and parts[1]:
-            try:
-                parse_proportion(parts[1], where)
-            except DataError as err:
-                path = ":".join(parts[1:])
-                is_path = re.search(r"[/\\.~]", path) and not re.fullmatch(r"[\d./+-]*", path)
-                hint = f". A path comes after two colons: {parts[0]}::{path}" if is_path else ""
-                raise DataError(f"{err}{hint}") from None
-            attrs["proportion"] = parts[1]
-        if len(parts) == 3:
-            if not parts[2]:
-                raise DataError(f"{where}: the path after the second colon is empty; the forms are {_SYNTAX}")
-            attrs["path"] = os.path.expanduser(parts[2])
-        entries.append((parts[0], attrs))
-    return entries
+    return [_split_entry(entry, text) for entry in text.split(",")]
 
 
-def parse_mixture(names_and_attrs: Any) -> list[Source]:
+def _split_entry(entry: str, text: str) -> tuple[str, dict[str, Any]]:
+    """One ``name[:proportion[:path]]`` of the dataset string ``text``."""
+    where = f"dataset string {entry.strip()!r}"
+    parts = [part.strip() for part in entry.split(":", 2)]
+    if not parts[0]:
+        raise DataError(f"dataset string {text!r}: an entry has no name; the forms are {_SYNTAX}")
+    attrs: dict[str, Any] = {"proportion": "1.0"}
+    if len(parts) == 2 and not parts[1]:
+        raise DataError(f"{where} ends with a colon; the forms are {_SYNTAX}")
+    if len(parts) > 1 and parts[1]:
+        try:
+            parse_proportion(parts[1], where)
+        except DataError as err:
+            path = ":".join(parts[1:])
+            is_path = re.search(r"[/\\.~]", path) and not re.fullmatch(r"[\d./+-]*", path)
+            hint = f". A path comes after two colons: {parts[0]}::{path}" if is_path else ""
+            raise DataError(f"{err}{hint}") from None
+        attrs["proportion"] = parts[1]
+    if len(parts) == 3:
+        if not parts[2]:
+            raise DataError(f"{where}: the path after the second colon is empty; the forms are {_SYNTAX}")
+        attrs["path"] = os.path.expanduser(parts[2])
+    return parts[0], attrs
+
+
+def parse_mixture(names_and_attrs: Any, evaluation: bool = False) -> list[Source]:
     """Turn any accepted description of a mixture into sources, in order, without those of proportion 0.
 
     Args:
-        names_and_attrs: a dataset string; a dict of name -> proportion or dict (``proportion``, ``path`` and further
-            arguments of the data set); or an iterable of dataset strings and (name, proportion or dict) pairs. The same
-            name may come several times with different paths.
+        names_and_attrs: a dataset string; a dict of name -> proportion, ``"proportion:path"`` or dict (``proportion``,
+            ``path`` and further arguments of the data set); or an iterable of dataset strings and pairs like the items
+            of such a dict. The same name may come several times with different paths. In place of a name, the path of a
+            file or folder that exists is read as ``jsonl``.
+        evaluation: ask data sets with a ``split`` for their validation or test part, where none is given.
 
     Raises:
         DataError: it is none of these, a name is unknown, the same source is listed twice, or nothing is left.
@@ -138,11 +145,13 @@ def parse_mixture(names_and_attrs: Any) -> list[Source]:
     sources = []
     for name, attrs in _entries(names_and_attrs):
         where = f"data set {name!r}"
-        known = find_class(name)
         attrs = dict(attrs) if isinstance(attrs, Mapping) else {"proportion": attrs}
+        known = _class_of(name, attrs)
         given = attrs.pop("proportion", 1.0)
         if attrs.get("path") is not None:
             attrs["path"] = os.path.expanduser(os.fspath(attrs["path"]))
+        if evaluation and "split" in inspect.signature(known).parameters:
+            attrs.setdefault("split", EVALUATION)
         sources.append(Source(str(known.NAME), parse_proportion(given, where), _as_written(given), attrs))
     seen = set()
     for source in sources:
@@ -159,11 +168,25 @@ def parse_mixture(names_and_attrs: Any) -> list[Source]:
     return taken
 
 
+def _class_of(name: Any, attrs: dict[str, Any]) -> type[RawDataset]:
+    """The class registered as ``name``; a path in its place goes to ``attrs`` and means ``jsonl``."""
+    try:
+        return find_class(name)
+    except DataError as err:
+        path = Path(name).expanduser() if isinstance(name, str) and name.strip() and "path" not in attrs else None
+        if path is not None and path.exists():
+            attrs["path"] = str(path)
+            return find_class("jsonl")
+        if path is not None and (path.suffix or name.startswith(("/", ".", "~"))):
+            raise DataError(f"there is no file {name} (looked in {Path.cwd()}), and {err}") from None
+        raise
+
+
 def _entries(spec: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(spec, str):
         return _split_string(spec)
     if isinstance(spec, Mapping):
-        return list(spec.items())
+        return [_pair(name, attrs) for name, attrs in spec.items()]
     if not isinstance(spec, Iterable):
         raise DataError(f"data sets are given as a string ({_SYNTAX}), a dict or a list of pairs, not as {spec!r}")
     entries: list[tuple[str, Any]] = []
@@ -171,12 +194,19 @@ def _entries(spec: Any) -> Iterable[tuple[str, Any]]:
         if isinstance(entry, str):
             entries += _split_string(entry)
         elif isinstance(entry, (tuple, list)) and len(entry) == 2:
-            entries.append((entry[0], entry[1]))
+            entries.append(_pair(*entry))
         else:
             raise DataError(
                 f"a list of data sets holds strings ({_SYNTAX}) or (name, proportion or dict) pairs, not {entry!r}"
             )
     return entries
+
+
+def _pair(name: Any, attrs: Any) -> tuple[str, Any]:
+    """``("jsonl", "0.5:d/shards")`` means the same as ``jsonl:0.5:d/shards``."""
+    if isinstance(name, str) and isinstance(attrs, str):
+        return _split_entry(f"{name}:{attrs}", f"{name}:{attrs}")
+    return name, attrs
 
 
 def _as_written(given: Any) -> str:
