@@ -242,6 +242,11 @@ class ToolkitFields:
         "Prompts over their limit are cut on the left or dropped; both are counted.",
         choices=("truncate", "drop"),
     )
+    overlong_answers: str = argument(
+        "truncate",
+        "Answers that their row has no room for are cut (and then have no end to learn) or dropped; both are counted.",
+        choices=("truncate", "drop"),
+    )
     data_cache_dir: str | None = argument(None, "Folder of the tokenised data.", derived="output_dir/.cache")
     dataset_num_proc: int = argument(1, "Processes that tokenise.", ge=1, unit="processes")
 

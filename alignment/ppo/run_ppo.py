@@ -125,6 +125,8 @@ def load_data(args: PPOArguments, show_progress: bool = True) -> RunData:
     reward_tokenizer, reward_template = own_reward_format(args, tokenizer, template)
     common = {
         "template": template,
+        "overlong_prompts": args.overlong_prompts,
+        "overlong_answers": args.overlong_answers,
         "skip_bad_rows": args.skip_bad_rows,
         "seed": args.seed,
         "cache_dir": args.data_cache_dir,
@@ -135,7 +137,6 @@ def load_data(args: PPOArguments, show_progress: bool = True) -> RunData:
         **common,
         "max_length": args.max_src_len,
         "max_src_len": args.max_src_len,
-        "overlong_prompts": args.overlong_prompts,
     }
     train = PromptOnlyDataset(args.train_datasets, tokenizer, **prompts)
     held_out: Any = None

@@ -43,6 +43,7 @@ MUST_EQUAL = {
     "shuffle": _ROWS,
     "skip_bad_rows": _ROWS,
     "overlong_prompts": _ROWS,
+    "overlong_answers": _ROWS,
     "max_length": _ROWS,
     "src_length": _ROWS,
     "max_src_len": _ROWS,

@@ -64,6 +64,7 @@ COMMON = {
     "allow_template_mismatch": False,
     "skip_bad_rows": False,
     "overlong_prompts": "truncate",
+    "overlong_answers": "truncate",
     "data_cache_dir": "out/.cache",
     "dataset_num_proc": 1,
     "dry_run": False,

@@ -154,7 +154,8 @@ def test_the_mixture_is_recorded(tokenizer, pairs, write_rows):
     )
     record = json.loads(json.dumps(dataset.mixture_record()))
     assert record["seed"] == 7 and record["template"]["kind"] == "beaver" and record["name"] == "train"
-    assert record["limits"] == {"max_length": 256, "max_src_len": None, "overlong_prompts": "truncate"}
+    overlong = {"overlong_prompts": "truncate", "overlong_answers": "truncate"}
+    assert record["limits"] == {"max_length": 256, "max_src_len": None, **overlong}
     assert record["sources"] == [
         {
             "name": "jsonl",
@@ -165,6 +166,7 @@ def test_the_mixture_is_recorded(tokenizer, pairs, write_rows):
             "taken": 5,
             "kept": 5,
             "dropped": {},
+            "unread": {"level": 5},
         },
         {
             "name": "jsonl",
@@ -175,6 +177,7 @@ def test_the_mixture_is_recorded(tokenizer, pairs, write_rows):
             "taken": 3,
             "kept": 1,
             "dropped": {"identical answers": 1, "malformed": 1},
+            "unread": {"level": 1},
         },
     ]
 
@@ -258,7 +261,7 @@ def test_nothing_left(tokenizer, write_rows):
         ),
         (PreferenceDataset, {"prompt": "a", "chosen": "b"}, r"line 3: the column 'rejected' is missing"),
         (PromptOnlyDataset, {"prompt": ["a", "b"]}, r"line 3: `input` must end with the user's turn"),
-        (PromptOnlyDataset, {"text": "a"}, r"line 3: no known layout has the columns 'text'"),
+        (PromptOnlyDataset, {"text": "a"}, r"line 3: a row of plain `text` has no prompt; call the column `prompt`"),
     ],
 )
 def test_a_malformed_row_is_named_with_file_and_line_or_skipped(
@@ -378,6 +381,7 @@ def test_everything_that_tokens_depend_on_changes_the_key(
     assert not build(max_length=100)
     assert not build(max_src_len=50)
     assert not build(overlong_prompts="drop")
+    assert not build(overlong_answers="drop")
     assert not build(template=CHATML)
     assert not build(one=bos_tokenizer)
     assert not build(path=write_rows("changed.jsonl", *(pair(number) for number in range(11))))

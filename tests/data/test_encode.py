@@ -134,6 +134,25 @@ def test_a_cut_answer_has_no_end(tokenizer):
     assert len(row.rows[0]) == 100 and coder.eos_id not in row.rows[0] and row.cuts == ["answer cut on the right"]
 
 
+def test_an_overlong_answer_is_cut_or_dropped(tokenizer):
+    """A cut answer is trained without its end; overlong_answers=drop leaves such rows out, of every kind."""
+    long, short = "word " * 100, {"input": "a", "answer": "yes"}
+    drop = encoder(tokenizer, max_length=60, overlong_answers="drop")
+    cut = encoder(tokenizer, max_length=60)
+    for method, sample in (
+        ("supervised", {"input": "a", "answer": long}),
+        ("supervised", {"dialogue": ["a", "b", "c", long]}),
+        ("supervised", {"text": long}),
+        ("preference", {"input": "a", "answer": "b", "other_answer": long, "better": True}),
+    ):
+        assert getattr(drop, method)(sample) == "answer too long"
+        row = getattr(cut, method)(sample)
+        assert "answer cut on the right" in row.cuts and max(map(len, row.rows)) == 60
+        assert row.rows[-1][-1] != cut.eos_id
+    assert drop.supervised(short).rows == cut.supervised(short).rows
+    assert drop.prompt({"input": long}).cuts == ["prompt cut on the left"]
+
+
 def test_an_end_that_the_text_brings_is_not_doubled(tokenizer):
     row = encoder(tokenizer).supervised({"input": "a", "answer": "b<|endoftext|>"})
     assert row.rows[0].count(tokenizer.eos_token_id) == 1
@@ -177,10 +196,10 @@ def test_empty_questions_and_answers(tokenizer):
         ("supervised", {}, "neither `input` nor `dialogue`"),
         ("supervised", {"input": "a", "dialogue": ["a", "b"], "answer": "b"}, "both `input` and `dialogue`"),
         ("supervised", {"input": "a"}, "`answer` is missing"),
-        ("supervised", {"input": "a", "answer": 3}, "`answer` must be text, not int 3"),
-        ("supervised", {"dialogue": ["a", "b", "c"]}, "even number of turns, not 3"),
+        ("supervised", {"input": "a", "answer": 3.5}, "`answer` must be text, not float 3.5"),
+        ("supervised", {"dialogue": ["a", "b", "c"]}, "`dialogue` must end with the assistant's answer"),
         ("supervised", {"dialogue": "ab"}, "`dialogue` must be a non-empty list of texts"),
-        ("supervised", {"input": ["a", "b"], "answer": "c"}, "odd number of turns, not 2"),
+        ("supervised", {"input": ["a", "b"], "answer": "c"}, "`input` must end with the user's turn"),
         ("supervised", {"input": "a", "answer": "b", "system": 3}, "`system` must be text"),
         ("preference", {"input": "a", "answer": "b"}, "`other_answer` is missing"),
         ("preference", {"input": "a", "answer": "b", "other_answer": "c"}, "`better` is missing"),
@@ -207,7 +226,8 @@ def test_malformed_samples(tokenizer, method, sample, message):
         ({"max_src_len": -1}, "max_src_len must be a whole number"),
         ({"max_length": 10}, "max_length=10 leaves no room for a prompt: the template's own ' ASSISTANT:' takes"),
         ({"max_src_len": 5}, "max_src_len=5 leaves no room"),
-        ({"overlong_prompts": "cut"}, 'must be "truncate" or "drop"'),
+        ({"overlong_prompts": "cut"}, 'overlong_prompts must be "truncate" or "drop"'),
+        ({"overlong_answers": "cut"}, 'overlong_answers must be "truncate" or "drop"'),
     ],
 )
 def test_limits_that_cannot_be_kept(tokenizer, limits, message):

@@ -27,7 +27,7 @@ PAIR = {"answer": "a", "other_answer": "b", "better": True}
         ({"question": "q", "answer": "a"}, {"input": "q", "answer": "a"}),
         ({"prompt": "q", "response": "a"}, {"input": "q", "answer": "a"}),
         ({"prompt": "q", "completion": "a"}, {"input": "q", "answer": "a"}),
-        ({"prompt": [SYSTEM, USER], "completion": "a"}, {"system": "s", "input": ["q"], "answer": "a"}),
+        ({"prompt": [SYSTEM, USER], "completion": "a"}, {"system": "s", "input": "q", "answer": "a"}),
         ({"instruction": "i", "input": "x", "output": "o"}, {"input": "i x", "answer": "o"}),
         ({"instruction": "i", "input": "", "output": "o"}, {"input": "i", "answer": "o"}),
         ({"instruction": "i", "output": "o"}, {"input": "i", "answer": "o"}),
@@ -64,11 +64,11 @@ PAIR = {"answer": "a", "other_answer": "b", "better": True}
         ({"chosen": HH + " a", "rejected": HH + " b"}, {"input": ["q", "a", "q2"], **PAIR}),
         (
             {"prompt": [SYSTEM, USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "b"}]},
-            {"system": "s", "input": ["q"], **PAIR},
+            {"system": "s", "input": "q", **PAIR},
         ),
         (
             {"prompt": "q", "chosen": [USER, ASSISTANT], "rejected": [USER, {"role": "assistant", "content": "b"}]},
-            {"input": ["q"], **PAIR},
+            {"input": "q", **PAIR},
         ),
         ({"src": ["q"], "tgt": [], "response": ["a", "b"], "sort": [1, 0]}, {"input": "q", **PAIR}),
         (
@@ -85,6 +85,7 @@ PAIR = {"answer": "a", "other_answer": "b", "better": True}
 def test_layouts(row, expected):
     sample = sample_from_row(row)
     assert sample.pop("extra") == row
+    sample.pop("unread", None)
     assert sample == expected
 
 
@@ -101,15 +102,14 @@ def test_hh_transcripts():
     ("row", "message"),
     [
         ({}, r"columns \(none\)"),
-        ({"text": "x"}, "no known layout has the columns 'text'; known are for example src"),
-        ({"src": "a", "tgt": 3}, "'tgt' must be text or a non-empty list of texts, not int 3"),
+        ({"level": "x"}, "no known layout has the columns 'level'; known are for example prompt"),
         ({"src": ["a"], "tgt": ["b", "c"]}, "'src' has 1 turns and 'tgt' 2"),
         ({"prompt": "q", "response_0": "a", "better_response_id": 0}, "'response_1' is missing; the row has 'prompt'"),
         ({"prompt": "q", "response_0": "a", "response_1": "b"}, "'better_response_id' must be 0 or 1, not None"),
         ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 2}, "must be 0 or 1, not 2"),
         ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": "0"}, "must be 0 or 1, not '0'"),
         ({"prompt": "q", "chosen": "a"}, "'rejected' is missing; a pair needs both"),
-        ({"prompt": "q", "chosen": "a", "rejected": 3}, "'rejected' must be text, not int 3"),
+        ({"prompt": "q", "chosen": "a", "rejected": 3.5}, "'rejected' must be text, not float 3.5"),
         ({"chosen": "a", "rejected": "b"}, "text before its first 'Human:'"),
         ({"chosen": "", "rejected": "b"}, "a transcript needs turns"),
         ({"chosen": "\n\nAssistant: a", "rejected": "b"}, "must begin with 'Human:'"),
@@ -125,12 +125,8 @@ def test_hh_transcripts():
         ({"messages": "hello"}, "non-empty list of messages, not str"),
         ({"messages": [SYSTEM]}, "no turn beside the system prompt"),
         ({"messages": [USER, SYSTEM, ASSISTANT]}, "message 2 is a system prompt; it must be the first"),
-        ({"messages": [USER, USER]}, "message 2 is another user turn; user and assistant must take turns"),
-        ({"messages": [ASSISTANT]}, "message 1 is another assistant turn"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 has the role 'tool'; known are user"),
-        ({"messages": [{"role": "user", "content": None}]}, "content of message 1 must be text, not null"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1: the content must be text, not null"),
         ({"messages": [USER, "hello"]}, "message 2 must be an object"),
-        ({"instruction": "i", "output": ["o"]}, "'output' must be text, not list"),
     ],
 )
 def test_rows_that_fit_no_layout(row, message):

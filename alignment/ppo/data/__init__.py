@@ -4,7 +4,7 @@ batched.
 The way through the modules, in the order in which data meets them::
 
     files.py, readers.py         a path -> its files -> their rows
-    rows.py                      a row -> RawSample
+    rows.py, messages.py         rows -> RawSample: the layouts of columns and the spellings of messages
     base.py                      RawSample, RawDataset and the registry by NAME
     safe_rlhf.py alpaca.py gsm8k.py jsonl.py     the built-in raw data sets
     mixture.py                   "alpaca:0.5,jsonl::mine.jsonl" -> sources -> the rows that are taken from each
@@ -49,6 +49,7 @@ _SUBMODULES = (
     "hub",
     "jsonl",
     "loading",
+    "messages",
     "readers",
     "rows",
     "safe_rlhf",

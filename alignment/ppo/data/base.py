@@ -20,27 +20,35 @@ class RawSample(TypedDict, total=False):
     """One sample as text: the union of what the training stages need. Every key is optional.
 
     ========================  ==========================================================
-    SupervisedDataset         ``input`` and ``answer``, or ``dialogue``
+    SupervisedDataset         ``input`` and ``answer``, or ``dialogue``, or ``text``
     PreferenceDataset         ``input``, ``answer``, ``other_answer``, ``better``
     PromptOnlyDataset         ``input`` (or ``dialogue``: its last answer is left away)
     ========================  ==========================================================
 
-    An ``input`` that is a list is a conversation: user and assistant by turns, ending with the user.
+    A list of texts is a conversation: user and assistant by turns. A list of messages (dicts of OpenAI's form:
+    ``role``, ``content``, ``reasoning_content``, ``tool_calls``, ``weight``, ...; see messages.py) can say more: calls
+    and results of tools, reasoning, and with ``weight`` 0 an answer that is not trained.
     Keys beyond the ones below are allowed; like ``extra`` they reach Python rewards as columns.
     """
 
-    input: str | list[str]
-    """The user's text; a list of odd length is a conversation that ends with the user's turn."""
-    answer: str
+    input: str | list[str] | list[dict[str, Any]]
+    """The user's text, or a conversation that ends with the user's turn (or a tool's). Its answers are not trained."""
+    answer: str | list[dict[str, Any]]
     """The assistant's answer."""
-    other_answer: str
+    other_answer: str | list[dict[str, Any]]
     """Another answer to the same input."""
-    dialogue: list[str]
-    """A whole conversation: user and assistant by turns, ending with the assistant. Every answer in it is trained."""
+    dialogue: list[str] | list[dict[str, Any]]
+    """A whole conversation that ends with the assistant. Every answer in it is trained, but for empty ones."""
+    text: str
+    """Plain text without a prompt, trained from end to end."""
     system: str
     """A system prompt, put in front of the first user turn in the way of the template."""
-    better: bool
-    """Whether ``answer`` is better than ``other_answer``."""
+    tools: list[dict[str, Any]]
+    """Definitions of the tools that the assistant may call."""
+    good: bool
+    """Whether ``answer`` is a good one (KTO's label). One that is not is never trained by SupervisedDataset."""
+    better: bool | None
+    """Whether ``answer`` is better than ``other_answer``; None: neither is. SupervisedDataset trains the better one."""
     safer: bool
     """Whether ``answer`` is safer than ``other_answer``."""
     is_safe: bool
@@ -49,6 +57,8 @@ class RawSample(TypedDict, total=False):
     """Whether ``other_answer`` is safe."""
     extra: dict[str, Any]
     """The source's own columns, handed to Python rewards."""
+    unread: list[str]
+    """Which columns (and keys of messages) the sample was made without; they are named in the data table."""
 
 
 _CLASSES: dict[str, type[RawDataset]] = {}  # NAME -> class; strong, so that a class lives as long as its name

@@ -4,17 +4,23 @@ reported.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from alignment.errors import DataError
+from alignment.ppo.data.messages import Message, from_turns, is_empty, read_messages, turns_of
 from alignment.ppo.data.template import PromptTemplate, Segment
 
 # Why a sample is left out. The names appear in summaries, in data_mixture.json and in messages.
 EMPTY_PROMPT = "empty prompt"
 EMPTY_ANSWER = "empty answer"
 PROMPT_TOO_LONG = "prompt too long"
+ANSWER_TOO_LONG = "answer too long"
+NOT_GOOD = "not a good answer"
+NOTHING_TRAINED = "no turn to train"
+TIED = "tied answers"
 IDENTICAL_ANSWERS = "identical answers"
 IDENTICAL_AFTER_TRUNCATION = "identical after truncation"
 MALFORMED = "malformed"
@@ -22,12 +28,12 @@ MALFORMED = "malformed"
 PROMPT_CUT = "prompt cut on the left"
 ANSWER_CUT = "answer cut on the right"
 
-SUPERVISED_NEEDS = "SupervisedDataset needs (input, answer) or (dialogue)"
+SUPERVISED_NEEDS = "SupervisedDataset needs (input, answer), (dialogue) or (text)"
 PREFERENCE_NEEDS = "PreferenceDataset needs (input, answer, other_answer, better)"
 PROMPT_NEEDS = "PromptOnlyDataset needs (input)"
 
 # What the version of the token rows on disk depends on: raise it with every change of meaning in this module.
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,9 @@ class Limits:
             ``max_length``.
         overlong_prompts: what happens to a longer prompt: ``"truncate"`` cuts it on the left (the beginning-of-sequence
             token and the assistant's header stay), ``"drop"`` leaves the row out.
+        overlong_answers: what happens to an answer that its row has no room for: ``"truncate"`` cuts it on the right
+            (without an end-of-sequence token, so that no model learns to stop in mid-sentence), ``"drop"`` leaves the
+            row out.
 
     Raises:
         DataError: a limit is no whole number or too small, ``max_src_len`` leaves no room for an answer, or the choice
@@ -50,6 +59,7 @@ class Limits:
     max_length: int = 2048
     max_src_len: int | None = None
     overlong_prompts: str = "truncate"
+    overlong_answers: str = "truncate"
 
     def __post_init__(self) -> None:
         for name in ("max_length", "max_src_len"):
@@ -58,8 +68,9 @@ class Limits:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 2:
                 raise DataError(f"{name} must be a whole number of at least 2 tokens, not {value!r}")
-        if self.overlong_prompts not in ("truncate", "drop"):
-            raise DataError(f'overlong_prompts must be "truncate" or "drop", not {self.overlong_prompts!r}')
+        for name in ("overlong_prompts", "overlong_answers"):
+            if getattr(self, name) not in ("truncate", "drop"):
+                raise DataError(f'{name} must be "truncate" or "drop", not {getattr(self, name)!r}')
 
 
 @dataclass
@@ -119,7 +130,19 @@ class Encoder:
         return int(bos_id) if ids[:1] == [bos_id] else None
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the ids of a piece of text, without any special token of the tokenizer's own making."""
+        """Return the ids of a piece of text, without any special token of the tokenizer's own making.
+
+        Raises:
+            DataError: it holds half a surrogate pair (an emoji cut in two), which no encoding can write.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as err:
+            around = text[max(err.start - 20, 0) : err.start + 20].encode("ascii", "backslashreplace").decode()
+            raise DataError(
+                f"the text holds half a surrogate pair (an emoji or rare character that was cut in two): '{around}'; "
+                "remove it"
+            ) from None
         return _ids(self.tokenizer, text, add_special_tokens=False) if text else []
 
     def segment_ids(self, segments: Sequence[Segment], opens: bool = True) -> tuple[list[int], list[bool]]:
@@ -143,9 +166,25 @@ class Encoder:
             trained.insert(0, False)
         return ids, trained
 
-    def prompt_ids(self, turns: Sequence[str], system: str | None = None) -> list[int]:
-        """Return the ids of a prompt (an odd number of turns), uncut: what every stage puts before the answer."""
-        return self.segment_ids(self.template.format_turns(turns, system))[0]
+    def prompt_ids(
+        self, turns: Sequence[str] | Sequence[Message], system: str | None = None, tools: Sequence[Any] | None = None
+    ) -> list[int]:
+        """Return the ids of a prompt (turns or messages that end with the user), uncut: what every stage puts before
+        the answer.
+        """
+        return self.segment_ids(self._segments(_conversation(turns, "input", system), tools))[0]
+
+    def _segments(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Segment]:
+        plain = turns_of([{key: message[key] for key in message if key != "weight"} for message in messages])
+        if plain is None or tools:
+            raise DataError("conversations with tools, reasoning or other roles cannot be written yet")
+        system, turns = plain
+        segments = self.template.format_turns(turns, system)
+        said = [message for message in messages if message["role"] != "system"]
+        return [
+            replace(segment, is_answer=segment.is_answer and message.get("weight", 1) != 0)
+            for segment, message in zip(segments, said, strict=True)
+        ]
 
     def cut_left(self, ids: list[Any], limit: int) -> list[Any]:
         """Shorten a prompt to ``limit`` from the left, keeping a beginning-of-sequence token that the tokenizer
@@ -158,31 +197,38 @@ class Encoder:
     # ---------------------------------------------------------------- the three kinds of rows
 
     def supervised(self, sample: Mapping[str, Any]) -> Encoded | str:
-        """Tokenise a sample of ``input`` + ``answer`` or ``dialogue``; returns the reason if it is to be dropped.
+        """Tokenise a sample of ``input`` + ``answer``, ``dialogue`` or ``text``; returns the reason if it is to be
+        dropped.
 
         Raises:
             DataError: a field is missing or has the wrong type.
         """
-        if ("dialogue" in sample) == ("input" in sample):
-            what = "both `input` and `dialogue`" if "input" in sample else "neither `input` nor `dialogue`"
+        given = [f"`{name}`" for name in ("input", "dialogue", "text") if name in sample]
+        if len(given) != 1:
+            what = "both " + " and ".join(given) if given else "neither `input` nor `dialogue` nor `text`"
             raise DataError(f"the sample has {what}; {SUPERVISED_NEEDS}")
+        if sample.get("good") is False:
+            return NOT_GOOD
+        if "text" in sample:
+            return self._plain_text(_text(sample, "text", SUPERVISED_NEEDS))
         if "dialogue" in sample:
-            turns = _turn_list(sample["dialogue"], "dialogue")
-            if len(turns) % 2:
-                raise DataError(
-                    f"`dialogue` must end with an answer, so have an even number of turns, not {len(turns)}"
-                )
+            messages = _conversation(sample["dialogue"], "dialogue", sample.get("system"))
+            if messages[-1]["role"] != "assistant":
+                raise DataError("`dialogue` must end with the assistant's answer, but ends with the user")
         else:
-            turns = [*_input_turns(sample, SUPERVISED_NEEDS), _text(sample, "answer", SUPERVISED_NEEDS)]
-        if _all_blank(turns[0::2]):
+            chosen = "other_answer" if sample.get("better") is False and "other_answer" in sample else "answer"
+            context = _prompt_messages(sample, SUPERVISED_NEEDS)
+            messages = [*_untrained(context), *_answer(sample, chosen, SUPERVISED_NEEDS)]
+        if _is_blank(messages):
             return EMPTY_PROMPT
-        if not turns[-1].strip():
+        if _says_nothing(messages[-1]):
             return EMPTY_ANSWER
-        segments = self.template.format_turns(turns, _system(sample))
+        messages = [message | {"weight": 0} if _says_nothing(message) else message for message in messages]
+        if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
+            return NOTHING_TRAINED
+        segments = self._segments(messages, sample.get("tools"))
         prompt, trained = self.segment_ids(segments[:-1])
-        answer, _ = self.segment_ids(segments[-1:], opens=False)
-        if "dialogue" not in sample:  # earlier answers of an `input` are context
-            trained = [False] * len(prompt)
+        answer, answer_trained = self.segment_ids(segments[-1:], opens=False)
         limit = self._prompt_limit(len(answer))
         cuts = []
         if len(prompt) > limit:
@@ -192,9 +238,24 @@ class Encoder:
         prompt, trained = self.cut_left(prompt, limit), self.cut_left(trained, limit)
         room = self.limits.max_length - len(prompt)
         if len(answer) > room:
+            if self.limits.overlong_answers == "drop":
+                return ANSWER_TOO_LONG
             cuts.append(ANSWER_CUT)
-            answer = answer[:room]
-        return Encoded([prompt + answer], len(prompt), trained + [True] * len(answer), cuts)
+        trained = trained + answer_trained[:room]
+        return Encoded([prompt + answer[:room]], len(prompt), trained, cuts) if any(trained) else NOTHING_TRAINED
+
+    def _plain_text(self, text: str) -> Encoded | str:
+        """Text without a template: the beginning of a sequence (if the tokenizer adds one), the text, its end."""
+        if not text.strip():
+            return EMPTY_ANSWER
+        ids, trained = self.segment_ids([Segment(text, is_answer=True, add_eos=True)])
+        cuts = []
+        if len(ids) > self.limits.max_length:
+            if self.limits.overlong_answers == "drop":
+                return ANSWER_TOO_LONG
+            cuts.append(ANSWER_CUT)
+        room = self.limits.max_length
+        return Encoded([ids[:room]], trained.count(False), trained[:room], cuts)
 
     def preference(self, sample: Mapping[str, Any]) -> Encoded | str:
         """Tokenise a sample of ``input``, ``answer``, ``other_answer``, ``better``; returns the reason if it is to be
@@ -203,22 +264,30 @@ class Encoder:
         Raises:
             DataError: a field is missing or has the wrong type.
         """
-        turns = _input_turns(sample, PREFERENCE_NEEDS)
-        answers = [_text(sample, "answer", PREFERENCE_NEEDS), _text(sample, "other_answer", PREFERENCE_NEEDS)]
-        if sample.get("better") is None:
+        context = _prompt_messages(sample, PREFERENCE_NEEDS)
+        if "good" in sample and "other_answer" not in sample:
+            raise DataError(
+                f"a row of one answer and a label that says whether it is good (KTO) is no pair; {PREFERENCE_NEEDS}: "
+                "write rows of prompt, chosen, rejected"
+            )
+        answers = [_answer(sample, name, PREFERENCE_NEEDS) for name in ("answer", "other_answer")]
+        if "better" not in sample:
             raise DataError(f"`better` is missing; {PREFERENCE_NEEDS}")
-        if sample["better"] not in (True, False):
-            raise DataError(f"`better` must be true or false, not {sample['better']!r}")
-        if not sample["better"]:
+        if sample["better"] not in (True, False, None):
+            raise DataError(f"`better` must be true or false, or null where neither is, not {sample['better']!r}")
+        if any(len(answer) > 1 for answer in answers):
+            raise DataError("an answer of a pair must be one message of the assistant")
+        if sample["better"] is False:
             answers.reverse()
-        if _all_blank(turns[0::2]):
+        if _is_blank(context):
             return EMPTY_PROMPT
-        if not all(answer.strip() for answer in answers):
+        if any(_says_nothing(answer[-1]) for answer in answers):
             return EMPTY_ANSWER
         if answers[0] == answers[1]:
             return IDENTICAL_ANSWERS
-        system = _system(sample)
-        both = [self.template.format_turns([*turns, answer], system) for answer in answers]
+        if sample["better"] is None:
+            return TIED
+        both = [self._segments([*context, *answer], sample.get("tools")) for answer in answers]
         prompt, _ = self.segment_ids(both[0][:-1])
         tails = [self.segment_ids(segments[-1:], opens=False)[0] for segments in both]
         if tails[0] == tails[1]:
@@ -232,6 +301,8 @@ class Encoder:
             prompt = self.cut_left(prompt, limit)
         room = self.limits.max_length - len(prompt)
         if max(map(len, tails)) > room:
+            if self.limits.overlong_answers == "drop":
+                return ANSWER_TOO_LONG
             cuts.append(ANSWER_CUT)
             tails = [tail[:room] for tail in tails]
             if tails[0] == tails[1]:
@@ -244,10 +315,10 @@ class Encoder:
         Raises:
             DataError: a field is missing or has the wrong type.
         """
-        turns = prompt_turns(sample)
-        if _all_blank(turns[0::2]):
+        messages = prompt_messages(sample)
+        if _is_blank(messages):
             return EMPTY_PROMPT
-        ids = self.prompt_ids(turns, _system(sample))
+        ids = self.prompt_ids(messages, tools=sample.get("tools"))
         limit = min(self.limits.max_src_len or self.limits.max_length, self.limits.max_length)
         cuts = []
         if len(ids) > limit:
@@ -266,35 +337,96 @@ class Encoder:
         return min(max(limit, self._header_len + 1), self.limits.max_length - 1)
 
 
-def prompt_turns(sample: Mapping[str, Any]) -> list[str]:
-    """Return the turns of a sample's prompt: its ``input``, or its ``dialogue`` without the last answer.
+def prompt_messages(sample: Mapping[str, Any]) -> list[Message]:
+    """Return the messages of a sample's prompt: its ``input``, or its ``dialogue`` without the last answer.
 
     Raises:
         DataError: it has neither, or they have the wrong form.
     """
-    if "input" not in sample and "dialogue" in sample:
-        turns = _turn_list(sample["dialogue"], "dialogue")
-        return turns if len(turns) % 2 else turns[:-1]
-    return _input_turns(sample, PROMPT_NEEDS)
+    if "input" in sample or "dialogue" not in sample:
+        return _prompt_messages(sample, PROMPT_NEEDS)
+    messages = _conversation(sample["dialogue"], "dialogue", sample.get("system"))
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def _input_turns(sample: Mapping[str, Any], needs: str) -> list[str]:
-    value = sample.get("input")
-    if isinstance(value, str):
-        return [value]
-    if value is None:
-        raise DataError(f"`input` is missing; {needs}")
-    turns = _turn_list(value, "input")
-    if len(turns) % 2 == 0:
-        raise DataError(f"`input` must end with the user's turn, so have an odd number of turns, not {len(turns)}")
-    return turns
+def prompt_turns(sample: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a sample's prompt, without the system prompt.
+
+    Raises:
+        DataError: see :func:`prompt_messages`.
+    """
+    return [message["content"] for message in prompt_messages(sample) if message["role"] != "system"]
 
 
-def _turn_list(value: object, name: str) -> list[str]:
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(turn, str) for turn in value):
+def prompt_key(sample: Mapping[str, Any]) -> str:
+    """Return what is equal for samples whose prompts read the same: the prompt's messages and tools as JSON text.
+
+    Raises:
+        DataError: see :func:`prompt_messages`.
+    """
+    return json.dumps([prompt_messages(sample), sample.get("tools") or []], sort_keys=True, default=str)
+
+
+def _prompt_messages(sample: Mapping[str, Any], needs: str) -> list[Message]:
+    if sample.get("input") is None:
+        what = "a row of plain `text` has no prompt; call the column `prompt` if it is one" if "text" in sample else ""
+        raise DataError(f"{what or '`input` is missing'}; {needs}")
+    messages = _conversation(sample["input"], "input", sample.get("system"))
+    if messages[-1]["role"] == "assistant":
+        raise DataError("`input` must end with the user's turn (or a tool's), not with the assistant's")
+    return messages
+
+
+def _conversation(value: object, name: str, system: object) -> list[Message]:
+    """Text, turns or messages as messages, the system prompt first."""
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"`system` must be text, not {type(system).__name__} {system!r:.80}")
+    if isinstance(value, str) and name == "input":
+        value = [value]
+    is_list = isinstance(value, (list, tuple)) and bool(value)
+    if is_list and all(isinstance(turn, str) for turn in value):  # type: ignore[union-attr]
+        return from_turns(value, system)  # type: ignore[arg-type]
+    if not is_list or not all(isinstance(turn, Mapping) for turn in value):  # type: ignore[union-attr]
         form = "text or a non-empty list of texts" if name == "input" else "a non-empty list of texts"
-        raise DataError(f"`{name}` must be {form}, not {type(value).__name__} {value!r:.80}")
-    return list(value)
+        raise DataError(f"`{name}` must be {form} or messages, not {type(value).__name__} {value!r:.80}")
+    messages = read_messages(value, name)
+    if is_empty(system) or messages[0] == {"role": "system", "content": system}:
+        return messages
+    if messages[0]["role"] == "system":
+        raise DataError(f"`system` and the first message of `{name}` are different system prompts")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _answer(sample: Mapping[str, Any], name: str, needs: str) -> list[Message]:
+    """An answer as messages. A whole number is text as it stands; of other numbers the spelling is lost (0.50)."""
+    value = sample.get(name)
+    if isinstance(value, (list, Mapping)) and value and all(isinstance(one, Mapping) for one in _listed(value)):
+        messages = read_messages(_listed(value), name)
+        if messages[0]["role"] == messages[-1]["role"] == "assistant":
+            return messages
+        raise DataError(f"`{name}` must begin and end with the assistant's turn")
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    return [{"role": "assistant", "content": _text({name: value}, name, needs)}]
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, Mapping) else value
+
+
+def _untrained(messages: Sequence[Message]) -> list[Message]:
+    return [message | {"weight": 0} if message["role"] == "assistant" else message for message in messages]
+
+
+def _says_nothing(message: Message) -> bool:
+    """Whether it is an assistant's turn with nothing in it."""
+    is_assistant = message["role"] == "assistant"
+    return is_assistant and not (message["content"].strip() or {"tool_calls", "reasoning_content"} & set(message))
+
+
+def _is_blank(messages: Sequence[Message]) -> bool:
+    """Whether nobody asks anything."""
+    return not any(message["content"].strip() for message in messages if message["role"] in ("user", "tool"))
 
 
 def _text(sample: Mapping[str, Any], name: str, needs: str) -> str:
@@ -304,17 +436,6 @@ def _text(sample: Mapping[str, Any], name: str, needs: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"`{name}` must be text, not {type(value).__name__} {value!r:.80}")
     return value
-
-
-def _system(sample: Mapping[str, Any]) -> str | None:
-    value = sample.get("system")
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"`system` must be text, not {type(value).__name__} {value!r:.80}")
-    return value
-
-
-def _all_blank(turns: Sequence[str]) -> bool:
-    return not any(turn.strip() for turn in turns)
 
 
 def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from alignment.ppo.data.base import RawSample
 from alignment.ppo.data.hub import HubDataset
-from alignment.ppo.data.rows import text_field
+from alignment.ppo.data.rows import question_row
 
 
 class GSM8KTrain(HubDataset):
@@ -22,13 +22,10 @@ class GSM8KTrain(HubDataset):
     CONFIG = "main"
 
     def convert(self, row: Mapping[str, Any]) -> RawSample:
-        answer = text_field(row, "answer")
-        _, mark, final = answer.rpartition("####")
-        return RawSample(
-            input=text_field(row, "question"),
-            answer=answer,
-            extra={**row, "final_answer": final.strip().replace(",", "") if mark else ""},
-        )
+        sample = question_row(row)
+        _, mark, final = sample["answer"].rpartition("####")
+        sample["extra"]["final_answer"] = final.strip().replace(",", "") if mark else ""
+        return sample
 
 
 class GSM8KTest(GSM8KTrain):

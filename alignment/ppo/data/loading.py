@@ -11,7 +11,7 @@ import numpy as np
 
 from alignment.errors import DataError
 from alignment.ppo.data.base import RawDataset, describe_exception
-from alignment.ppo.data.encode import prompt_turns
+from alignment.ppo.data.encode import prompt_key
 from alignment.ppo.data.files import BadRow
 from alignment.ppo.data.mixture import Source, take_rows
 from alignment.ppo.data.summary import SourceSummary
@@ -74,7 +74,7 @@ def deduplicate(loaded: Sequence[Loaded], skip_bad_rows: bool) -> None:
         for row in range(one.available):
             sample = read_sample(one, row, skip_bad_rows)
             try:
-                key = None if isinstance(sample, BadRow) else (sample.get("system"), *prompt_turns(sample))
+                key = None if isinstance(sample, BadRow) else prompt_key(sample)
             except DataError:
                 key = None
             if key is None or key not in seen:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from alignment.ppo.data.encode import Encoded, Encoder, prompt_turns
+from alignment.ppo.data.encode import Encoded, Encoder, prompt_messages, prompt_turns
 from alignment.ppo.data.tokenized import TokenizedDataset
 
 
@@ -28,11 +28,14 @@ class PromptOnlyDataset(TokenizedDataset):
 
     def item(self, sample: int, position: int) -> dict[str, Any]:
         raw = self._samples[sample]
-        fields = {name: value for name, value in raw.items() if name != "extra"}
+        fields = {name: value for name, value in raw.items() if name not in ("extra", "unread")}
+        prompt = {name: fields[name] for name in ("dialogue", "system", "tools") if name in fields}
+        prompt["input"] = fields.get("input", prompt_messages(raw))
         return {
             "input_ids": self._table.row(sample),
             "prompt": "\n\n".join(prompt_turns(raw)),
-            "row": {**(raw.get("extra") or {}), **fields},
+            # A column is the file's own, also where a field is called the same (`answer`), but the prompt is as read.
+            "row": {**fields, **(raw.get("extra") or {}), **prompt},
             "source": self._sources[int(self._source_of[position])].name,
             "index": position,
         }

@@ -105,6 +105,7 @@ class Joined(Sequence[Any]):
 def shorten(row: object, limit: int = 240) -> str:
     """Show a row in one line of at most about ``limit`` characters."""
     text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+    text = text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot be printed
     return text if len(text) <= limit else text[:limit] + " ..."
 
 

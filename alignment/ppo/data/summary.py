@@ -29,6 +29,8 @@ class SourceSummary:
     """Rows that the proportion took."""
     kept: int
     dropped: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+    """Columns (and keys of messages) that hold something and were not read, with the number of rows that have them."""
 
 
 @dataclass
@@ -98,6 +100,8 @@ def summary_table(summaries: Sequence[DatasetSummary]) -> Table:
             label = f"  {source.name}" + (f" {source.path}" if source.path else "")
             numbers = [str(value) for value in (source.available, source.duplicates, source.taken, source.kept)]
             table.add_row(label, source.proportion, *numbers, counts_text(source.dropped), "", "", "")
+            if source.unread:
+                table.add_row(f"    not read: {unread_text(source.unread)}")
         table.add_section()
     return table
 
@@ -105,6 +109,13 @@ def summary_table(summaries: Sequence[DatasetSummary]) -> Table:
 def counts_text(counts: Mapping[str, int]) -> str:
     """Write ``{"empty answer": 3}`` as ``3 empty answer``; nothing as ``-``."""
     return ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "-"
+
+
+def unread_text(counts: Mapping[str, int], most: int = 6) -> str:
+    """Write names of columns, at most ``most`` of them."""
+    names = list(counts)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def length_percentiles(lengths: np.ndarray) -> dict[str, int]:

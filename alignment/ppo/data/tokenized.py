@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -14,20 +15,21 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from alignment.errors import DataError
-from alignment.log import get_logger
+from alignment.log import get_logger, say_once
 from alignment.ppo.data.base import find_class, split_indices
 from alignment.ppo.data.cache import cache_file, cache_key, read_cache, tokenizer_fingerprint, write_cache
 from alignment.ppo.data.encode import ENCODING_VERSION, MALFORMED, Encoded, Encoder, Limits
 from alignment.ppo.data.files import BadRow
 from alignment.ppo.data.loading import Loaded, Sample, deduplicate, load_source, mix, place, read_sample
 from alignment.ppo.data.mixture import Source, parse_mixture
-from alignment.ppo.data.summary import DatasetSummary, SourceSummary, counts_text, length_percentiles
+from alignment.ppo.data.rows import PROMPT_LIKE
+from alignment.ppo.data.summary import DatasetSummary, SourceSummary, counts_text, length_percentiles, unread_text
 from alignment.ppo.data.table import CUTS, TokenTable, compact
 from alignment.ppo.data.template import PromptTemplate
 from alignment.ppo.data.workers import encode_all
 
 # What token rows depend on; other columns may change without tokenising again.
-_TEXT_FIELDS = ("input", "answer", "other_answer", "dialogue", "better", "system")
+_TEXT_FIELDS = ("input", "answer", "other_answer", "dialogue", "text", "better", "good", "system", "tools")
 
 
 class TokenizedDataset(ABC):
@@ -38,7 +40,7 @@ class TokenizedDataset(ABC):
             same, or dataset strings; see :func:`parse_mixture`.
         tokenizer: a paddlenlp tokenizer.
         template: see :meth:`PromptTemplate.resolve`.
-        max_length, max_src_len, overlong_prompts: see :class:`Limits`.
+        max_length, max_src_len, overlong_prompts, overlong_answers: see :class:`Limits`.
         skip_bad_rows: count malformed rows under "malformed" and go on, where otherwise the first one raises.
         seed: of the rows that a broken proportion draws.
         cache_dir: keep token rows there; None keeps none.
@@ -66,6 +68,7 @@ class TokenizedDataset(ABC):
         max_length: int = 2048,
         max_src_len: int | None = None,
         overlong_prompts: str = "truncate",
+        overlong_answers: str = "truncate",
         skip_bad_rows: bool = False,
         seed: int = 42,
         cache_dir: str | Path | None = None,
@@ -75,7 +78,7 @@ class TokenizedDataset(ABC):
     ) -> None:
         self.tokenizer = tokenizer
         self.template = PromptTemplate.resolve(template, tokenizer)
-        self.limits = Limits(max_length, max_src_len, overlong_prompts)
+        self.limits = Limits(max_length, max_src_len, overlong_prompts, overlong_answers)
         self.seed = seed
         encoder = Encoder(tokenizer, self.template, self.limits)
         sources = parse_mixture(names_and_attrs)
@@ -106,6 +109,8 @@ class TokenizedDataset(ABC):
         self._samples = samples if self.DEDUPLICATE else None  # prompts hand their rows to rewards
         self._kept = np.flatnonzero(self._table.reasons[self._sample_of] == "")
         self._account(loaded)
+        self._unread = _count_unread(samples, np.array([source for source, _ in pairs]), len(loaded), self.KIND)
+        _say_unread(self._sources, self._unread, self.KIND)
 
     # ---------------------------------------------------------------- what a kind defines
 
@@ -196,6 +201,7 @@ class TokenizedDataset(ABC):
                     taken=taken,
                     kept=int(kept[number]),
                     dropped={} if is_part else dict(sorted(dropped.items())),
+                    unread=self._unread[number],
                 )
             )
         return found
@@ -304,6 +310,44 @@ def _cached_fields(sample: Sample) -> Any:
     return {name: sample[name] for name in _TEXT_FIELDS if name in sample}
 
 
+def _count_unread(samples: Sequence[Sample], origin: np.ndarray, sources: int, kind: str) -> list[dict[str, int]]:
+    """For every source, in how many of its samples a column (or key of a message) was not read.
+
+    Prompts hand all columns to rewards, so that of theirs only those count that look like a part of the prompt.
+    """
+    counts: list[Counter[str]] = [Counter() for _ in range(sources)]
+    for number, sample in zip(origin.tolist(), samples, strict=True):
+        if isinstance(sample, BadRow):
+            continue
+        names = list(sample.get("unread") or ())
+        if kind == "prompt only":
+            names = [name for name in names if _looks_like_prompt(name, sample)]
+        elif kind == "supervised" and "other_answer" in sample:
+            names.append("(the worse answer)")
+        counts[number].update(names)
+    return [dict(count.most_common()) for count in counts]
+
+
+def _looks_like_prompt(name: str, sample: Mapping[str, Any]) -> bool:
+    """Whether a column has the name and the form of a part of the prompt, or is a key of a message."""
+    value = (sample.get("extra") or {}).get(name, "")
+    return isinstance(value, (str, list)) and (name in PROMPT_LIKE or "." in name)
+
+
+def _say_unread(sources: Sequence[SourceSummary], unread: Sequence[Mapping[str, int]], kind: str) -> None:
+    for source, counts in zip(sources, unread, strict=True):
+        if counts:
+            where = f"{source.name}{f' ({source.path})' if source.path else ''}, as {kind} data"
+            say_once(f"data set {where}: not read: {unread_text(counts, len(counts))}")
+        looks = [name for name in counts if name in PROMPT_LIKE]
+        if looks:
+            say_once(
+                f"data set {where}: {' and '.join(map(repr, looks))} looks like a part of the prompt and is not read. "
+                "If the model is to see it, put it into the prompt's column",
+                logging.WARNING,
+            )
+
+
 _NEEDS = {
     "preference": ("input", "answer", "other_answer", "better"),
     "supervised": ("input", "answer"),
@@ -323,10 +367,12 @@ def _check_fields(source: Source, kind: str) -> None:
 def _fitting(sample: Mapping[str, Any], kind: str) -> str:
     """Say which kinds of data set a sample that does not fit ``kind`` would fit."""
     has = set(sample)
-    if set(_NEEDS[kind]) <= has or (kind == "supervised" and "dialogue" in has):
-        return ""
+    nulls = [name for name, value in (sample.get("extra") or {}).items() if value is None]
+    null = f" (null in this row: {', '.join(map(repr, nulls))})" if nulls else ""
+    if set(_NEEDS[kind]) <= has or (kind == "supervised" and {"dialogue", "text"} & has):
+        return null
     fits = [f"{name} data" for name, fields in _NEEDS.items() if set(fields) <= has]
-    text = f". Its samples have ({', '.join(sorted(has - {'extra'}))})"
+    text = f"{null}. Its samples have ({', '.join(sorted(has - {'extra', 'unread'}))})"
     text += f", which fits {' and '.join(fits)}" if fits else ""
     if kind == "preference":
         text += "; preference data are for example PKU-SafeRLHF/train, or a jsonl file with the columns prompt, "
