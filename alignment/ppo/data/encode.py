@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.errors import DataError
-from alignment.ppo.data.messages import Message, from_turns, is_empty, read_messages, turns_of
+from alignment.ppo.data.messages import Message, from_turns, is_empty, read_messages
+from alignment.ppo.data.rendering import split_reasoning
 from alignment.ppo.data.template import PromptTemplate, Segment
 
 # Why a sample is left out. The names appear in summaries, in data_mixture.json and in messages.
@@ -172,19 +173,7 @@ class Encoder:
         """Return the ids of a prompt (turns or messages that end with the user), uncut: what every stage puts before
         the answer.
         """
-        return self.segment_ids(self._segments(_conversation(turns, "input", system), tools))[0]
-
-    def _segments(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Segment]:
-        plain = turns_of([{key: message[key] for key in message if key != "weight"} for message in messages])
-        if plain is None or tools:
-            raise DataError("conversations with tools, reasoning or other roles cannot be written yet")
-        system, turns = plain
-        segments = self.template.format_turns(turns, system)
-        said = [message for message in messages if message["role"] != "system"]
-        return [
-            replace(segment, is_answer=segment.is_answer and message.get("weight", 1) != 0)
-            for segment, message in zip(segments, said, strict=True)
-        ]
+        return self.segment_ids(self.template.format_messages(_conversation(turns, "input", system), tools))[0]
 
     def cut_left(self, ids: list[Any], limit: int) -> list[Any]:
         """Shorten a prompt to ``limit`` from the left, keeping a beginning-of-sequence token that the tokenizer
@@ -226,7 +215,7 @@ class Encoder:
         messages = [message | {"weight": 0} if _says_nothing(message) else message for message in messages]
         if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
             return NOTHING_TRAINED
-        segments = self._segments(messages, sample.get("tools"))
+        segments = self.template.format_messages(messages, sample.get("tools"))
         prompt, trained = self.segment_ids(segments[:-1])
         answer, answer_trained = self.segment_ids(segments[-1:], opens=False)
         limit = self._prompt_limit(len(answer))
@@ -287,7 +276,16 @@ class Encoder:
             return IDENTICAL_ANSWERS
         if sample["better"] is None:
             return TIED
-        both = [self._segments([*context, *answer], sample.get("tools")) for answer in answers]
+        # Both are written for an answer with reasoning if one of them has some: they answer the same prompt.
+        thinking = any(split_reasoning(answer[0])[0] for answer in answers) or None
+        both = [
+            self.template.format_messages([*_untrained(context), *answer], sample.get("tools"), thinking=thinking)
+            for answer in answers
+        ]
+        if both[0][:-1] != both[1][:-1]:
+            raise DataError(
+                "the prompt template writes the prompt of the two answers differently; use another template"
+            )
         prompt, _ = self.segment_ids(both[0][:-1])
         tails = [self.segment_ids(segments[-1:], opens=False)[0] for segments in both]
         if tails[0] == tails[1]:

@@ -184,24 +184,8 @@ def _read_calls(left: dict[str, Any], where: str) -> list[dict[str, Any]]:
         calls = [*calls, {"type": "function", "function": left.pop("function_call")}]
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise DataError(f"{where}: 'tool_calls' must be a list of objects, not {kind_of(calls)}")
-    return [_with_arguments(call) for call in calls]
-
-
-def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call whose arguments are an object: OpenAI's files have them as JSON text, which chat templates would quote a
-    second time.
-    """
-    call = {key: value for key, value in call.items() if value is not None}
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _with_arguments(call["function"])}
-    if isinstance(call.get("arguments"), str):
-        try:
-            arguments = json.loads(call["arguments"])
-        except ValueError:
-            return call
-        if isinstance(arguments, dict):
-            return {**call, "arguments": arguments}
-    return call
+    # Tables have the keys of every call in each; templates ask what is there.
+    return [{key: value for key, value in call.items() if value is not None} for call in calls]
 
 
 def _take(left: dict[str, Any], keys: Collection[str]) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from alignment.errors import DataError
 from alignment.ppo.data.chat import chat_source, read_text, special_token, tokenizer_folder
+from alignment.ppo.data.messages import from_turns
 from alignment.ppo.data.rendering import ChatRenderer, Message, Segment, is_trained, split_reasoning
 
 PROMPT_BEGIN = "BEGINNING OF CONVERSATION: "
@@ -127,7 +128,7 @@ class PromptTemplate:
         Raises:
             DataError: see there.
         """
-        return self.format_messages(as_messages(turns, system))
+        return self.format_messages(from_turns(turns, system))
 
     def format_prompt(self, input: str | Sequence[str], eos_token: str | None = None, system: str | None = None) -> str:
         """Return the text of a prompt, up to and with the assistant's header.
@@ -224,14 +225,6 @@ class PromptTemplate:
 
 
 _PROBE_USER = "What is this?"
-
-
-def as_messages(turns: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
-    """User and assistant by turns, and a system prompt, as messages."""
-    messages = [{"role": "system", "content": system}] if system else []
-    return messages + [
-        {"role": "assistant" if index % 2 else "user", "content": turn} for index, turn in enumerate(turns)
-    ]
 
 
 def _beaver_segments(messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Segment]:
