@@ -146,7 +146,7 @@ def test_paths_that_lead_nowhere(tmp_path):
         ("[1, 2]", "must be an object with named fields, not list"),
         ('"text"', "must be an object with named fields, not str"),
         ("null", "not NoneType"),
-        ('{"input": 3}', "'input' must be text, not int 3"),
+        ('{"input": 3.5}', "'input' must be text, not float 3.5"),
         ("{}", "no known layout has the columns"),
     ],
 )

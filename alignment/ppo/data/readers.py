@@ -48,7 +48,7 @@ _CONVERT = {
 # One JSON object is a table of rows if it holds one list of objects, and none of these, which a row itself would have.
 _ROW_COLUMNS = {
     "prompt", "question", "instruction", "input", "query", "problem", "src", "text", "messages", "conversation",
-    "conversations", "chosen",
+    "conversations", "chosen", "context",
 }  # fmt: skip
 
 
