@@ -9,6 +9,7 @@ from alignment.arguments.base import Arguments
 from alignment.arguments.ppo import PPOArguments
 from alignment.arguments.sft import LoRAFields
 from alignment.arguments.values import LATEST
+from alignment.kernels.build import cache_folder
 
 _DEFAULT_METRIC = {"sft": "loss", "reward": "accuracy", "ppo": "reward"}
 _SMALLER_IS_BETTER = ("loss", "ppl", "perplexity", "kl", "kl_divergence")
@@ -25,7 +26,7 @@ def resolve(args: Arguments) -> None:
     if args.logging_dir is None:
         args.logging_dir = str(Path(args.output_dir) / "runs")
     if args.data_cache_dir is None:
-        args.data_cache_dir = str(Path(args.output_dir) / ".cache")
+        args.data_cache_dir = str(cache_folder() / "data")
     if args.report_to is None:
         args.report_to = ["visualdl"]
     args.disable_tqdm = bool(args.disable_tqdm)

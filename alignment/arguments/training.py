@@ -247,7 +247,11 @@ class ToolkitFields:
         "Answers that their row has no room for are cut (and then have no end to learn) or dropped; both are counted.",
         choices=("truncate", "drop"),
     )
-    data_cache_dir: str | None = argument(None, "Folder of the tokenised data.", derived="output_dir/.cache")
+    data_cache_dir: str | None = argument(
+        None,
+        "Folder of the tokenised data, shared by runs; the files longest unused go when they take more than 20 GB.",
+        derived="data in $ALIGNMENT_CACHE, else in ~/.cache/alignment",
+    )
     dataset_num_proc: int = argument(1, "Processes that tokenise.", ge=1, unit="processes")
 
 

@@ -39,6 +39,7 @@ from alignment.training.stats import Stats, finite_or_none, from_json, merge, me
 
 STATE_FILE = "trainer/state.json"
 OPTIMIZER_FILE = "trainer/optimizer.safetensors"
+EVALUATION_BATCHES = 32  # micro batches of an evaluation that are collated together; enough to fill a pipeline
 
 
 class StageTrainer:
@@ -169,6 +170,18 @@ class StageTrainer:
         groups = micro_batches(lengths, size, self.args.max_tokens_per_micro_batch)
         return [self.stage.collate([rows[i] for i in group]) for group in groups]
 
+    def _evaluation_groups(self) -> list[np.ndarray]:
+        """The numbers of this rank's evaluation rows, micro batch by micro batch; the longest rows come first, and rows
+        of like length together, so that little is padded and memory is found too small at once.
+        """
+        assert self.eval_rows is not None
+        mine = rank_slice(np.arange(len(self.eval_rows)), self.world.rank, self.world.size)
+        lengths = np.array([self.stage.row_tokens(self.eval_rows[int(i)]) for i in mine], dtype=np.int64)
+        by_length = np.argsort(-lengths, kind="stable")
+        args = self.args
+        groups = micro_batches(lengths[by_length], args.per_device_eval_batch_size, args.max_tokens_per_micro_batch)
+        return [mine[by_length[group]] for group in groups]
+
     def evaluate(self) -> dict[str, float]:
         """Evaluate over all ranks and log a row of ``eval/*``.
 
@@ -184,16 +197,21 @@ class StageTrainer:
         self.world.phase("evaluate", self.progress.step)
         engine, stage = self.stage.engine, self.stage
         engine.model.eval()
-        mine = rank_slice(np.arange(len(self.eval_rows)), self.world.rank, self.world.size)
-        batches = self._micro_batches([self.eval_rows[int(i)] for i in mine], self.args.per_device_eval_batch_size)
+        groups = self._evaluation_groups()
+        most = max(self.world.all_gather_object(len(groups), "evaluation batches"))
 
         def measure(hidden: Tensor, batch: Batch) -> Stats:
             loss_sum, stats = stage.loss(hidden, batch)
             return {"loss_sum": float(loss_sum), "count": float(stage.count(batch)), **stats}
 
+        parts: list[Stats] = []
         try:
             with engine.in_passes():
-                parts = engine.infer_pass(batches, stage.rows, measure)
+                # A few micro batches at a time: what they are collated to takes far more memory than the rows.
+                for start in range(0, most, EVALUATION_BATCHES):
+                    taken = groups[start : start + EVALUATION_BATCHES]
+                    batches = [stage.collate([self.eval_rows[int(i)] for i in rows]) for rows in taken]
+                    parts += engine.infer_pass(batches, stage.rows, measure)  # no batch: other ranks may have more
         finally:
             if engine.trainable:
                 engine.model.train()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from alignment.arguments import parse_ppo, parse_reward, parse_sft
+from alignment.kernels.build import cache_folder
 
 SFT = ["output_dir=out", "model_name_or_path=m", "train_datasets=a"]
 RM = SFT
@@ -65,7 +67,7 @@ COMMON = {
     "skip_bad_rows": False,
     "overlong_prompts": "truncate",
     "overlong_answers": "truncate",
-    "data_cache_dir": "out/.cache",
+    "data_cache_dir": str(cache_folder() / "data"),
     "dataset_num_proc": 1,
     "dry_run": False,
     "tokenizer_name_or_path": None,
@@ -257,3 +259,15 @@ def test_warmup_steps_win_over_the_ratio_but_not_over_the_critics_own_ratio() ->
 def test_critic_only_steps_do_not_touch_the_critics_learning_rate() -> None:
     args = _parse("ppo", "critic_warmup_steps=7")
     assert args.critic_optimizer(100)["warmup_steps"] == 0
+
+
+@pytest.mark.parametrize("stage", PARSERS)
+def test_runs_share_their_token_rows(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D32: they lay in output_dir, where no other run found them."""
+    monkeypatch.delenv("ALIGNMENT_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    found = {_parse(stage, f"output_dir={name}").data_cache_dir for name in ("a", "b")}
+    assert found == {str(tmp_path / "xdg" / "alignment" / "data")}
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "own"))
+    assert _parse(stage).data_cache_dir == str(tmp_path / "own" / "data")
+    assert _parse(stage, "data_cache_dir=here").data_cache_dir == "here"

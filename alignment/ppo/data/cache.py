@@ -1,7 +1,12 @@
-"""Token rows on disk: flat arrays under a key that changes with everything they depend on."""
+"""Token rows on disk: flat arrays under a key that changes with everything they depend on.
+
+The folder is shared by all runs of a user. It may be emptied at any time, and is kept below :data:`MOST_BYTES` by
+taking out what was not used for longest.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +33,7 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
+MOST_BYTES = 20 * 10**9
 _PROBES = ("Hello, world! 12345\n\n  two", "Привет, 世界 \U0001f600", "")
 
 
@@ -79,6 +85,8 @@ def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
             arrays = {name: stored[name] for name in stored.files}
         if str(arrays.pop("key")) != key:
             raise ValueError("it belongs to other data")
+        with contextlib.suppress(OSError):
+            os.utime(path)  # used just now
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as err:
         get_logger().warning("the token cache %s is damaged (%s): tokenising again", path, err)
         return None
@@ -95,9 +103,24 @@ def write_cache(path: Path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+        _make_room(path)
     except OSError as err:
-        if temporary.exists():
-            temporary.unlink()
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         get_logger().warning(
             "token rows could not be cached in %s (%s); they will be tokenised again next time", path, err
         )
+
+
+def _make_room(newest: Path) -> None:
+    """Take out the cached files that were not used for longest, until the folder is small enough; ``newest`` stays."""
+    files = {}
+    for file in newest.parent.glob("*.npz"):
+        with contextlib.suppress(OSError):  # another run may have taken it out
+            files[file] = file.stat()
+    size = sum(facts.st_size for facts in files.values())
+    for file in sorted(files, key=lambda file: files[file].st_mtime):
+        if size > MOST_BYTES and file != newest:
+            with contextlib.suppress(OSError):
+                file.unlink()
+            size -= files[file].st_size
