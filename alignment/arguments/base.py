@@ -61,10 +61,8 @@ class Arguments(TrainingFields):
 
     @property
     def dtype(self) -> str:
-        """Data type of the weights: ``"float32"``, or half precision on a GPU with ``fp16_opt_level`` O2."""
-        if self.on_cpu or self.fp16_opt_level != "O2":
-            return "float32"
-        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+        """Data type of the weights: ``"bfloat16"`` with ``bf16``, whatever ``fp16_opt_level``; else ``"float32"``."""
+        return "bfloat16" if self.bf16 else "float32"
 
     @property
     def context_needed(self) -> int:

@@ -16,6 +16,7 @@ from alignment.arguments.ppo import PPOArguments
 from alignment.arguments.resolve import default_metric, greater_is_better
 from alignment.arguments.reward import RewardArguments
 from alignment.arguments.sft import LoRAFields, SFTArguments
+from alignment.arguments.training import BF16_ON_CPU
 from alignment.arguments.values import LATEST, short_names
 from alignment.errors import ArgumentsError, DataError, nearest
 
@@ -176,10 +177,16 @@ def _check_best_metric(args: Arguments, problems: Problems) -> None:
 
 
 def _check_precision(args: Arguments, problems: Problems) -> None:
-    if args.bf16 and args.fp16:
-        problems.add("bf16 and fp16 are both true; choose one", "bf16", "fp16")
-    if not args.on_cpu and args.fp16_opt_level == "O2" and not (args.bf16 or args.fp16):
-        args.notes.append("fp16_opt_level O2 without bf16 or fp16 does nothing; the weights are float32")
+    if args.fp16:
+        problems.add(
+            "fp16 is not offered: float16 gradients underflow without a loss scale, which this toolkit has not. Set "
+            "bf16 to true, or leave both out for float32",
+            "fp16",
+        )
+    if args.bf16 and args.on_cpu:
+        args.notes.append(BF16_ON_CPU)
+    if args.bf16 and "fp16_opt_level" in args.given and args.fp16_opt_level != "O2":
+        args.notes.append(f"fp16_opt_level {args.fp16_opt_level}: with bf16 the weights are bfloat16 at every level")
 
 
 def check_processes(args: Arguments, problems: Problems, processes: int | None = None) -> None:

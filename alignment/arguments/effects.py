@@ -31,6 +31,5 @@ def _reason(args: Arguments, spec: Spec) -> str:
     if spec.no_effect:
         return spec.no_effect
     if spec.on_cpu and args.on_cpu:
-        # The level alone asks for nothing.
-        return "" if spec.name == "fp16_opt_level" and not (args.bf16 or args.fp16) else spec.on_cpu
+        return spec.on_cpu
     return spec.alone if device.world_size() == 1 else spec.together

@@ -18,6 +18,8 @@ from typing import Any
 from alignment.arguments.spec import Spec
 
 NOT_USED = "paddlenlp's trainer uses it, this toolkit's does not"
+#: Of paddlenlp's keys, what is done whether they are set or not.
+DONE_ANYWAY = {"amp_master_grad": "with bf16, gradients always add up in float32"}
 
 #: Kinds of the enums in paddlenlp's annotations: (kind, choices).
 _ENUMS = {"IntervalStrategy": ("str", ("no", "steps", "epoch"))}
@@ -247,7 +249,9 @@ def _foreign_spec(name: str, annotation: str, default: Any) -> Spec:
     optional = annotation.startswith("Optional[")
     inner = annotation.removeprefix("Optional[").removesuffix("]") if optional else annotation
     kind, choices = _ENUMS.get(inner, (_PLAIN.get(inner, "json"), None))
-    return Spec(name, kind, optional, default, choices=choices, no_effect=NOT_USED, group="paddlenlp")
+    return Spec(
+        name, kind, optional, default, choices=choices, no_effect=DONE_ANYWAY.get(name, NOT_USED), group="paddlenlp"
+    )
 
 
 def _constant(node: ast.expr | None) -> Any:

@@ -15,7 +15,10 @@ from alignment.arguments.spec import argument
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
 INTERVALS = ("no", "steps", "epoch")
 
-NO_HALF_ON_CPU = "Paddle has no half-precision kernels on CPUs; everything is computed in float32"
+BF16_ON_CPU = (
+    "bf16 on a CPU: weights are rounded to bfloat16 (with float32 masters) and so is what layers hand on; products, "
+    "gradients and the LM head are float32, and memory and time are those of float32"
+)
 NO_KERNELS_ON_CPU = "the fused kernels need a GPU"
 ONE_PROCESS = "no effect with one process"
 
@@ -167,13 +170,24 @@ class PrecisionFields:
 
     GROUP = "Precision and memory"
 
-    bf16: bool = argument(False, "Compute in bfloat16.", on_cpu=NO_HALF_ON_CPU)
-    fp16: bool = argument(False, "Compute in float16.", on_cpu=NO_HALF_ON_CPU)
+    bf16: bool = argument(
+        False,
+        "Weights and layers in bfloat16; float32 are the optimizer's masters, the sums of gradients and the LM head. "
+        "On a CPU values are rounded to bfloat16, which saves neither memory nor time.",
+    )
+    fp16: bool = argument(False, "Refused: float16 needs a loss scale, which is not here; use bf16 or float32.")
     fp16_opt_level: str = argument(
-        "O1", "O2: the weights are in half precision too.", choices=("O0", "O1", "O2"), on_cpu=NO_HALF_ON_CPU
+        "O1",
+        "paddlenlp's level of half precision. Here every level means what O2 means there: bfloat16 weights.",
+        choices=("O0", "O1", "O2"),
     )
     recompute: bool = argument(False, "Recompute activations in the backward pass instead of keeping them.")
-    use_flash_attention: bool = argument(False, "Use FlashAttention.", on_cpu=NO_KERNELS_ON_CPU)
+    use_flash_attention: bool | None = argument(
+        None,
+        "Use FlashAttention.",
+        derived="true with bf16 on a GPU of compute capability 8 or more",
+        on_cpu=NO_KERNELS_ON_CPU,
+    )
 
 
 @dataclass

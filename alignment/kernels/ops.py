@@ -27,6 +27,8 @@ class LayerShape:
         epsilon: of the norms.
         norm_offset: added to the norms' weights (1 for Gemma).
         biases: whether q, k and v have any.
+        rounded: the layer is a bfloat16 model's: what it hands on is rounded (see
+            :mod:`alignment.ppo.models.precision`).
     """
 
     hidden: int
@@ -39,6 +41,7 @@ class LayerShape:
     epsilon: float
     norm_offset: float
     biases: bool
+    rounded: bool = False
 
     @property
     def numbers(self) -> list[int]:
@@ -52,6 +55,7 @@ class LayerShape:
             self.window,
             self.activation,
             int(self.biases),
+            int(self.rounded),
         ]
 
     @property

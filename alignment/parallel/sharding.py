@@ -18,6 +18,7 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
+from alignment.parallel.gradients import gradient, gradient_dtype, set_gradient
 from alignment.parallel.groups import broadcast, buckets
 from alignment.parallel.owners import assign_owners
 from alignment.parallel.topology import Topology
@@ -58,22 +59,24 @@ class Sharding:
         for owner in range(self.topology.sharding):
             mine = [p for name, p in self.parameters.items() if self.owner[name] == owner and present[name]]
             for bucket in buckets(mine):
+                grads = [gradient(p) for p in bucket]
                 flat = paddle.concat(
                     [
-                        paddle.zeros([int(p.size)], "float32") if p.grad is None else p.grad.astype("float32").flatten()
-                        for p in bucket
+                        paddle.zeros([int(p.size)], "float32") if grad is None else grad.astype("float32").flatten()
+                        for p, grad in zip(bucket, grads, strict=True)
                     ]
                 )
                 dist.reduce(flat, dst=self.process_of(owner), group=self.group)
                 offset = 0
-                for p in bucket:
+                for p, grad in zip(bucket, grads, strict=True):
                     size = int(p.size)
+                    total = flat[offset : offset + size].reshape(p.shape).astype(gradient_dtype(p))
                     if owner != self.topology.sharding_rank:
-                        p.grad = None
-                    elif p.grad is None:
-                        p.grad = flat[offset : offset + size].reshape(p.shape).astype(p.dtype)
+                        set_gradient(p, None)
+                    elif grad is None:
+                        set_gradient(p, total)
                     else:
-                        paddle.assign(flat[offset : offset + size].reshape(p.shape).astype(p.dtype), p.grad)
+                        paddle.assign(total, grad)
                     offset += size
 
     def share_parameters(self, names: Iterable[str] | None = None) -> int:

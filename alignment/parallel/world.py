@@ -30,6 +30,7 @@ import numpy as np
 
 from alignment.errors import AlignmentError
 from alignment.parallel.control import ControlChannel, RankFailure
+from alignment.parallel.gradients import gradient, gradient_dtype, set_gradient
 from alignment.parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class World:
             return
         import paddle
 
-        has = np.array([p.grad is not None for p in parameters], dtype=bool)
+        has = np.array([gradient(p) is not None for p in parameters], dtype=bool)
         # The exchange is the meeting too: a collective's patience starts when everyone is here.
         peers = self.data_peers(has, "sum_gradients")
         if self.size == 1:
@@ -188,9 +189,9 @@ class World:
         anywhere = np.any(np.stack(peers), axis=0)
         todo = [p for p, some in zip(parameters, anywhere, strict=True) if some]
         for p in todo:
-            if p.grad is None:
-                p.grad = paddle.zeros_like(p)
-        self.groups.sum_over_data([p.grad for p in todo])
+            if gradient(p) is None:
+                set_gradient(p, paddle.zeros(p.shape, gradient_dtype(p)))
+        self.groups.sum_over_data([gradient(p) for p in todo])
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[World]:

@@ -323,7 +323,7 @@ def training_memory(setting: Setting, topology: Topology, role: RolePlan) -> dic
         final = tokens * (layer.norm() + setting.item * role.shape.hidden)
         head_kept = final + _head(setting, topology, role, labels, tokens, True)
         head_running = final + _head(setting, topology, role, labels, tokens, False)
-    gradients, before = float(setting.item * part.trained_elements), _gradients_before(setting, topology, part)
+    gradients, before = float(FLOAT * part.trained_elements), _gradients_before(setting, topology, part)
     buffers, fresh_head, fresh_layer = _head_buffers(setting, topology, role, labels), 0.0, 0.0
     if isinstance(layer, FusedLayer):
         # The kernels make all gradients of a layer, and of a head, before they are added to those that are there.
@@ -345,7 +345,7 @@ def training_memory(setting: Setting, topology: Topology, role: RolePlan) -> dic
 def _gradients_before(setting: Setting, topology: Topology, part: Part) -> float:
     """Bytes of gradients that are there when the last micro batch of a step has run forward."""
     owned = sum(tensor.elements for tensor in part.owned_trained)
-    own, every = float(setting.item * owned), float(setting.item * part.trained_elements)
+    own, every = float(FLOAT * owned), float(FLOAT * part.trained_elements)
     reduced = part.sharded and topology.sharding_stage >= 2 and topology.pipeline == 1
     several = setting.micro_batches_at(setting.width) > 1
     if part.sharded and topology.sharding_stage == 3:

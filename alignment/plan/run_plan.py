@@ -135,11 +135,8 @@ def build_setting(request: Request, card: Card, words: Sequence[str] = ()) -> tu
         return found
 
     half = card.half
-    wants_half = args.fp16_opt_level == "O2" and (args.bf16 or args.fp16)
-    if not half and wants_half:
-        notes.append(f"{card.name} computes in float32")
-    if half and (args.bf16 or args.fp16) and args.fp16_opt_level != "O2":
-        notes.append("fp16_opt_level is not O2, so weights and computing are float32")
+    if args.bf16 and not half:
+        notes.append(f"{card.name} computes in float32; bf16 only rounds there")
     setting = setting_of(
         args,
         topology,

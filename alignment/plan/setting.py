@@ -184,8 +184,8 @@ class Setting:
 
 
 def weight_bytes(args: Any, half: bool) -> int:
-    """Bytes of a weight: half precision needs a card that has it and ``fp16_opt_level`` O2."""
-    return 2 if half and args.fp16_opt_level == "O2" and (args.bf16 or args.fp16) else 4
+    """Bytes of a weight: two with ``bf16`` on a card that has it."""
+    return 2 if half and args.bf16 else 4
 
 
 def setting_of(
@@ -214,7 +214,7 @@ def setting_of(
         "stage": args.STAGE,
         "topology": topology,
         "item": weight_bytes(args, half),
-        "flash": bool(args.use_flash_attention and half),
+        "flash": half and (args.bf16 if args.use_flash_attention is None else args.use_flash_attention),
         "micro_rows": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
         "max_tokens": args.max_tokens_per_micro_batch,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,9 @@ import paddle
 from paddle import Tensor
 
 from alignment.errors import CheckpointError, InvariantError, NonFiniteError
+from alignment.log import say_once
 from alignment.parallel import World
+from alignment.parallel.gradients import add_up_in_float32, gradient, set_gradient
 from alignment.parallel.layerwise import Layerwise
 from alignment.parallel.sharding import Sharding
 from alignment.parallel.vocabulary import VocabularyShard
@@ -40,19 +42,24 @@ from alignment.ppo.models import (
     backbone_of,
     divides_vocabulary,
     hidden_states,
+    is_rounded,
     pieces_of,
+    round_weights,
     save_model,
     save_whole_model,
+    stored_dtype,
     ties_ends,
 )
 from alignment.ppo.models.fused import FusedDecoder
 from alignment.training.optimizer import (
+    MASTER,
     OptimizerSettings,
     StepResult,
     adamw_step,
     decays,
     global_norm,
     live_tensors,
+    make_masters,
     slots_of,
 )
 from alignment.training.weights import load_weights_into, some_names
@@ -116,6 +123,10 @@ class Engine:
             enable_recompute(model)
         decayed = {p.name for p in self._parameters.values() if decays(p)}
         low_precision = any(p.dtype in (paddle.float16, paddle.bfloat16) for p in self._parameters.values())
+        if low_precision:
+            add_up_in_float32(self._parameters.values())
+        self._by_rounding = is_rounded(model)
+        self._has_masters = low_precision or self._by_rounding
         self._owned = self._sharding.owned if self._sharding is not None else self._parameters
         self._optimizer = paddle.optimizer.AdamW(
             learning_rate=optimizer.learning_rate_at(0),
@@ -141,7 +152,7 @@ class Engine:
     @property
     def dtype(self) -> str:
         """Of the weights: ``"float32"``, ``"bfloat16"``, ..."""
-        return str(self.model.parameters()[0].dtype).split(".")[-1]
+        return stored_dtype(self.model)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -317,8 +328,7 @@ class Engine:
     def clear_gradients(self) -> None:
         """Forget the gradients that were collected since the last step."""
         for parameter in self._parameters.values():
-            # clear_gradient() would leave zeros, which the optimizer takes for a gradient.
-            parameter.grad = None
+            set_gradient(parameter, None)
 
     @paddle.no_grad()
     def step(self) -> StepResult:
@@ -338,6 +348,7 @@ class Engine:
         limit = self.settings.max_grad_norm
         scale = limit / norm if 0 < limit < norm else 1.0
         rate = self.settings.learning_rate_at(self.steps)
+        self._ready_masters()
         adamw_step(self._optimizer, list(self._owned.values()), self.settings, rate, scale)
         self.clear_gradients()
         if self._sharding is not None and (self._awake or self.topology.sharding_stage < 3):
@@ -354,7 +365,7 @@ class Engine:
             return
         if self.topology.sequence_parallel and groups.tensor is not None:
             partial = [p for p in self._parameters.values() if getattr(p, "sequence_parallel", False)]
-            groups.sum_over_tensor_ranks([p.grad for p in partial if p.grad is not None])
+            groups.sum_over_tensor_ranks([gradient(p) for p in partial if gradient(p) is not None])
         tied = [name for name, piece in self._piece_of.items() if piece.duplicate] if self.topology.last_stage else []
         groups.sum_over_ends(self._tied_gradient(tied))
         if self._sharding is None:
@@ -363,7 +374,7 @@ class Engine:
         if not self._reduces_in_passes:
             self._reduce_to_owners()
         if groups.replicas is not None:
-            groups.sum_over_replicas([p.grad for p in self._owned.values() if p.grad is not None])
+            groups.sum_over_replicas([gradient(p) for p in self._owned.values() if gradient(p) is not None])
 
     @property
     def _reduces_in_passes(self) -> bool:
@@ -378,14 +389,14 @@ class Engine:
         if topology.pipeline == 1 or not ties_ends(self.model):
             return None
         if topology.last_stage:
-            return self._parameters[tied[0]].grad
+            return gradient(self._parameters[tied[0]])
         name = f"{self.model.base_model_prefix}.embed_tokens.weight"
-        return self._parameters[name].grad if topology.first_stage else None
+        return gradient(self._parameters[name]) if topology.first_stage else None
 
     def _reduce_to_owners(self) -> None:
         assert self._sharding is not None
         names = list(self._parameters)
-        here = np.array([self._parameters[name].grad is not None for name in names], dtype=bool)
+        here = np.array([gradient(self._parameters[name]) is not None for name in names], dtype=bool)
         anywhere = np.any(np.stack(self.world.data_peers(here, f"gradients of {self.name}")), axis=0)
         self._sharding.reduce_gradients(dict(zip(names, anywhere, strict=True)))
 
@@ -449,6 +460,9 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned (or the whole model's slots), bit for bit.
 
+        Masters that a float32 run did not save stay what :meth:`load_weights` made of its weights; masters that this
+        run does not keep become its weights.
+
         Raises:
             CheckpointError: when a trained parameter or slot is missing or has another shape.
         """
@@ -464,6 +478,9 @@ class Engine:
                 )
             for name, slot, tensor in self._slots():
                 value = saved[name].get(slot)
+                if value is None and slot == MASTER:
+                    say_once(f"{self.name}: the checkpoint is of a float32 run; its weights are the float32 masters")
+                    continue
                 piece = self._slot_piece(name, tensor)
                 expected = piece.whole_shape(tensor.shape, self.topology)
                 if value is not None and list(np.shape(value)) == expected != list(tensor.shape):
@@ -474,7 +491,21 @@ class Engine:
                         f"{self.name}: optimizer state {slot} of {name}: found {found}, expected shape {expected}"
                     )
                 tensor.set_value(value)
+            if not self._has_masters:
+                self._take_masters(saved)
         self.steps = steps
+
+    def _take_masters(self, saved: dict[str, dict[str, np.ndarray]]) -> None:
+        """Let the float32 masters of a half-precision run be the weights of this one, which has none."""
+        if not any(MASTER in slots for slots in saved.values()):
+            return
+        say_once(f"{self.name}: the checkpoint is of a half-precision run; its float32 masters are the weights now")
+        with self.awake():
+            for name, parameter in self._parameters.items():
+                value = saved.get(name, {}).get(MASTER)
+                if value is None:
+                    raise CheckpointError(f"{self.name}: the optimizer state has no {MASTER} of {name}")
+                parameter.set_value(self._piece_of[name].cut(value, self.topology))
 
     def _slot_piece(self, name: str, tensor: Tensor) -> Piece:
         """Moments are cut as their parameter is; the powers of beta are one number."""
@@ -508,7 +539,8 @@ class Engine:
                 metadata = opened.metadata() or {}
                 for key in opened.keys():  # noqa: SIM118  (no mapping)
                     name, slot = key.rsplit("|", 1)
-                    if name in self._owned or not self.topology.splits_model:
+                    taken = slot == MASTER and not self._has_masters and name in self._parameters
+                    if name in self._owned or taken or not self.topology.splits_model:
                         slots.setdefault(name, {})[slot] = opened.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.name}: cannot read the optimizer state {file}: {error}") from error
@@ -544,7 +576,16 @@ class Engine:
             CheckpointError: when files are missing or cut short, or tensors are missing or have other shapes.
         """
         with self.awake():
-            load_weights_into(self.model, Path(folder), self.name, self.topology)
+            load_weights_into(self.model, Path(folder), self.name, self.topology, self._masters())
+            if is_rounded(self.model):
+                round_weights(self.model.parameters())
+
+    def _masters(self) -> Mapping[str, Tensor]:
+        """The optimizer's float32 masters by Paddle's names of their parameters; empty if float32 or frozen."""
+        if self._optimizer is None or not self._has_masters:
+            return {}
+        self._slots()  # makes them
+        return self._optimizer._master_weights
 
     # -- details -------------------------------------------------------------------------------------------------------
     # ------------------
@@ -554,7 +595,12 @@ class Engine:
             raise RuntimeError(f"{self.name} is frozen: {what} is for trained models")
 
     def _slots(self) -> list[tuple[str, str, Tensor]]:
+        self._ready_masters()
         return slots_of(self._optimizer, self._owned)
+
+    def _ready_masters(self) -> None:
+        if self._by_rounding:
+            make_masters(self._optimizer, self._owned.values())
 
 
 def enable_recompute(model: Any) -> None:

@@ -17,7 +17,7 @@ from paddle.autograd import PyLayer
 
 from alignment.kernels.ops import kernels
 from alignment.ppo.algorithms.logprobs import Shard, TokenScores, score_labels
-from alignment.ppo.models import lm_logits, unwrap
+from alignment.ppo.models import head_is_tied, lm_logits, unwrap
 
 #: Labels whose logits exist at a time where no kernel computes them: 512 rows of a vocabulary of 152,000 are 311 MB in
 #: float32. Products of 512 rows are large enough to keep a GPU busy.
@@ -67,13 +67,6 @@ def label_scores(
         piece = slice(start, min(start + LABELS_AT_ONCE, count))
         pieces.append(_made_twice(compute, states[piece], labels[piece]))
     return _scores([paddle.concat(list(part)) for part in zip(*pieces, strict=True)], entropy_grad)
-
-
-def head_is_tied(head: nn.Layer) -> bool:
-    """Whether an LM head's weight is ``[vocab, hidden]``, as the embedding's, rather than ``[hidden, vocab]``."""
-    if hasattr(head, "transpose_y"):
-        return bool(head.transpose_y)
-    return head.config.model_type == "gemma" and bool(head.config.tie_word_embeddings)
 
 
 def head_columns(model: nn.Layer) -> int:

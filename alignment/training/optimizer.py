@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,11 @@ import paddle
 from paddle import Tensor
 
 from alignment.kernels.ops import Kernels, kernels
+from alignment.parallel.gradients import gradient
 from alignment.training.schedule import learning_rate_at
+
+#: The slot of a half-precision parameter's float32 values, as Paddle's own optimizers save it.
+MASTER = "master_weight"
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,10 @@ def global_norm(parameters: list[Tensor]) -> float:
     sums in float64.
     """
     operators = _operators(parameters)
+    grads = [grad for grad in map(gradient, parameters) if grad is not None]
     if operators is not None:
-        return float(np.sqrt(operators.square_sum([p.grad for p in parameters if p.grad is not None])))
-    squares = [paddle.sum(paddle.square(p.grad.astype("float32"))) for p in parameters if p.grad is not None]
+        return float(np.sqrt(operators.square_sum(grads)))
+    squares = [paddle.sum(paddle.square(grad.astype("float32"))) for grad in grads]
     if not squares:
         return 0.0
     return float(np.sqrt(np.sum(paddle.stack(squares).numpy(), dtype=np.float64)))
@@ -82,14 +87,31 @@ def adamw_step(
         settings: of the optimizer.
         rate: the learning rate.
         scale: of the gradients; 1 leaves them alone.
+
+    A parameter that is rounded to bfloat16 numbers (:func:`make_masters`) is updated as its master, then rounded.
     """
+    from alignment.ppo.models.precision import round_weights
+
     optimizer.set_lr(rate)
-    learnt = [parameter for parameter in parameters if parameter.grad is not None]
+    learnt = [parameter for parameter in parameters if gradient(parameter) is not None]
+    masters = optimizer._master_weights
+    by_rounding = [p for p in learnt if p.name in masters and p.dtype == paddle.float32]
+    for parameter in by_rounding:
+        paddle.assign(masters[parameter.name], parameter)
+    _update(optimizer, learnt, settings, rate, scale)
+    for parameter in by_rounding:
+        paddle.assign(parameter, masters[parameter.name])
+    round_weights(by_rounding)
+
+
+def _update(optimizer: Any, learnt: list[Tensor], settings: OptimizerSettings, rate: float, scale: float) -> None:
     operators = _operators(learnt)
-    if operators is None or optimizer._master_weights:
+    if operators is None:
         for parameter in learnt if scale != 1.0 else ():
-            parameter.grad.scale_(scale)
-        optimizer.step()
+            gradient(parameter).scale_(scale)
+        # what optimizer.step() does, but for main gradients, of which it does not know
+        pairs = [(parameter, gradient(parameter)) for parameter in learnt]
+        optimizer._apply_optimize(loss=None, startup_program=None, params_grads=pairs)
         return
     optimizer._create_accumulators(paddle.static.default_main_program().global_block(), learnt)
     slots = [
@@ -114,9 +136,19 @@ def decays(parameter: Tensor) -> bool:
     return bool(parameter.ndim >= 2)
 
 
+def make_masters(optimizer: Any, parameters: Iterable[Tensor]) -> None:
+    """Give float32 parameters whose values are rounded to bfloat16 numbers float32 masters, where Paddle keeps those of
+    real bfloat16 tensors; what has one keeps it.
+    """
+    masters = optimizer._master_weights
+    for parameter in parameters:
+        if parameter.name not in masters:
+            masters[parameter.name] = parameter.detach().clone()
+
+
 def _operators(parameters: list[Tensor]) -> Kernels | None:
     """The CPU kernels where they can stand for Paddle's operators: float32 everywhere."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = [grad for grad in map(gradient, parameters) if grad is not None]
     plain = bool(grads) and all(tensor.dtype == paddle.float32 for tensor in [*parameters, *grads])
     return kernels() if plain else None
 
@@ -143,7 +175,7 @@ def slots_of(optimizer: Any, parameters: Mapping[str, Tensor]) -> list[tuple[str
             if tensor is not None:
                 found.append((name, slot, tensor))
         if parameter.name in optimizer._master_weights:
-            found.append((name, "master_weight", optimizer._master_weights[parameter.name]))
+            found.append((name, MASTER, optimizer._master_weights[parameter.name]))
     return found
 
 

@@ -144,8 +144,22 @@ def train_stage(
 
 
 def model_flags(args: Arguments) -> dict[str, Any]:
-    """Config attributes of the model that arguments change."""
-    return {"use_flash_attention": True} if args.use_flash_attention and not args.on_cpu else {}  # type: ignore[attr-defined]
+    """Config attributes of the model that arguments change; call it when Paddle is loaded and has its device."""
+    wanted = args.use_flash_attention
+    if wanted is None:
+        wanted = args.dtype == "bfloat16" and flash_attention_runs()
+    return {"use_flash_attention": True} if wanted and not args.on_cpu else {}
+
+
+def flash_attention_runs() -> bool:
+    """Whether Paddle's device is a GPU of compute capability 8 or more, as FlashAttention-2 needs (Dao 2023)."""
+    from alignment import runtime
+
+    if runtime.is_cpu():
+        return False
+    import paddle
+
+    return paddle.device.cuda.get_device_capability()[0] >= 8
 
 
 def use_device(args: Arguments) -> None:

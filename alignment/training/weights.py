@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import paddle
+from paddle import Tensor
 
 from alignment.errors import AlignmentError, CheckpointError
 from alignment.parallel.topology import Topology
@@ -16,8 +18,14 @@ from alignment.ppo.models.pickle_files import PaddleFile
 from alignment.ppo.models.safetensors_file import SafetensorsFile
 
 
-def load_weights_into(model: Any, folder: Path, name: str, topology: Topology) -> None:
+def load_weights_into(
+    model: Any, folder: Path, name: str, topology: Topology, masters: Mapping[str, Tensor] | None = None
+) -> None:
     """Read ``folder``'s weight files and put every tensor into ``model``, of a divided model this process's part.
+
+    Args:
+        masters: float32 masters by Paddle's names of their parameters; they get the file's values before these are
+            rounded to the parameters' dtype.
 
     Raises:
         CheckpointError: see :meth:`alignment.ppo.engine.Engine.load_weights`.
@@ -51,7 +59,10 @@ def load_weights_into(model: Any, folder: Path, name: str, topology: Topology) -
             raise CheckpointError(
                 f"{name}: {piece.name} in {folder} has shape {list(value.shape)}, the model's is {expected}"
             )
-        tensor.set_value(paddle.to_tensor(piece.cut(value, topology)).astype(tensor.dtype))
+        mine = paddle.to_tensor(piece.cut(value, topology))
+        tensor.set_value(mine.astype(tensor.dtype))
+        if masters and tensor.name in masters:
+            masters[tensor.name].set_value(mine.astype("float32"))
     if is_adapter and hasattr(inner, "set_normalizer"):
         # A score model's statistics are no trained weights; the adapter's folder keeps them in its config.
         config = json.loads((folder / "config.json").read_text())

@@ -25,9 +25,7 @@ def _args(cls: type, **values: Any) -> Any:
 @pytest.mark.parametrize(
     ("values", "key", "part"),
     [
-        ({"bf16": True}, "bf16", "no half-precision kernels on CPUs"),
-        ({"fp16": True}, "fp16", "computed in float32"),
-        ({"bf16": True, "fp16_opt_level": "O2"}, "fp16_opt_level", "computed in float32"),
+        ({"bf16": True, "amp_master_grad": True}, "amp_master_grad", "gradients always add up in float32"),
         ({"use_flash_attention": True}, "use_flash_attention", "need a GPU"),
         ({"fused_linear": 1}, "fused_linear", "GPU kernels"),
         ({"tensor_parallel_degree": 2}, "tensor_parallel_degree", "no effect with one process"),
@@ -64,16 +62,23 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "gpu_available", lambda: True)
     args = _args(PPOArguments, bf16=True, fp16_opt_level="O2", use_flash_attention=True)
     assert args.unused == {}
-    assert (args.on_cpu, args.dtype) == (False, "bfloat16")
-    assert _args(PPOArguments, fp16=True, fp16_opt_level="O2").dtype == "float16"
-    assert _args(PPOArguments, bf16=True).dtype == "float32", "O1 keeps the weights in float32"
-    assert _args(PPOArguments, bf16=True, fp16_opt_level="O2", device="cpu").dtype == "float32"
-    assert "does nothing" in _args(PPOArguments, fp16_opt_level="O2").notes[0]
+    assert (args.on_cpu, args.dtype, args.notes) == (False, "bfloat16", [])
 
 
-def test_a_cpu_computes_in_float32() -> None:
-    args = _args(PPOArguments, bf16=True, fp16_opt_level="O2")
-    assert (args.on_cpu, args.dtype) == (True, "float32")
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", None])
+def test_bf16_is_bfloat16_at_every_level_and_everywhere(
+    gpu: bool, level: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A3: bf16 without O2 was float32 without a word; on a CPU it always was."""
+    monkeypatch.setattr(device, "gpu_available", lambda: gpu)
+    values = {} if level is None else {"fp16_opt_level": level}
+    args = _args(PPOArguments, bf16=True, **values)
+    assert args.dtype == "bfloat16"
+    assert any("bf16 on a CPU" in note for note in args.notes) != gpu
+    assert any("bfloat16 at every level" in note for note in args.notes) == (level in ("O0", "O1"))
+    assert _args(PPOArguments, **values).dtype == "float32"
+    assert _args(PPOArguments, **values).notes == []
 
 
 def test_several_processes_make_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,11 +147,11 @@ def test_notes(cls: type, values: dict[str, Any], note: str) -> None:
 
 
 def test_the_report_is_said_once(said: list[tuple[str, str]]) -> None:
-    args = _args(PPOArguments, bf16=True, fp16_opt_level="O2", kl_target=3)
+    args = _args(PPOArguments, optim="adafactor", skip_profile_timer=False, kl_target=3)
     args.report()
     args.report()
-    precision = "bf16, fp16_opt_level: Paddle has no half-precision kernels on CPUs; everything is computed in float32"
-    assert said == [("INFO", precision), ("WARNING", "kl_target: not used, because adaptive_kl is false")]
+    keys = "optim, skip_profile_timer: paddlenlp's trainer uses it, this toolkit's does not"
+    assert said == [("INFO", keys), ("WARNING", "kl_target: not used, because adaptive_kl is false")]
 
 
 def test_a_constant_schedule_has_no_warm_up() -> None:

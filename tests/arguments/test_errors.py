@@ -116,7 +116,8 @@ CASES: list[tuple[type, dict[str, Any], list[str]]] = [
         {"critic_min_learning_rate": 1e-4, "critic_learning_rate": 1e-5},
         ["critic_min_learning_rate 0.0001 is above critic_learning_rate 1e-05"],
     ),
-    (PPOArguments, {"bf16": True, "fp16": True}, ["bf16 and fp16 are both true; choose one"]),
+    # B1: float16 gradients are divided by the global number of tokens and underflow without a loss scale
+    (PPOArguments, {"fp16": True}, ["fp16 is not offered", "without a loss scale", "bf16 to true"]),
     (PPOArguments, {"max_steps": 0}, ["max_steps is 0, which trains nothing"]),
     (PPOArguments, {"do_train": False}, ["do_train and do_eval are both false"]),
     (PPOArguments, {"do_eval": True}, ["do_eval is true, but there are no evaluation data", "eval_split_ratio"]),

@@ -21,7 +21,9 @@ from alignment.ppo.models import (
     load_score_model,
     save_model,
     score_tokens,
+    stored_dtype,
 )
+from alignment.ppo.models.safetensors_file import bfloat16_to_float32, to_bfloat16
 
 Folder = Callable[[str], Path]
 Said = Callable[[], str]
@@ -208,10 +210,18 @@ def test_dropout_is_off(kit: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(training, causal_logits(loaded, ids).numpy())
 
 
-def test_half_precision_falls_back_to_float32_on_a_cpu(causal_folder: Folder, said: Said) -> None:
-    model = load_causal_lm(causal_folder("llama"), dtype="bfloat16")
+def test_bfloat16_on_a_cpu_is_float32_tensors_with_bfloat16_numbers(causal_folder: Folder) -> None:
+    model, exact = (load_causal_lm(causal_folder("llama"), dtype=dtype) for dtype in ("bfloat16", "float32"))
     assert {p.dtype for p in model.parameters()} == {paddle.float32}
-    assert "float32 in place of bfloat16" in said()
+    assert (stored_dtype(model), stored_dtype(exact)) == ("bfloat16", "float32")
+    for (name, given), rounded in zip(exact.named_parameters(), model.parameters(), strict=True):
+        np.testing.assert_array_equal(rounded.numpy(), bfloat16_to_float32(to_bfloat16(given.numpy())), err_msg=name)
+
+
+def test_float16_is_refused_on_a_cpu(causal_folder: Folder) -> None:
+    """B1: it would be a model that nothing can compute with."""
+    with pytest.raises(ModelError, match="no float16 kernels on CPUs; load it as float32 or bfloat16"):
+        load_causal_lm(causal_folder("llama"), dtype="float16")
 
 
 def test_config_overrides_reach_the_model(causal_folder: Folder) -> None:

@@ -27,7 +27,7 @@ const float* floats(const Tensor& t) { return t.data<float>(); }
 float* written(const Tensor& t) { return const_cast<float*>(t.data<float>()); }
 Tensor made(const Dims& dims) { return paddle::empty(dims, paddle::DataType::FLOAT32, paddle::CPUPlace()); }
 
-// shape: hidden, intermediate, query heads, key heads, dim, window, activation, biases
+// shape: hidden, intermediate, query heads, key heads, dim, window, activation, biases, rounded
 Shape shape_of(const Dims& shape, float epsilon, float norm_offset) {
   Shape s;
   s.hidden = shape[0];
@@ -36,6 +36,7 @@ Shape shape_of(const Dims& shape, float epsilon, float norm_offset) {
   s.activation = static_cast<alignment::Activation>(shape[6]);
   s.epsilon = epsilon;
   s.norm_offset = norm_offset;
+  s.rounded = shape[8] != 0;
   return s;
 }
 

@@ -16,6 +16,27 @@ inline void over_columns(int64_t width, const F& f) {
 inline Vec get(const float* p, int64_t n) { return n == kLanes ? load(p) : load_some(p, n); }
 inline void put(float* p, Vec v, int64_t n) { n == kLanes ? store(p, v) : store_some(p, v, n); }
 
+// To bfloat16 numbers, in place.
+inline void round_all(float* x, int64_t count) {
+  constexpr int64_t kChunk = 1 << 14;
+  parallel_for((count + kChunk - 1) / kChunk, [&](int64_t chunk) {
+    const int64_t begin = chunk * kChunk, end = begin + kChunk < count ? begin + kChunk : count;
+    over_columns(end - begin, [&](int64_t i, int64_t n) { put(x + begin + i, nearest_bfloat16(get(x + begin + i, n)), n); });
+  });
+}
+
+// x += y, then rounded to bfloat16 numbers when `rounded`.
+inline void add_all(float* x, const float* y, int64_t count, bool rounded) {
+  constexpr int64_t kChunk = 1 << 14;
+  parallel_for((count + kChunk - 1) / kChunk, [&](int64_t chunk) {
+    const int64_t begin = chunk * kChunk, end = begin + kChunk < count ? begin + kChunk : count;
+    over_columns(end - begin, [&](int64_t i, int64_t n) {
+      const Vec total = get(x + begin + i, n) + get(y + begin + i, n);
+      put(x + begin + i, rounded ? nearest_bfloat16(total) : total, n);
+    });
+  });
+}
+
 // 1 / sqrt(mean(x^2) + epsilon) (Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4).
 inline float inverse_rms(const float* x, int64_t width, float epsilon) {
   Vec squares{};

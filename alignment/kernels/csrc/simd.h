@@ -47,6 +47,17 @@ inline float largest(Vec v) {
   return best;
 }
 
+// The nearest bfloat16 number, halves to even; a NaN stays one. A bfloat16 is the upper half of a float32.
+inline Vec nearest_bfloat16(Vec x) {
+  typedef uint32_t BitsVec __attribute__((vector_size(kLanes * 4)));
+  BitsVec bits, kept;
+  std::memcpy(&bits, &x, sizeof(bits));
+  kept = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  Vec result;
+  std::memcpy(&result, &kept, sizeof(result));
+  return x == x ? result : x;
+}
+
 // exp(x) to about 1 unit in the last place; below -87.3 it is 0, above 88.3 it stays finite.
 // Range reduction by ln 2 in two parts, then a polynomial of degree 6 (Cephes, expf).
 inline Vec exp(Vec x) {

@@ -20,6 +20,7 @@ from alignment.ppo.generation.arena import BLOCK
 from alignment.ppo.generation.sampler import SamplingSettings, choose_tokens
 from alignment.ppo.models.decoder import Decoder, head_weight
 from alignment.ppo.models.forward import lm_logits
+from alignment.ppo.models.precision import rounded
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,13 @@ class LayerOps:
         """
         plan = self.prepare(batch, angles)
         for number, weights in enumerate(self.decoder.layers):
-            x = x + self.total(self.attention(x, weights, number, plan))
-            x = x + self.total(self.mlp(x, weights, plan))
+            x = x + self.handed_on(self.total(self.attention(x, weights, number, plan)))
+            x = self.handed_on(x + self.handed_on(self.total(self.mlp(x, weights, plan))))
         return x
+
+    def handed_on(self, x: Tensor) -> Tensor:
+        """What one step hands to the next: rounded in a bfloat16 model on a CPU."""
+        return rounded(x) if self.shape.rounded else x
 
     def embed(self, tokens: Tensor) -> Tensor:
         """``[T]`` int64 -> ``[T, hidden]``."""
@@ -144,17 +149,17 @@ class LayerOps:
 
     def attention(self, x: Tensor, weights: list[Tensor], number: int, plan: Any) -> Tensor:
         """What the attention of a layer adds: norm, q/k/v, rotary positions, cache, attention, output."""
-        normed = self.norm(x, weights[0])
+        normed = self.handed_on(self.norm(x, weights[0]))
         biases = weights[9:] if self.shape.biases else [None] * 3
-        q, k, v = (F.linear(normed, w, b) for w, b in zip(weights[1:4], biases, strict=True))
+        q, k, v = (self.handed_on(F.linear(normed, w, b)) for w, b in zip(weights[1:4], biases, strict=True))
         q, k = self.rotate(q, k, plan)
-        return F.linear(self.attend(q, k, v, number, plan), weights[4])
+        return F.linear(self.handed_on(self.attend(q, k, v, number, plan)), weights[4])
 
     def mlp(self, x: Tensor, weights: list[Tensor], plan: Any) -> Tensor:
         """What the feed-forward half of a layer adds: norm, gate and up, activation, down."""
-        normed = self.norm(x, weights[5])
-        gate, up = F.linear(normed, weights[6]), F.linear(normed, weights[7])
-        return F.linear(self.activate(gate, up), weights[8])
+        normed = self.handed_on(self.norm(x, weights[5]))
+        gate, up = (self.handed_on(F.linear(normed, weight)) for weight in weights[6:8])
+        return F.linear(self.handed_on(self.activate(gate, up)), weights[8])
 
     # -- its steps
 
@@ -209,7 +214,7 @@ class LayerOps:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[B, hidden]`` -> ``[B, vocab]`` float32, all columns on every tensor rank."""
-        return lm_logits(self.model, hidden).astype("float32")
+        return lm_logits(self.model, hidden)
 
     def stage(self, uniforms: np.ndarray, early: np.ndarray) -> tuple[Any, Any]:
         """Bring what :meth:`choose` needs in the steps of a burst, ``[steps, B]`` each, to where it is needed."""
@@ -340,11 +345,12 @@ class CpuKernelOps(LayerOps):
         # Mistral's gives zeros for the pad id, which may be sampled like any other
         if self.decoder.tensor_group is not None or getattr(table, "_padding_idx", -1) != -1:
             return super().embed(tokens)
-        return self.kernels.embed(tokens, table.weight, self.decoder.embedding_scale)
+        x = self.kernels.embed(tokens, table.weight, self.decoder.embedding_scale)
+        return x if self.decoder.embedding_scale == 1.0 else self.handed_on(x)
 
     def final_norm(self, x: Tensor) -> Tensor:
         """See :meth:`LayerOps.final_norm`."""
-        return self.kernels.rms_norm(x, self.decoder.backbone.norm.weight, self.shape)
+        return self.handed_on(self.kernels.rms_norm(x, self.decoder.backbone.norm.weight, self.shape))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See :meth:`LayerOps.logits`."""

@@ -64,7 +64,7 @@ class PlainDecoder:
             return hidden
 
         hidden = compute(None) if self.schedule is None else self.schedule.pass_on(compute)
-        logits = lm_logits(self.model, hidden[:, -1]).astype("float32").numpy() if self.chooses else None
+        logits = lm_logits(self.model, hidden[:, -1]).numpy() if self.chooses else None
         return logits, grown[0]
 
     def decide(self, choose: Callable[[], T]) -> T:

@@ -2,8 +2,8 @@
 
 ``folders`` checks a folder without loading it, ``hf_layout`` reads weights of every layout, ``loading`` makes models
 of them, ``score_model`` and ``normalizers`` are reward, cost and value models, ``forward`` runs right-padded and
-packed rows, ``lora`` adapts and merges, ``tokenizers`` loads tokenizers. Importing a name loads its module (and
-Paddle with it) only then.
+packed rows, ``precision`` is bfloat16 on a CPU, ``lora`` adapts and merges, ``tokenizers`` loads tokenizers. Importing
+a name loads its module (and Paddle with it) only then.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ _MODULE_OF = {
     "open_folder": "loading",
     "save_model": "saving",
     "save_whole_model": "saving",
-    "usable_dtype": "loading",
     "AutoModelForScore": "score_model",
     "ScoreModelOutput": "score_model",
     "ExponentialMovingAverage": "normalizers",
@@ -37,6 +36,7 @@ _MODULE_OF = {
     "end_scores": "forward",
     "final_hidden_states": "forward",
     "Rows": "forward",
+    "head_is_tied": "forward",
     "hidden_states": "forward",
     "lm_logits": "forward",
     "packed_causal_logits": "forward",
@@ -44,6 +44,10 @@ _MODULE_OF = {
     "scores_of": "forward",
     "take_end": "forward",
     "unwrap": "forward",
+    "is_rounded": "precision",
+    "round_weights": "precision",
+    "store_in_bfloat16": "precision",
+    "stored_dtype": "precision",
     "Piece": "parts",
     "check_layout": "divisible",
     "pieces_of": "parts",

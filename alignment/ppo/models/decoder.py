@@ -13,7 +13,8 @@ import paddle
 from paddle import Tensor, nn
 
 from alignment.kernels.ops import LayerShape
-from alignment.ppo.models.forward import backbone_of, unwrap
+from alignment.ppo.models.forward import backbone_of, head_is_tied, unwrap
+from alignment.ppo.models.precision import is_rounded, rounded
 
 _LAYER = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -41,7 +42,10 @@ class Decoder:
     def embed(self, tokens: Tensor) -> Tensor:
         """``[T]`` int64 -> ``[T, hidden]``."""
         x = self.backbone.embed_tokens(tokens)
-        return x if self.embedding_scale == 1.0 else x * self.embedding_scale
+        if self.embedding_scale == 1.0:
+            return x
+        x = x * self.embedding_scale
+        return rounded(x) if self.shape.rounded else x
 
     def norm(self, x: Tensor) -> Tensor:
         """The final norm, ``[..., hidden]``."""
@@ -110,6 +114,7 @@ def decoder_of(model: nn.Layer) -> Decoder | str:
         epsilon=float(config.rms_norm_eps),
         norm_offset=float(gemma),
         biases=biases,
+        rounded=is_rounded(model),
     )
     return Decoder(
         backbone=backbone,
@@ -138,6 +143,5 @@ def _tensor_group(config: Any) -> Any:
 
 def head_weight(model: nn.Layer) -> tuple[Tensor, bool]:
     """The LM head's weight, and whether it is ``[vocab, hidden]`` (as an embedding) rather than ``[hidden, vocab]``."""
-    head, config = unwrap(model).lm_head, model.config
-    by_config = config.model_type == "gemma" and config.tie_word_embeddings
-    return head.weight, bool(getattr(head, "transpose_y", by_config))
+    head = unwrap(model).lm_head
+    return head.weight, head_is_tied(head)

@@ -5,7 +5,9 @@ own outputs are meaningless and nobody reads them. That is exact whatever the pa
 fastest path on every device: with flash attention it is the plain causal kernel.
 
 Two cases need a mask, a boolean one of shape ``[batch, 1, seq, seq]``: packed rows, whose attention stays inside a
-segment, and Mistral's sliding window, which paddlenlp's modeling code ignores.
+segment, and Mistral's sliding window, which paddlenlp's modeling code ignores. With FlashAttention, Llama and Qwen2
+take neither a mask nor paddlenlp's own causal one (which it would build, compare and throw away): one number per token
+says where the rows end that see it (FlashMask: Wang et al. 2024, arXiv:2410.01359).
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def final_hidden_states(
     input_ids: paddle.Tensor,
     *,
     position_ids: paddle.Tensor | None = None,
+    segment_ids: paddle.Tensor | None = None,
     mask: paddle.Tensor | None = None,
     received: paddle.Tensor | None = None,
 ) -> paddle.Tensor:
@@ -51,8 +54,9 @@ def final_hidden_states(
         model: a causal or score model, or a pipeline stage of one.
         input_ids: ``[batch, seq]`` int64.
         position_ids: ``[batch, seq]`` int64; 0, 1, 2, ... if not given.
-        mask: ``[batch, 1, seq, seq]`` bool, True where attention is allowed, already causal; a plain causal mask if
-            not given.
+        segment_ids: ``[batch, seq]`` int of packed rows, see :func:`packed_causal_logits`.
+        mask: ``[batch, 1, seq, seq]`` bool, True where attention is allowed, already causal, in place of the one that
+            follows from ``segment_ids``.
         received: ``[batch, seq, hidden]``, the stage before's hidden states; None on the first stage.
 
     Returns:
@@ -64,24 +68,28 @@ def final_hidden_states(
     backbone = backbone_of(model)
     batch, seq = input_ids.shape
     check_context(backbone, seq)
-    if mask is None:
-        mask = _window_mask(backbone, input_ids.shape)
+    by_ends = mask is None and _takes_ends(backbone)
+    if mask is None and not by_ends:
+        mask = _mask_of(backbone, segment_ids, input_ids.shape)
     split = backbone.config.tensor_parallel_degree if getattr(backbone.config, "sequence_parallel", False) else 1
     more = -seq % max(1, split)
     if more:
         # The tensor ranks get equal shares of the sequence; nobody sees what is put behind the end.
         input_ids = F.pad(input_ids, [0, 0, 0, more])
         position_ids = None if position_ids is None else F.pad(position_ids, [0, 0, 0, more])
+        segment_ids = None if segment_ids is None else F.pad(segment_ids, [0, 0, 0, more], value=-1)
         mask = None if mask is None else F.pad(mask.astype("int32"), [0, 0, 0, 0, 0, more, 0, more]).astype("bool")
         received = None if received is None else F.pad(received, [0, 0, 0, more, 0, 0])
     if split > 1:
         set_sequence_length(model, seq + more)
-    attention_mask = None if mask is None else _mask_as_expected(backbone, mask)
+    seen = {"attention_mask": None if mask is None else _mask_as_expected(backbone, mask)}
+    if by_ends:
+        seen = {"attn_mask_startend_row_indices": _segment_ends(segment_ids, batch, seq + more)}
     outputs = backbone(
-        attention_mask=attention_mask,
         position_ids=position_ids,
         use_cache=False,
         return_dict=False,
+        **seen,
         **({"input_ids": input_ids} if received is None else {"inputs_embeds": received}),
     )
     hidden = outputs[0] if isinstance(outputs, tuple | list) else outputs
@@ -136,7 +144,10 @@ def gather_sequence(hidden: paddle.Tensor, rows: int, length: int) -> paddle.Ten
 
 
 def lm_logits(model: nn.Layer, hidden_states: paddle.Tensor, *, own_columns: bool = False) -> paddle.Tensor:
-    """Apply the LM head: ``[..., hidden]`` -> ``[..., vocab]`` in the model's dtype.
+    """Apply the LM head in float32: ``[..., hidden]`` of any dtype -> ``[..., vocab]`` float32.
+
+    Half-precision products would be rounded to eighths at the size of logits (16 to 32). The head's weight is widened
+    for the call, so callers bound the number of rows, not the memory of the weight.
 
     Args:
         model: a causal model, or its last pipeline stage.
@@ -144,7 +155,24 @@ def lm_logits(model: nn.Layer, hidden_states: paddle.Tensor, *, own_columns: boo
         own_columns: with tensor parallelism return this rank's columns only, see :func:`divides_vocabulary`.
     """
     head = unwrap(model).lm_head
-    return head(hidden_states, tensor_parallel_output=True) if own_columns else head(hidden_states)
+    if head.weight.dtype == paddle.float32:
+        return head(hidden_states, tensor_parallel_output=True) if own_columns else head(hidden_states)
+    hidden, weight, tied = hidden_states.astype("float32"), head.weight.astype("float32"), head_is_tied(head)
+    if not divides_vocabulary(model):
+        return paddle.matmul(hidden, weight, transpose_y=tied)
+    # as paddlenlp's parallel_matmul, which cannot tell that a widened weight is divided
+    from paddle.distributed import collective, fleet
+
+    group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
+    logits = paddle.matmul(collective._c_identity(hidden, group=group), weight, transpose_y=tied)
+    return logits if own_columns else collective._c_concat(logits, group=group)
+
+
+def head_is_tied(head: nn.Layer) -> bool:
+    """Whether an LM head's weight is ``[vocab, hidden]``, as the embedding's, rather than ``[hidden, vocab]``."""
+    if hasattr(head, "transpose_y"):
+        return bool(head.transpose_y)
+    return head.config.model_type == "gemma" and bool(head.config.tie_word_embeddings)
 
 
 def divides_vocabulary(model: nn.Layer) -> bool:
@@ -166,7 +194,7 @@ def causal_logits(model: nn.Layer, input_ids: paddle.Tensor, lengths: Lengths | 
         lengths: ``[batch]``, the number of real tokens; only checked, since right pads cannot be seen (see above).
 
     Returns:
-        ``[batch, seq, vocab]`` in the model's dtype. Rows of pads have meaningless values.
+        ``[batch, seq, vocab]`` float32. Rows of pads have meaningless values.
 
     Raises:
         ModelError: a length is below 1 or beyond the rows' width.
@@ -192,7 +220,7 @@ def packed_causal_logits(
         position_ids: ``[batch, seq]`` int64, each token's place in its own sample.
 
     Returns:
-        ``[batch, seq, vocab]`` in the model's dtype.
+        ``[batch, seq, vocab]`` float32.
 
     Raises:
         ModelError: the three shapes differ.
@@ -212,10 +240,8 @@ def _packed_hidden_states(
     position_ids: paddle.Tensor,
     received: paddle.Tensor | None = None,
 ) -> paddle.Tensor:
-    same_segment = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
-    mask = paddle.logical_and(same_segment, _causal(input_ids.shape[1], _window_of(backbone_of(model)))).unsqueeze(1)
     return final_hidden_states(
-        model, input_ids, position_ids=position_ids.astype("int64"), mask=mask, received=received
+        model, input_ids, position_ids=position_ids.astype("int64"), segment_ids=segment_ids, received=received
     )
 
 
@@ -355,6 +381,32 @@ def _causal(seq: int, window: int | None) -> paddle.Tensor:
     """
     mask = paddle.tril(paddle.ones([seq, seq], dtype="bool"))
     return mask if window is None or seq <= window else paddle.triu(mask, diagonal=1 - window)
+
+
+def _takes_ends(backbone: nn.Layer) -> bool:
+    """Whether attention is FlashAttention that takes the ends of segments in place of a mask."""
+    config = backbone.config
+    return (
+        bool(getattr(config, "use_flash_attention", False))
+        and config.model_type in ("llama", "qwen2")
+        and not getattr(config, "alibi", False)
+    )
+
+
+def _segment_ends(segment_ids: paddle.Tensor | None, batch: int, seq: int) -> paddle.Tensor:
+    """``[batch, seq]`` int32: behind which place a token is not seen any more, which is its segment's end."""
+    if segment_ids is None:
+        return paddle.full([batch, seq], seq, dtype="int32")
+    last = paddle.concat([segment_ids[:, 1:] != segment_ids[:, :-1], paddle.ones([batch, 1], dtype="bool")], axis=1)
+    ends = paddle.where(last, paddle.arange(1, seq + 1, dtype="int32"), paddle.full([], seq, dtype="int32"))
+    return paddle.cummin(ends.flip(1), axis=1)[0].flip(1)
+
+
+def _mask_of(backbone: nn.Layer, segment_ids: paddle.Tensor | None, shape: list[int]) -> paddle.Tensor | None:
+    if segment_ids is None:
+        return _window_mask(backbone, shape)
+    same_segment = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
+    return paddle.logical_and(same_segment, _causal(shape[1], _window_of(backbone))).unsqueeze(1)
 
 
 def _window_mask(backbone: nn.Layer, shape: list[int]) -> paddle.Tensor | None:

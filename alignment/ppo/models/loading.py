@@ -27,6 +27,7 @@ from paddlenlp.transformers import (
     Qwen2ForCausalLM,
 )
 
+from alignment import runtime
 from alignment.errors import ModelError
 from alignment.log import get_logger, say_once
 from alignment.parallel.topology import Topology
@@ -36,6 +37,7 @@ from .folders import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelFolder, check_mod
 from .hf_layout import Weights
 from .lora import LoRASettings, add_lora
 from .parts import belongs_elsewhere, build_model, pieces_of
+from .precision import store_in_bfloat16
 from .score_model import SCORE_MODELS, fill_score_config
 from .upstream import fetch_from_hub, quiet_paddlenlp, translate_rope_scaling
 
@@ -70,8 +72,8 @@ def load_causal_lm(
 
     Args:
         path: a folder, or the name of a model on a hub.
-        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; a CPU always gets float32, since Paddle has no other
-            kernels there.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``. On a CPU bfloat16 is rounded storage and outputs
+            (:mod:`alignment.ppo.models.precision`), and float16 cannot be had.
         config_overrides: config attributes to change (``use_flash_attention``, ``recompute``, ...).
         lora: wrap the model so that only low-rank adapters are trained.
         topology: the layout; of a divided model only this process's part is loaded.
@@ -99,7 +101,7 @@ def load_causal_lm(
         _fill_tied_head(model, weights)
     model.generation_config = _generation_config(model, folder, role=role)
     _say_what_differs(weights)
-    return add_lora(model, lora, base=folder.path) if lora else model
+    return _finished(model, folder, lora, dtype)
 
 
 def load_score_model(
@@ -170,7 +172,14 @@ def load_score_model(
             seed,
         )
     _say_what_differs(weights)
-    return add_lora(model, lora, base=folder.path) if lora else model
+    return _finished(model, folder, lora, dtype)
+
+
+def _finished(model: PretrainedModel, folder: ModelFolder, lora: LoRASettings | None, dtype: str) -> nn.Layer:
+    """The loaded model with adapters if wanted, in the storage that was asked for."""
+    by_rounding = dtype == "bfloat16" and model.config.dtype == "float32"
+    adapted = add_lora(model, lora, base=folder.path, dtype=dtype) if lora else model
+    return store_in_bfloat16(adapted) if by_rounding else adapted
 
 
 def open_folder(path: str | os.PathLike, *, role: str = "model") -> ModelFolder:
@@ -208,24 +217,26 @@ def load_config(
     if folder.model_type == "mistral":
         # paddlenlp's Mistral embeds this id as zeros; it may be eos or an ordinary token, and pads are never read
         config.pad_token_id = None
-    config.dtype = usable_dtype(dtype, role=role)
+    config.dtype = built_dtype(dtype, role=role)
     _check_config(config, folder, role=role)
     translate_rope_scaling(config, where=f"{role}: {folder.path / CONFIG_FILE}")
     return config
 
 
-def usable_dtype(dtype: str, *, role: str = "model") -> str:
-    """Return ``dtype``, or ``"float32"`` where the device has no kernels for it; says so once.
+def built_dtype(dtype: str, *, role: str = "model") -> str:
+    """Return the dtype of the tensors that a model of ``dtype`` is built with: itself, or on a CPU ``"float32"``, where
+    bfloat16 is rounded storage.
 
     Raises:
-        ModelError: no such dtype.
+        ModelError: no such dtype, or float16 on a CPU.
     """
     if dtype not in DTYPES:
         raise ModelError(f"{role}: dtype {dtype!r} is unknown; it is one of {', '.join(DTYPES)}")
-    if dtype != "float32" and paddle.get_device() == "cpu":
-        say_once(f"models are loaded as float32 in place of {dtype}: Paddle has no {dtype} kernels on CPUs")
-        return "float32"
-    return dtype
+    if not runtime.is_cpu():
+        return dtype
+    if dtype == "float16":
+        raise ModelError(f"{role}: Paddle has no float16 kernels on CPUs; load it as float32 or bfloat16")
+    return "float32"
 
 
 def _check_config(config: PretrainedConfig, folder: ModelFolder, *, role: str) -> None:

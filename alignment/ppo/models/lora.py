@@ -54,13 +54,20 @@ class LoRASettings:
             raise ModelError(f"LoRA dropout must be at least 0 and below 1, got {self.dropout}")
 
 
-def add_lora(model: PretrainedModel, settings: LoRASettings, *, base: str | os.PathLike | None = None) -> LoRAModel:
+def add_lora(
+    model: PretrainedModel,
+    settings: LoRASettings,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: str | None = None,
+) -> LoRAModel:
     """Wrap a model so that only adapters (and a score model's head) are trained.
 
     Args:
         model: a causal or score model.
         settings: rank and so on.
         base: the folder of the plain model, recorded in the adapter so that it can be merged later.
+        dtype: that the model is stored in, recorded too; its tensors' own if not given.
 
     Raises:
         ModelError: no linear layer matches the target modules.
@@ -91,6 +98,8 @@ def add_lora(model: PretrainedModel, settings: LoRASettings, *, base: str | os.P
             f"whole names such as "
             f"{', '.join(examples)}"
         )
+    if dtype is not None:
+        adapted.lora_config.dtype = dtype  # tensors that are stored by rounding do not say it
     return adapted
 
 
@@ -111,6 +120,7 @@ def merge_lora(path: str | os.PathLike, output_dir: str | os.PathLike, base: str
         ModelError: no adapter there; its base is unknown or cannot be loaded; the adapter does not fit the base.
     """
     from .loading import load_causal_lm, load_score_model
+    from .precision import store_in_bfloat16
     from .saving import save_model
     from .tokenizers import copy_tokenizer_files
 
@@ -146,6 +156,8 @@ def merge_lora(path: str | os.PathLike, output_dir: str | os.PathLike, base: str
         model = load_causal_lm(base, role="base of the LoRA adapter")
     plain = set(model.state_dict())
     _apply_adapter(model, folder)
+    if read_json(folder / LORA_CONFIG_FILE).get("dtype") == "bfloat16":
+        store_in_bfloat16(model)  # merged in float32, rounded once
     # Saved without the adapters' own tensors; peft's restore_original_model() would add biases to layers that have
     # none.
     state = {name: tensor for name, tensor in model.state_dict().items() if name in plain}
@@ -163,7 +175,7 @@ def _apply_adapter(model: PretrainedModel, folder: Path) -> None:
 
     try:
         config = LoRAConfig.from_pretrained(str(folder))
-        config.lora_dropout = 0.0
+        config.lora_dropout, config.dtype = 0.0, "float32"
         adapted = LoRAModel(model, config)
         pickled, index = (folder / name for name in LORA_WEIGHT_FILES)
         files = [PaddleFile(pickled)] if pickled.is_file() else [SafetensorsFile(shard) for shard in shards_of(index)]

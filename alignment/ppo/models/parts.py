@@ -19,6 +19,7 @@ from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
 from alignment.parallel.topology import Topology, layers_of_stage
 
 from .forward import backbone_of, unwrap
+from .precision import is_rounded, store_in_bfloat16
 
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
@@ -156,7 +157,7 @@ def empty_like(model: nn.Layer, topology: Topology) -> nn.Layer:
     for parameter in new.parameters():
         parameter.stop_gradient = True
     new.eval()
-    return new
+    return store_in_bfloat16(new) if is_rounded(model) else new
 
 
 def without_sequence_parallel(model: nn.Layer, topology: Topology) -> nn.Layer:
@@ -170,4 +171,4 @@ def without_sequence_parallel(model: nn.Layer, topology: Topology) -> nn.Layer:
             if own[path]._parameters[name] is not None:
                 layer._parameters[name] = own[path]._parameters[name]
     new.eval()
-    return new
+    return store_in_bfloat16(new) if is_rounded(model) else new

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -14,6 +15,7 @@ from alignment.errors import ModelError
 from .folders import GENERATION_CONFIG_FILE
 from .forward import unwrap
 from .parts import whole_config
+from .precision import is_rounded, stored_dtype
 from .safetensors_file import StoredTensor, code_of, write_weights
 from .score_model import ScoreModelMixin
 from .upstream import quiet_paddlenlp
@@ -41,7 +43,7 @@ def save_model(
     inner = unwrap(model)
     if inner is model:
         tensors = inner.state_dict() if state_dict is None else state_dict
-        stored = [StoredTensor(n, tuple(t.shape), code_of(t.dtype), t.numpy) for n, t in tensors.items()]
+        stored = [StoredTensor(n, tuple(t.shape), _code(inner, n, t.dtype), t.numpy) for n, t in tensors.items()]
         _write_folder(inner, Path(folder), stored)
         return
     if isinstance(inner, ScoreModelMixin):
@@ -65,10 +67,16 @@ def save_whole_model(model: nn.Layer, folder: str | os.PathLike, tensors: dict[s
         ModelError: the folder cannot be written.
     """
     stored = [
-        StoredTensor(name, tuple(array.shape), code_of(array.dtype), lambda array=array: array)
+        StoredTensor(name, tuple(array.shape), _code(unwrap(model), name, array.dtype), lambda array=array: array)
         for name, array in tensors.items()
     ]
     _write_folder(unwrap(model), Path(folder), stored)
+
+
+def _code(model: nn.Layer, name: str, dtype: Any) -> str:
+    """What a tensor is written as: bfloat16 where float32 holds bfloat16 numbers; statistics are as they are."""
+    code = code_of(dtype)
+    return "BF16" if code == "F32" and is_rounded(model) and not name.startswith("normalizer.") else code
 
 
 def _write_folder(inner: nn.Layer, folder: Path, tensors: list[StoredTensor]) -> None:
@@ -79,7 +87,7 @@ def _write_folder(inner: nn.Layer, folder: Path, tensors: list[StoredTensor]) ->
         inner.write_normalizer_to_config()
     config = whole_config(inner.config)
     config.architectures = [type(inner).__name__]
-    config.dtype = str(next(iter(inner.parameters())).dtype).rpartition(".")[2]
+    config.dtype = stored_dtype(inner)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(folder))
