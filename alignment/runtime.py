@@ -298,6 +298,19 @@ def seed_everything(seed: int) -> None:
     paddle.seed(seed)
 
 
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, a GPU multiplies float32 matrices in float32; Paddle's default there is TF32, which keeps 10 bits."""
+    from paddle.base import core
+
+    former = core.get_cublas_switch()
+    core.set_cublas_switch(False)
+    try:
+        yield
+    finally:
+        core.set_cublas_switch(former)
+
+
 def device_name() -> str:
     """Return Paddle's name of the current device: ``"cpu"``, ``"gpu:0"``, ..."""
     import paddle

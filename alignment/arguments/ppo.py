@@ -167,6 +167,13 @@ class ObjectiveFields:
     )
     missing_eos_score: float = argument(-1.0, "The fixed score.")
     missing_eos_penalty: float = argument(1.0, "The penalty.", ge=0)
+    checks: str = argument(
+        "strict",
+        "Whether the rollout's log-probs are the training network's, first ratios are 1, gradients reach every tensor "
+        "and frozen ones rest: strict stops a run whose first iteration fails (later ones warn unless the error is "
+        "gross), warn says it, off does not look.",
+        choices=("strict", "warn", "off"),
+    )
 
 
 @dataclass

@@ -415,18 +415,27 @@ class Engine:
         everyone = self.world.all_processes((topology.replica, square), f"gradient norm of {self.name}")
         return math.sqrt(sum(value for replica, value in everyone if replica == topology.replica))
 
-    def parameter_fingerprints(self) -> dict[str, tuple[float, float]]:
-        """Per parameter (trained or frozen, by structured name) ``(crc32 of its bytes, sum of its values)``: any
-        changed bit changes it.
+    def parameter_fingerprints(self, *, trained: bool = True) -> dict[str, int]:
+        """Per parameter, by structured name, the sum of its bit patterns as whole numbers: any one changed bit changes
+        it, and it is computed where the parameter is. With sharding stage 3 of this process's own parameters.
+
+        Args:
+            trained: with false, only parameters that are not trained.
         """
-        result = {}
-        with self.awake():
-            for local, parameter in self.model.named_parameters():
-                array = np.ascontiguousarray(parameter.detach().numpy())
-                # bfloat16 comes as uint16 bit patterns: their sum is no value, but a checksum all the same.
-                crc = float(zlib.crc32(array.view(np.uint8).reshape(-1)))
-                result[self._pieces[local].name] = (crc, float(array.sum(dtype=np.float64)))
-        return result
+        elsewhere: set[str] = set()
+        if self._sharding is not None and self.topology.sharding_stage >= 3 and not self._awake:
+            elsewhere = set(self._sharding.parameters) - set(self._sharding.owned)
+        left_out = elsewhere if trained else elsewhere | set(self._parameters)
+        named = {self._pieces[local].name: parameter for local, parameter in self.model.named_parameters()}
+        sums = {name: _bit_sum(parameter) for name, parameter in named.items() if name not in left_out}
+        return dict(zip(sums, paddle.stack(list(sums.values())).tolist(), strict=True)) if sums else {}
+
+    def largest_moments(self) -> dict[str, float]:
+        """The largest ``|first moment|`` of each tensor whose optimizer state this process has, by structured name:
+        above 0 where a gradient has come.
+        """
+        found = {name: slot.abs().max().astype("float32") for name, kind, slot in self._slots() if kind == "moment1"}
+        return dict(zip(found, paddle.stack(list(found.values())).tolist(), strict=True)) if found else {}
 
     def check_same_on_all_ranks(self) -> None:
         """Compare the trained weights over all ranks.
@@ -601,6 +610,13 @@ class Engine:
     def _ready_masters(self) -> None:
         if self._by_rounding:
             make_masters(self._optimizer, self._owned.values())
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bit patterns, int64 ``[]``; in pieces, because integers are summed from a wider copy."""
+    flat = paddle.view(tensor.detach(), f"int{8 * tensor.element_size()}").reshape([-1])
+    pieces = [flat[start : start + (1 << 24)].astype("int64").sum() for start in range(0, int(flat.shape[0]), 1 << 24)]
+    return paddle.add_n(pieces)
 
 
 def enable_recompute(model: Any) -> None:

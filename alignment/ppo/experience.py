@@ -82,6 +82,11 @@ def summed_k1(experience: Experience) -> np.ndarray:
     return ((experience.logprobs - experience.ref_logprobs) * experience.mask).sum(axis=1)
 
 
+def rollout_gaps(experience: Experience) -> np.ndarray:
+    """``[N]``, of each response token: how far the log-prob of the rollout engine is from the training network's."""
+    return np.abs(experience.rollout.logprobs - experience.logprobs)[experience.mask > 0]
+
+
 def describe_experience(experience: Experience, kl_coeff: float) -> Statistics:
     """The metrics of one rollout (names as in the reference where it has them)."""
     stats, rollout, mask = Statistics(), experience.rollout, experience.mask
@@ -102,7 +107,8 @@ def describe_experience(experience: Experience, kl_coeff: float) -> Statistics:
     stats.add("train/returns", (experience.returns * mask).sum(), tokens)
     stats.add("train/advantages", (experience.advantages * mask).sum(), tokens)
     stats.add("train/explained_variance", explained_variance(experience.values, experience.returns, mask), 1)
-    gap = np.abs(experience.rollout.logprobs - experience.logprobs) * mask
-    stats.maximum("train/rollout_logprob_gap", float(gap.max(initial=0.0)))
+    gaps = rollout_gaps(experience)
+    stats.add("train/rollout_logprob_gap_mean", gaps.sum(), tokens)
+    stats.maximum("train/rollout_logprob_gap", float(gaps.max(initial=0.0)))
     stats.set("train/kl_coeff", kl_coeff)
     return stats

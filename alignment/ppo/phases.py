@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from alignment import runtime
 from alignment.errors import InvariantError
 from alignment.parallel import World
 from alignment.ppo.algorithms.advantages import RunningMoments
 from alignment.ppo.algorithms.kl import FixedKLController
 from alignment.ppo.dataflow import PPO_ITERATION, PhaseTimer
-from alignment.ppo.experience import assemble_experience, describe_experience, summed_k1
+from alignment.ppo.experience import assemble_experience, describe_experience, rollout_gaps, summed_k1
 from alignment.ppo.generation.engine import GenerationPrompt
 from alignment.ppo.generation.layouts import RolloutEngine
 from alignment.ppo.generation.sampler import SamplingSettings
-from alignment.ppo.invariants import check_rollout_gap
+from alignment.ppo.invariants import Guard, check_rollout_gap, precision_of
 from alignment.ppo.rewards import RewardResult
 from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
 from alignment.ppo.rollout import Experience, Rollout, join_rollouts
@@ -68,6 +69,8 @@ class RolloutPhases:
         reshard_bytes: received by rollout weights since this was last set to 0.
         kl_adapts: whether the KL controller learns from the next rollout; not while only the critic is trained, since
             the policy is the reference until then and a KL of 0 says nothing about the coefficient.
+        first: whether no rollout was made yet.
+        guard: what a check that fails does.
     """
 
     def __init__(
@@ -84,7 +87,17 @@ class RolloutPhases:
         self.args, self.world, self.roles, self.score = args, world, roles, score
         self.generator, self.sampling, self.kl_controller, self.moments = generator, sampling, kl_controller, moments
         self.timer, self.stats, self.tokens, self.reshard_bytes = PhaseTimer(), Statistics(), 0, 0
-        self.kl_adapts = True
+        self.kl_adapts, self.first, self.guard = True, True, Guard(args.checks)
+
+    @property
+    def precision(self) -> str:
+        """What the checks' bounds go by; the first rollout's products are exact (:meth:`exactly`)."""
+        return precision_of(self.roles.actor.engine.dtype, on_cpu=runtime.is_cpu(), exact=self.first)
+
+    def exactly(self) -> contextlib.AbstractContextManager[None]:
+        """Around an iteration: exact float32 products in the first one, where exactness is checked."""
+        checked = self.first and self.guard.looks and self.roles.actor.engine.dtype == "float32"
+        return runtime.exact_products() if checked else contextlib.nullcontext()
 
     def functions(self) -> dict[str, Callable[..., Any]]:
         """The phases' functions by name, for training."""
@@ -173,8 +186,9 @@ class RolloutPhases:
             whole, join(1), join(2), join(4), totals, pieces, self.args, self.kl_controller, self.moments
         )
         self.stats = describe_experience(experience, self.kl_controller.kl_coeff)
-        gap = self.stats.result()["train/rollout_logprob_gap"]
-        check_rollout_gap(gap, self.roles.actor.engine.dtype, self.sampling.temperature)
+        gaps = rollout_gaps(experience)
+        check_rollout_gap(gaps, self.precision, self.sampling.temperature, self.guard, first=self.first)
+        self.first = False
         self.tokens = int(whole.lengths.sum())
         self._count_tokens(whole)
         if self.kl_adapts:

@@ -27,7 +27,7 @@ from alignment.ppo.generation.engine import GenerationPrompt
 from alignment.ppo.generation.layouts import RolloutEngine
 from alignment.ppo.generation.sampler import SamplingSettings
 from alignment.ppo.halfway import HalfUsed, load_half_used
-from alignment.ppo.invariants import MovementCheck
+from alignment.ppo.invariants import FirstStepCheck
 from alignment.ppo.phases import Roles, RolloutPhases
 from alignment.ppo.ptx import PtxStream
 from alignment.ppo.rewards import RewardResult
@@ -122,7 +122,8 @@ class PPOTrainer:
         )
         self.functions: dict[str, Callable[..., Any]] = {}
         if roles.critic is not None:
-            self.updater = PPOUpdater(args, world, roles.actor, roles.critic, self.ptx, generator.tokenizer.decode)
+            decode, guard = generator.tokenizer.decode, self.phases.guard
+            self.updater = PPOUpdater(args, world, roles.actor, roles.critic, self.ptx, decode, guard)
             self.functions = {
                 **self.phases.functions(),
                 "update": self.phases.awake(("actor", "critic"), self._update, whole=False),
@@ -180,7 +181,8 @@ class PPOTrainer:
         else:
             values, first = {"experience": half.experience}, "update"
             self.phases.stats, self.rows = half.rollout_stats, half.rows
-        PPO_ITERATION.run(self.functions, values, self.phases.timer, lambda call: self._enter(call.name), first)
+        with self.phases.exactly():
+            PPO_ITERATION.run(self.functions, values, self.phases.timer, lambda call: self._enter(call.name), first)
         if self.half_used is not None:
             return
         self.state.rollouts += 1
@@ -237,10 +239,10 @@ class PPOTrainer:
         step = self.state.global_step
         self.pending.merge(self.phases.stats)
         self.pending.merge(stats)
-        movement = self.updater.movement
-        if movement is not None and movement.done:
-            movement.frozen_roles()
-            self.updater.movement = None
+        first_step = self.updater.first_step
+        if first_step is not None and first_step.done:
+            first_step.frozen_tensors()
+            self.updater.first_step = None
         self.writer.advance(step, tokens=self.phases.tokens)
         self.phases.tokens = 0
         if step % self.args.logging_steps == 0 or step >= self.sizes.total_steps:
@@ -306,11 +308,11 @@ class PPOTrainer:
             self.writer.write,
         )
         self.evaluator.drop_after(self.state.global_step or -1)
-        if self.state.global_step == 0 and self.updater is not None:
+        if self.state.global_step == 0 and self.updater is not None and self.phases.guard.looks:
             roles = {name: getattr(self.roles, name) for name in ("actor", "critic", "reference", "reward")}
             engines = {name: role.engine for name, role in roles.items() if role is not None}
             using = {"using": self.residency.using} if self.residency is not None else {}
-            self.updater.check_first_step(MovementCheck(engines, **using))
+            self.updater.first_step = FirstStepCheck(engines, self.phases.guard, **using)
 
     def _evaluation_modes(self) -> dict[str, SamplingSettings]:
         base, temperature = (

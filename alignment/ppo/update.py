@@ -15,9 +15,10 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from alignment import runtime
 from alignment.parallel import World
 from alignment.ppo.algorithms.losses import policy_loss, value_loss
-from alignment.ppo.invariants import MovementCheck, check_first_pass
+from alignment.ppo.invariants import FirstStepCheck, Guard, check_first_pass, check_later_pass, precision_of
 from alignment.ppo.nonfinite import FiniteCheck
 from alignment.ppo.ptx import PtxStream
 from alignment.ppo.roles import PolicyRole, ValueRole
@@ -116,6 +117,10 @@ class PPOUpdater:
         critic: the trained value function.
         ptx: supervised rows for the ptx loss, or ``None``.
         decode: turns token ids into text, for the dump of a batch whose loss is not finite.
+        guard: what a check that fails does.
+
+    Attributes:
+        first_step: checks the first optimizer step of each role; ``None`` where there is nothing (more) to check.
     """
 
     def __init__(
@@ -126,15 +131,13 @@ class PPOUpdater:
         critic: ValueRole,
         ptx: PtxStream | None,
         decode: Callable[[list[int]], str],
+        guard: Guard,
     ) -> None:
         self.args, self.world, self.actor, self.critic, self.ptx = args, world, actor, critic, ptx
         self.finite = FiniteCheck(args.output_dir, world.rank, decode)
-        self.movement: MovementCheck | None = None
-        self.check_ratio = False
-
-    def check_first_step(self, movement: MovementCheck) -> None:
-        """Assert the first step's invariants in the steps that follow."""
-        self.movement, self.check_ratio = movement, True
+        self.guard = guard
+        self.first_step: FirstStepCheck | None = None
+        self._log_ratios: list[np.ndarray] | None = []  # of the first step; None behind it
 
     def run(
         self,
@@ -164,6 +167,8 @@ class PPOUpdater:
             train_actor = global_step >= self.args.critic_warmup_steps
             stop = self._actor_step(window, local, global_step) if train_actor else False
             stats = local.over_ranks(self.world)
+            if window.first_pass and train_actor:
+                self._check_ratios(stats)
             global_step += 1
             if not on_step(stats, None if stop else window.after, window.all_tokens) or stop:
                 break
@@ -188,8 +193,9 @@ class PPOUpdater:
                 args.clip_range_value,
                 denominator=denominator,
             )
-            value = self.finite.require(float(loss), "critic loss", part, global_step)
-            return loss * args.value_coeff, (value, float(clipped), float(part.mask.sum()))
+            value, clip_count = _to_host(loss, clipped)
+            self.finite.require(value, "critic loss", part, global_step)
+            return loss * args.value_coeff, (value, clip_count, float(part.mask.sum()))
 
         parts = self._micro_batches(window.mine)
         for value, clipped, tokens in self.critic.train(parts, _rollout, loss_of):
@@ -198,16 +204,14 @@ class PPOUpdater:
         result = self.critic.engine.step()
         stats.set("train/reward_critic_lr", result.learning_rate)
         stats.set("train/reward_critic_grad_norm", result.grad_norm)
-        if self.movement is not None:
-            self.movement.after_step("critic", result.learning_rate, result.grad_norm)
+        if self.first_step is not None:
+            self.first_step.after_step("critic", result.grad_norm)
 
     def _actor_step(self, window: Window, stats: Statistics, global_step: int) -> bool:
         """One optimizer step of the actor; returns whether the update is to stop because the policy moved too far."""
         engine = self.actor.engine
         tokens = float(window.mine.mask.sum()) if len(window.mine) else 0.0
         self._actor_backward(window, stats, global_step)
-        if self.check_ratio and window.first_pass:
-            self._check_ratio(stats)
         if self._moved_too_far(stats, tokens):
             engine.clear_gradients()
             stats.set("train/early_stopped", 1.0)
@@ -217,14 +221,18 @@ class PPOUpdater:
         result = engine.step()
         stats.set("train/actor_lr", result.learning_rate)
         stats.set("train/actor_grad_norm", result.grad_norm)
-        if self.movement is not None:
-            self.movement.after_step("actor", result.learning_rate, result.grad_norm)
+        if self.first_step is not None:
+            self.first_step.after_step("actor", result.grad_norm)
         return False
 
     def _actor_backward(self, window: Window, stats: Statistics, global_step: int) -> None:
         args = self.args
 
-        def loss_of(logprobs: Tensor, entropy: Tensor, part: Experience) -> tuple[Tensor, Statistics]:
+        wants_ratios = self.guard.looks and self._log_ratios is not None and window.first_pass
+
+        def loss_of(
+            logprobs: Tensor, entropy: Tensor, part: Experience
+        ) -> tuple[Tensor, tuple[Statistics, np.ndarray | None]]:
             mask = paddle.to_tensor(part.mask)
             result = policy_loss(
                 logprobs,
@@ -237,31 +245,48 @@ class PPOUpdater:
                 args.policy_loss_mean,
                 window.denominator(args.policy_loss_mean),
             )
-            loss, entropy_sum = result.loss, (entropy * mask).sum()
-            value = self.finite.require(float(loss), "actor loss", part, global_step)
+            loss, entropies = result.loss, (entropy * mask).sum()
+            # one look at the device for all figures
+            value, entropy_sum, clip_count, approx_kl, ratio, max_ratio, max_error = _to_host(
+                loss, entropies, result.clip_fraction, result.approx_kl, result.ratio, result.max_ratio,
+                result.max_ratio_error,
+            )  # fmt: skip
+            self.finite.require(value, "actor loss", part, global_step)
             if args.entropy_coeff:
-                loss = loss - args.entropy_coeff * entropy_sum / window.denominator("token")
+                loss = loss - args.entropy_coeff * entropies / window.denominator("token")
             tokens, answers = float(part.mask.sum()), float((part.rollout.response_len > 0).sum())
             weight = tokens if args.policy_loss_mean == "token" else answers
             figures = Statistics()
             figures.add("train/actor_loss", value * window.denominator(args.policy_loss_mean), weight)
-            figures.add("train/entropy", float(entropy_sum), tokens)
-            figures.add("train/clip_fraction", float(result.clip_fraction), tokens)
-            figures.add("train/approx_kl", float(result.approx_kl), tokens)
-            figures.add("train/ratio_mean", float(result.ratio), tokens)
-            figures.maximum("train/ratio_max", float(result.max_ratio))
-            figures.maximum("train/ratio_error_max", float(result.max_ratio_error))
-            return loss, figures
+            figures.add("train/entropy", entropy_sum, tokens)
+            figures.add("train/clip_fraction", clip_count, tokens)
+            figures.add("train/approx_kl", approx_kl, tokens)
+            figures.add("train/ratio_mean", ratio, tokens)
+            figures.maximum("train/ratio_max", max_ratio)
+            figures.maximum("train/ratio_error_max", max_error)
+            ratios = (logprobs.detach().numpy() - part.logprobs)[part.mask > 0] if wants_ratios else None
+            return loss, (figures, ratios)
 
         parts = self._micro_batches(window.mine)
-        for figures in self.actor.train(parts, _rollout, loss_of, args.entropy_coeff != 0.0):
+        for figures, ratios in self.actor.train(parts, _rollout, loss_of, args.entropy_coeff != 0.0):
             stats.merge(figures)
+            if ratios is not None and self._log_ratios is not None:
+                self._log_ratios.append(ratios)
 
-    def _check_ratio(self, stats: Statistics) -> None:
-        joined = stats.over_ranks(self.world).result()
-        if "train/approx_kl" in joined:
-            check_first_pass(joined["train/ratio_error_max"], joined["train/approx_kl"], self.actor.engine.dtype)
-            self.check_ratio = False
+    def _check_ratios(self, stats: Statistics) -> None:
+        """Behind the first optimizer step of a rollout: of the first rollout by its ratios, later by the mean KL."""
+        if not self.guard.looks or "train/approx_kl" not in stats.sums:
+            return
+        first, temperature = self._log_ratios is not None, self.actor.temperature
+        exact = first and self.args.critic_warmup_steps == 0  # with a warm-up, exact products end before this step
+        precision = precision_of(self.actor.engine.dtype, on_cpu=runtime.is_cpu(), exact=exact)
+        if self._log_ratios is None:
+            check_later_pass(stats.result()["train/approx_kl"], precision, temperature, self.guard)
+            return
+        everyone = self.world.all_gather_object([part for part in self._log_ratios if part is not None])
+        self._log_ratios = None
+        ratios = [part for parts in everyone for part in parts]
+        check_first_pass(np.concatenate(ratios) if ratios else np.zeros(0), precision, temperature, self.guard)
 
     def _moved_too_far(self, stats: Statistics, tokens: float) -> bool:
         if self.args.target_kl is None:
@@ -287,6 +312,11 @@ class PPOUpdater:
         ]
         for value, count in self.actor.train_supervised(batches, loss_of):
             stats.add("train/ptx_loss", value, count)
+
+
+def _to_host(*figures: Tensor) -> list[float]:
+    """Scalars ``[]`` float32, brought over in one copy: each copy waits for the device."""
+    return paddle.stack([figure.detach() for figure in figures]).tolist()
 
 
 def _rollout(part: Experience) -> Rollout:
