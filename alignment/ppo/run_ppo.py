@@ -287,8 +287,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     )
 
     def save_extras(folder: Path) -> None:
-        save_tokenizer(data.tokenizer, folder)
-        data.template.save(folder)
+        save_tokenizer(data.tokenizer, folder, data.template)
 
     roles = Roles(
         PolicyRole(actor, args.temperature, infer_rows, budget),

@@ -136,8 +136,7 @@ def train_stage(
     def save(folder: Path) -> None:
         engine.save_weights(folder)
         if world.is_main:
-            save_tokenizer(tokenizer, folder)
-            template.save(folder)
+            save_tokenizer(tokenizer, folder, template)
 
     stage = make_stage(engine, tokenizer, save)
     return StageTrainer(stage, args, world, data.train, data.evaluation, argv=argv, resume=resume).run()

@@ -70,10 +70,15 @@ def test_missing_pad_is_chosen_without_growing_the_vocabulary(
 def test_a_pad_beyond_the_embedding_is_replaced(kit: Any, tmp_path: Path, said: Said) -> None:
     folder = kit.tokenizer_folder(tmp_path / "t")
     size = len(load_tokenizer(folder).get_vocab())
-    kit.tokenizer_folder(folder, pad_token="<pad-added-by-hand>")
+    kit.tokenizer_folder(folder, pad_token="<[pad]>", added_tokens_decoder={str(size): {"content": "<[pad]>"}})
     (folder / "config.json").write_text(json.dumps({"vocab_size": size}))
     assert load_tokenizer(folder).pad_token == "<|pad|>"
     assert f"pads with id {size}, which has no row in the model's embedding ({size} rows)" in said()
+
+
+def test_a_pad_that_is_no_token_is_replaced(kit: Any, tmp_path: Path, said: Said) -> None:
+    assert load_tokenizer(kit.tokenizer_folder(tmp_path / "t", pad_token="<nothing>")).pad_token == "<|pad|>"
+    assert "the tokenizer has no pad token" in said()
 
 
 def test_pad_may_equal_eos(kit: Any, tmp_path: Path, said: Said) -> None:
@@ -148,25 +153,31 @@ BAD: dict[str, tuple[Callable[[Any, Path], object], str]] = {
     ),
     "no vocabulary": (
         lambda kit, f: (kit.tokenizer_folder(f) / "vocab.json").unlink(),
-        r"the tokenizer in .* cannot be loaded",
+        r"vocab\.json and merges\.txt cannot be loaded",
     ),
     "damaged vocabulary": (
         lambda kit, f: (kit.tokenizer_folder(f) / "vocab.json").write_text("{"),
-        r"cannot be loaded \(JSONDecodeError",
+        r"vocab\.json and merges\.txt cannot be loaded \(.*EOF",
     ),
     "damaged tokenizer.json": (
         lambda kit, f: (kit.tokenizer_folder(f, **FAST) / "tokenizer.json").write_text("{}"),
-        r"cannot be loaded \(.*; .*\)",
+        r"the tokenizer\.json cannot be loaded \(.*line 1",
     ),
     "no eos": (
         lambda kit, f: kit.tokenizer_folder(f, eos_token=None, **FAST),
         r'has no end-of-sequence token; set "eos_token" in .*tokenizer_config\.json to the token that ends an answer',
     ),
+    "eos that is no token": (
+        lambda kit, f: kit.tokenizer_folder(f, eos_token="<end-of-turn>"),
+        r"has no token '<end-of-turn>', which is to end sequences; set \"eos_token\" in ",
+    ),
     "eos unknown to the model": (
-        lambda kit, f: (kit.tokenizer_folder(f, eos_token="<end-of-turn>") / "config.json").write_text(
-            '{"vocab_size": 256}'
-        ),
-        r"end-of-sequence token '<end-of-turn>' .* but the model's embedding has only 256 rows",
+        lambda kit, f: (kit.tokenizer_folder(f, eos_token="the") / "config.json").write_text('{"vocab_size": 256}'),
+        r"end-of-sequence token 'the' .* but the model's embedding has only 256 rows",
+    ),
+    "files of two tokenizers": (
+        lambda kit, f: kit.tokenizer_folder(f, added_tokens_decoder={"7": {"content": "<|pad|>"}}, **FAST),
+        r"gives the token '<\|pad\|>' the id 7, but tokenizer\.json gives it 1; the two files are not of one tokenizer",
     ),
 }
 
@@ -246,3 +257,84 @@ def test_reward_inputs_carry_system_prompts(kit: Any, tmp_path: Path) -> None:
     )
     first, second = (tokenizer.decode(row) for row in rows_of(ids, lengths))
     assert "Be the cat." in first and "Be the cat." not in second
+
+
+CHATML_TEXT = (
+    "<|im_start|>user\nthe cat 🙂<|im_end|>\n<|im_start|>assistant\n <think> \nthe mat</think>\n\n42<|im_end|>\n"
+)
+ADDED = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+
+
+def qwen2_folder(kit: Any, folder: Path, *, with_json: bool) -> Path:
+    """As Qwen2.5's: special tokens as plain text, further added tokens (not special) in added_tokens_decoder alone."""
+    from tokenizers import AddedToken, Tokenizer
+
+    kit.tokenizer_folder(folder, fast=True)
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.add_tokens([AddedToken(text, normalized=False, special=index < 2) for index, text in enumerate(ADDED)])
+    decoder = {
+        str(index): {"content": token.content, "special": token.special, "normalized": False}
+        for index, token in fast.get_added_tokens_decoder().items()
+    }
+    kit.tokenizer_folder(folder, eos_token="<|im_end|>", added_tokens_decoder=decoder)
+    (folder / "tokenizer.json").unlink()
+    if with_json:
+        fast.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+def test_white_space_and_added_tokens_are_those_of_tokenizer_json(kit: Any, tmp_path: Path, with_json: bool) -> None:
+    """D1, D2: the newline after a turn's end stays, added tokens are one token, whichever files lie in the folder."""
+    from tokenizers import Tokenizer
+
+    truth = Tokenizer.from_file(str(qwen2_folder(kit, tmp_path / "truth", with_json=True) / "tokenizer.json"))
+    tokenizer = load_tokenizer(qwen2_folder(kit, tmp_path / "t", with_json=with_json))
+    ids = tokenizer(CHATML_TEXT)["input_ids"]
+    assert ids == truth.encode(CHATML_TEXT).ids
+    assert all(truth.token_to_id(text) in ids for text in ADDED)
+    assert tokenizer.decode(ids) == CHATML_TEXT
+    assert tokenizer.decode(ids, skip_special_tokens=True) == CHATML_TEXT.replace("<|im_start|>", "").replace(
+        "<|im_end|>", ""
+    )
+    assert tokenizer.decode([*ids, 10**6]) == CHATML_TEXT  # P7: an id without a token is nothing
+
+
+def test_a_tokenizer_is_saved_as_it_was_read(kit: Any, tmp_path: Path) -> None:
+    """D2, D28: the very tokenizer.json, the chat template in the form that others read, and what else was there."""
+    folder = qwen2_folder(kit, tmp_path / "t", with_json=True)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = load_tokenizer(folder)
+    save_tokenizer(tokenizer, tmp_path / "plain")
+    before, plain = contents(folder), contents(tmp_path / "plain")
+    assert {name for name in before if before[name] == plain.get(name)} >= set(before) - {"tokenizer_config.json"}
+    template = PromptTemplate.resolve("beaver", tokenizer)
+    save_tokenizer(tokenizer, tmp_path / "trained", template)
+    trained = contents(tmp_path / "trained")
+    assert trained["tokenizer.json"] == before["tokenizer.json"]
+    assert trained["chat_template.jinja"].decode() == template.as_jinja()
+    assert json.loads(trained["tokenizer_config.json"])["chat_template"] == template.as_jinja()
+    assert PromptTemplate.load(tmp_path / "trained") == PromptTemplate("beaver")
+    again = load_tokenizer(tmp_path / "trained")
+    assert again(CHATML_TEXT) == tokenizer(CHATML_TEXT) and not tokenizer_differs(again, tokenizer)
+
+
+def test_a_fetched_tokenizer_is_that_of_its_folder(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D22: a hub's name stands for the folder that was fetched, template and fingerprint included."""
+    from alignment.ppo.data.cache import tokenizer_fingerprint
+    from alignment.ppo.models import upstream
+
+    cache = qwen2_folder(kit, tmp_path / "cache" / "owner" / "model", with_json=True)
+    (cache / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+
+    def from_cache(name: str, files: list[str]) -> str | None:
+        found = tmp_path / "cache" / name / files[0]
+        return str(found) if found.is_file() else None
+
+    monkeypatch.setattr(upstream, "resolve_file_path", from_cache)
+    tokenizer = load_tokenizer("owner/model")
+    assert Path(tokenizer.name_or_path) == cache
+    assert PromptTemplate.resolve("chat", tokenizer).source == (cache / "chat_template.jinja").read_text()
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(load_tokenizer(cache))
+    with pytest.raises(ModelError, match="no folder 'owner/other', and fetching a tokenizer of that name failed"):
+        load_tokenizer("owner/other")

@@ -161,6 +161,19 @@ class PromptTemplate:
 
     # ---------------------------------------------------------------- on disk, compared
 
+    def as_jinja(self) -> str:
+        """Return the template as the Jinja source of a tokenizer's chat template, which other programs read."""
+        if self.kind != "beaver":
+            return self.source
+        before, after = PROMPT_USER.split("{input}")
+        after += PROMPT_ASSISTANT
+        return (
+            f"{{{{ {PROMPT_BEGIN!r} }}}}{{% for message in messages %}}"
+            "{% if message['role'] == 'system' %}{{ message['content'].strip() + ' ' }}"
+            f"{{% elif message['role'] == 'user' %}}{{{{ {before!r} + message['content'] + {after!r} }}}}"
+            "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return what identifies the template, as JSON values (special tokens belong to the tokenizer)."""
         if self.kind == "beaver":

@@ -30,7 +30,8 @@ from .folders import (
 from .gguf import ordinary_folder
 from .hf_config import causal_architecture, hf_config, hf_generation_config, score_architecture
 from .hf_layout import Weights
-from .hf_tokenizer import open_source_tokenizer, write_hf_tokenizer
+from .hf_tokenizer import open_source_tokenizer, write_hf_tokenizer, write_trained_template
+from .json_tokenizer import JsonTokenizer
 from .loading import CAUSAL_MODELS, load_config
 from .lora import is_adapter_folder, merge_lora
 from .safetensors_file import DTYPE_CODES, StoredTensor, write_weights
@@ -192,6 +193,10 @@ def _write(
         architecture = score_class if is_score else causal_architecture(folder.model_type)
         _write_paddle_config(target, config, architecture, written_dtype)
         copy_tokenizer_files(source, target)
+        if isinstance(tokenizer, JsonTokenizer):
+            tokenizer.save_pretrained(target)
+        if tokenizer is not None:
+            write_trained_template(source, target)
         if not is_score and (source / GENERATION_CONFIG_FILE).is_file():
             shutil.copyfile(source / GENERATION_CONFIG_FILE, target / GENERATION_CONFIG_FILE)
     else:

@@ -1,18 +1,26 @@
-"""Tokenizer files that ``transformers`` opens, from those that paddlenlp writes."""
+"""Tokenizer files that ``transformers`` opens."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import ModelError
-from alignment.log import get_logger
 
 from .folders import read_json
-from .tokenizers import TOKENIZER_CONFIG_FILE, load_tokenizer
+from .json_tokenizer import (
+    CHAT_TEMPLATE_FILE,
+    SPECIAL_NAMES,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_JSON,
+    JsonTokenizer,
+    chat_template_of,
+    write_json_file,
+)
+from .tokenizers import PROBES, load_tokenizer, write_chat_template
 
 #: paddlenlp's class -> transformers'.
 _CLASSES = {
@@ -24,14 +32,6 @@ _CLASSES = {
     "GemmaTokenizerFast": "GemmaTokenizerFast",
     "PretrainedTokenizerFast": "PreTrainedTokenizerFast",
 }
-#: paddlenlp's file -> transformers'.
-_FILES = {
-    "vocab.json": "vocab.json",
-    "merges.txt": "merges.txt",
-    "tokenizer.json": "tokenizer.json",
-    "tokenizer.model": "tokenizer.model",
-    "sentencepiece.bpe.model": "tokenizer.model",
-}
 #: Settings that both libraries know and mean alike.
 _SETTINGS = (
     "add_bos_token",
@@ -41,20 +41,6 @@ _SETTINGS = (
     "model_max_length",
     "spaces_between_special_tokens",
     "split_special_tokens",
-)
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-_TEMPLATE_FILE = "prompt_template.json"
-#: How Qwen2's tokenizers cut text before byte pairs are merged.
-_QWEN2_PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-#: What a rebuilt tokenizer must encode as the original does.
-_PROBES = (
-    "Hello, world! 3.14159 and 2,000",
-    " leading space\n\nnew lines\tand  tabs \r\n",
-    "\u00e9\u00e0\u00fc e\u0301 \u6f22\u5b57 \U0001f642 \u00a0",
-    "don't I'LL CamelCase snake_case f(x) = {1: 'a'}",
 )
 
 
@@ -76,40 +62,95 @@ def write_hf_tokenizer(source: Path, target: Path, tokenizer: Any) -> None:
         tokenizer: of :func:`open_source_tokenizer`.
 
     Raises:
-        ModelError: ``transformers`` has no tokenizer of this kind.
+        ModelError: ``transformers`` has no tokenizer of this kind, or would give other ids.
         OSError: the disk refuses.
     """
-    kind = type(tokenizer).__name__
-    copied = {new for old, new in _FILES.items() if (source / old).is_file()}
-    if kind not in _CLASSES and "tokenizer.json" not in copied:
+    if isinstance(tokenizer, JsonTokenizer):
+        tokenizer.save_pretrained(target)
+        _name_class(target, tokenizer)
+        _check_written(source, target, tokenizer)
+    else:
+        _write_sentencepiece(source, target, tokenizer)
+    write_trained_template(source, target)
+
+
+def write_trained_template(source: Path, target: Path) -> None:
+    """Copy ``prompt_template.json``, and give the tokenizer in ``target`` the same template in the form that other
+    programs read; a model without one keeps its tokenizer's.
+    """
+    from alignment.ppo.data.template import TEMPLATE_FILE, PromptTemplate
+
+    template = PromptTemplate.load(source)
+    if template is not None:
+        shutil.copyfile(source / TEMPLATE_FILE, target / TEMPLATE_FILE)
+        write_chat_template(target, template.as_jinja())
+
+
+def _name_class(target: Path, tokenizer: JsonTokenizer) -> None:
+    """Name the class that opens a ``tokenizer.json`` in every version of transformers."""
+    config = read_json(target / TOKENIZER_CONFIG_FILE, role="export")
+    if config.get("tokenizer_class") not in _CLASSES.values():
+        config["tokenizer_class"] = _CLASSES.get(config.get("tokenizer_class"), "PreTrainedTokenizerFast")
+        # What this class would add beyond them, models do not take.
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    config.setdefault(
+        "added_tokens_decoder",
+        {
+            str(index): {
+                "content": token.content,
+                "lstrip": token.lstrip,
+                "normalized": token.normalized,
+                "rstrip": token.rstrip,
+                "single_word": token.single_word,
+                "special": token.special,
+            }
+            for index, token in sorted(tokenizer.backend.get_added_tokens_decoder().items())
+        },
+    )
+    write_json_file(target / TOKENIZER_CONFIG_FILE, config)
+
+
+def _check_written(source: Path, target: Path, tokenizer: JsonTokenizer) -> None:
+    """Refuse to ship a tokenizer that encodes otherwise than the one that the model was trained with."""
+    from tokenizers import Tokenizer
+
+    shipped = Tokenizer.from_file(str(target / TOKENIZER_JSON))
+    added = tokenizer.added_tokens_encoder
+    probes = [*PROBES, *(f"one{token}two {token}\nthree" for token in added)]
+    wrong = [token for token, index in added.items() if shipped.token_to_id(token) != index]
+    wrong += [text for text in probes if shipped.encode(text).ids != tokenizer(text)["input_ids"]]
+    if wrong:
+        raise ModelError(
+            f"{source}: the exported {TOKENIZER_JSON} would encode {wrong[0]!r} otherwise than the tokenizer that the "
+            "model was trained with"
+        )
+
+
+def _write_sentencepiece(source: Path, target: Path, tokenizer: Any) -> None:
+    """Write a tokenizer of paddlenlp's classes: a SentencePiece model under the name that transformers knows."""
+    kind = type(tokenizer.inner).__name__
+    if kind not in _CLASSES:
         raise ModelError(
             f"{source}: transformers has no tokenizer for paddlenlp's {kind}; put the original model's tokenizer.json "
             f"into the folder, or export it with --format paddle"
         )
-    for old, new in _FILES.items():
-        if (source / old).is_file():
-            shutil.copyfile(source / old, target / new)
-    if kind == "Qwen2Tokenizer" and "tokenizer.json" not in copied:
-        built = qwen2_tokenizer_json(source, tokenizer)
-        if built is not None:
-            (target / "tokenizer.json").write_text(built, encoding="utf-8")
+    for name in ("tokenizer.model", "sentencepiece.bpe.model"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / "tokenizer.model")
+            break
     saved = read_json(source / TOKENIZER_CONFIG_FILE)
-    config: dict[str, Any] = {"tokenizer_class": _CLASSES.get(kind, "PreTrainedTokenizerFast")}
+    config: dict[str, Any] = {"tokenizer_class": _CLASSES[kind]}
     config |= {name: saved[name] for name in _SETTINGS if saved.get(name) is not None}
     config["model_max_length"] = int(min(tokenizer.model_max_length, 10**30))
-    if kind in ("LlamaTokenizer", "GemmaTokenizer"):
-        config["legacy"] = True  # paddlenlp gives SentencePiece whole pieces of text, as transformers' legacy way does
+    config["legacy"] = True  # paddlenlp gives SentencePiece whole pieces of text, as transformers' legacy way does
     known = tokenizer.special_tokens_map
-    special: dict[str, Any] = {name: str(known[name]) for name in _SPECIAL if known.get(name) is not None}
+    special: dict[str, Any] = {name: str(known[name]) for name in SPECIAL_NAMES if known.get(name) is not None}
     if known.get("additional_special_tokens"):
         special["additional_special_tokens"] = [str(token) for token in known["additional_special_tokens"]]
     config |= special
     atoms = {atom.content: atom for atom in _atoms(tokenizer)}
     config["added_tokens_decoder"] = {str(atom.index): atom.to_dict() for atom in atoms.values()}
-    template = _chat_template(source, saved)
-    if template:
-        config["chat_template"] = template
-    _write(target / TOKENIZER_CONFIG_FILE, config)
+    write_json_file(target / TOKENIZER_CONFIG_FILE, config)
     # paddlenlp lets tokens that stand here as plain text swallow white space, and no others.
     described = {
         name: token
@@ -117,39 +158,11 @@ def write_hf_tokenizer(source: Path, target: Path, tokenizer: Any) -> None:
         else {key: value for key, value in atoms[token].to_dict().items() if key != "special"}
         for name, token in special.items()
     }
-    _write(target / "special_tokens_map.json", described)
-    if (source / _TEMPLATE_FILE).is_file():
-        shutil.copyfile(source / _TEMPLATE_FILE, target / _TEMPLATE_FILE)
-
-
-def qwen2_tokenizer_json(source: Path, tokenizer: Any) -> str | None:
-    """Build ``tokenizer.json`` from ``vocab.json`` and ``merges.txt``; None (said in the log) if it would differ."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-    try:
-        fast = Tokenizer(models.BPE.from_file(str(source / "vocab.json"), str(source / "merges.txt")))
-    except Exception as error:  # the library's Rust code raises plain Exception
-        raise ModelError(f"{source}: vocab.json and merges.txt cannot be used: {error}") from error
-    fast.normalizer = normalizers.NFC()
-    pieces = pre_tokenizers.Split(Regex(_QWEN2_PIECES), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    fast.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
-    fast.decoder = decoders.ByteLevel()
-    fast.post_processor = processors.ByteLevel(trim_offsets=False)
-    atoms = _atoms(tokenizer)
-    fast.add_tokens([AddedToken(**atom.to_dict()) for atom in atoms])
-    probes = [*_PROBES, *(f"one{atom.content}two {atom.content}\nthree" for atom in atoms)]
-    wrong = [atom.content for atom in atoms if fast.token_to_id(atom.content) != atom.index]
-    wrong += [text for text in probes if fast.encode(text).ids != tokenizer(text)["input_ids"]]
-    if wrong:
-        get_logger().warning(
-            "%s: no tokenizer.json is written, since it would encode %r otherwise than the model's own tokenizer; "
-            "transformers then reads vocab.json and merges.txt",
-            source,
-            wrong[0],
-        )
-        return None
-    return fast.to_str(pretty=True)
+    write_json_file(target / SPECIAL_TOKENS_FILE, described)
+    template = source / CHAT_TEMPLATE_FILE
+    found = template.read_text(encoding="utf-8") if template.is_file() else chat_template_of(saved)
+    if found:
+        write_chat_template(target, found)
 
 
 @dataclass(frozen=True)
@@ -202,28 +215,3 @@ def _atoms(tokenizer: Any) -> list[_Atom]:
         ),
         key=lambda atom: atom.index,
     )
-
-
-def _chat_template(source: Path, saved: dict[str, Any]) -> str | None:
-    """Return the template that the model was trained with, as the Jinja text of transformers' chat templates."""
-    from alignment.ppo.data.template import PROMPT_ASSISTANT, PROMPT_BEGIN, PROMPT_USER, PromptTemplate
-
-    template = PromptTemplate.load(source)
-    if template is None:
-        declared = saved.get("chat_template")
-        file = source / "chat_template.jinja"
-        return file.read_text(encoding="utf-8") if file.is_file() else declared if isinstance(declared, str) else None
-    if template.kind != "beaver":
-        return template.source
-    before, after = PROMPT_USER.split("{input}")
-    after += PROMPT_ASSISTANT
-    return (
-        f"{{{{ {PROMPT_BEGIN!r} }}}}{{% for message in messages %}}"
-        "{% if message['role'] == 'system' %}{{ message['content'].strip() + ' ' }}"
-        f"{{% elif message['role'] == 'user' %}}{{{{ {before!r} + message['content'] + {after!r} }}}}"
-        "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
-    )
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

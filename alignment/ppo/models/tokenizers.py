@@ -9,31 +9,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from paddlenlp.transformers import AutoTokenizer, LlamaTokenizer, PretrainedTokenizerFast
+from paddlenlp.transformers import AutoTokenizer, LlamaTokenizer
 
 from alignment.errors import DataError, ModelError
 from alignment.log import say_once
 
 from .folders import CONFIG_FILE, looks_like_hub_name, read_json
 from .gguf import gguf_file, ordinary_folder
-from .upstream import quiet_paddlenlp
+from .json_tokenizer import (
+    CHAT_TEMPLATE_FILE,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_JSON,
+    chat_template_of,
+    open_json_tokenizer,
+    write_json_file,
+)
+from .upstream import fetch_tokenizer_from_hub, quiet_paddlenlp
 
 if TYPE_CHECKING:
     from alignment.ppo.data import PromptTemplate
 
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 #: Files that make up a tokenizer, and the prompt template that belongs to it.
 TOKENIZER_FILES = (
     TOKENIZER_CONFIG_FILE,
-    "special_tokens_map.json",
+    SPECIAL_TOKENS_FILE,
     "added_tokens.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "tokenizer.json",
+    TOKENIZER_JSON,
     "tokenizer.model",
     "sentencepiece.bpe.model",
     "chat_template.json",
+    CHAT_TEMPLATE_FILE,
     "prompt_template.json",
 )
 #: Tokens that model makers reserve and no text contains, best first.
@@ -72,16 +81,20 @@ def load_tokenizer(path: str | os.PathLike, *, model_max_length: int | None = No
     if gguf_file(path) is not None:
         path = ordinary_folder(path, role=role)
     folder = Path(path).expanduser()
+    if looks_like_hub_name(path):
+        folder = fetch_tokenizer_from_hub(str(path), TOKENIZER_FILES, role=role)
     _check_tokenizer_folder(path, folder, role=role)
-    tokenizer = _open_tokenizer(
-        path, folder, {} if model_max_length is None else {"model_max_length": model_max_length}, role=role
-    )
-    tokenizer.verbose = False  # or asking whether a special token is set logs an error where it is not
+    tokenizer = _open_tokenizer(folder, role=role)
+    if model_max_length is not None:
+        tokenizer.model_max_length = model_max_length
+    tokenizer.verbose = False  # or asking paddlenlp's whether a special token is set logs an error where it is not
     rows = _embedding_rows(folder)
     eos = tokenizer.eos_token_id if tokenizer.eos_token is not None else None
     if eos is None:
+        named = getattr(tokenizer, "missing", {}).get("eos_token")
+        lack = "no end-of-sequence token" if named is None else f"no token {named!r}, which is to end sequences"
         raise ModelError(
-            f'{role}: the tokenizer in {path} has no end-of-sequence token; set "eos_token" in '
+            f'{role}: the tokenizer in {path} has {lack}; set "eos_token" in '
             f"{folder / TOKENIZER_CONFIG_FILE} to the token "
             "that ends an answer"
         )
@@ -96,8 +109,14 @@ def load_tokenizer(path: str | os.PathLike, *, model_max_length: int | None = No
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
-    """Save a tokenizer's files into a folder, beside a model's.
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike, template: PromptTemplate | None = None) -> None:
+    """Save a tokenizer's files into a folder, beside a model's: the ``tokenizer.json`` that was used, as it was.
+
+    Args:
+        tokenizer: of :func:`load_tokenizer`.
+        folder: made if absent.
+        template: what the model was trained with: written as ``prompt_template.json``, and as the tokenizer's chat
+            template, which other programs read.
 
     Raises:
         ModelError: the folder cannot be written.
@@ -105,8 +124,19 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(folder))
+        if template is not None:
+            template.save(folder)
+            write_chat_template(Path(folder), template.as_jinja())
     except OSError as error:
         raise ModelError(f"cannot save the tokenizer in {folder}: {error}") from error
+
+
+def write_chat_template(folder: Path, source: str) -> None:
+    """Give the tokenizer in ``folder`` a chat template, in both places where programs look for one."""
+    (folder / CHAT_TEMPLATE_FILE).write_text(source, encoding="utf-8")
+    config = read_json(folder / TOKENIZER_CONFIG_FILE)
+    if chat_template_of(config) != source:  # several named ones stay, if this is the default among them
+        write_json_file(folder / TOKENIZER_CONFIG_FILE, {**config, "chat_template": source})
 
 
 def copy_tokenizer_files(source: str | os.PathLike, target: str | os.PathLike) -> list[str]:
@@ -145,14 +175,16 @@ def tokenizer_differs(a: Any, b: Any) -> bool:
             return True
     if a.get_vocab() != b.get_vocab():
         return True
-    return any(a(text)["input_ids"] != b(text)["input_ids"] for text in _PROBES)
+    return any(a(text)["input_ids"] != b(text)["input_ids"] for text in PROBES)
 
 
-_PROBES = (
+#: Texts that two tokenizers of one vocabulary would cut in different ways.
+PROBES = (
     "Hello, world! 3.14",
     " leading space\n\nnew lines\tand tabs",
     "éàü 漢字 🙂",
     "don't CamelCase snake_case 12345",
+    "I'LL write f(x) = {1: 'a'} \r\n  e\u0301 \u00a0",
 )
 
 
@@ -208,40 +240,62 @@ def build_reward_inputs(
     return ids, lengths
 
 
-def _open_tokenizer(path: str | os.PathLike, folder: Path, kwargs: dict[str, Any], *, role: str) -> Any:
-    """Return the tokenizer of a folder or hub name.
+class SlowTokenizer:
+    """One of paddlenlp's Python tokenizers, which decodes ids that it does not have to nothing.
 
-    paddlenlp's own choice comes first; then, for folders in Hugging Face's layout, a SentencePiece ``tokenizer.model``
-    (paddlenlp's Llama class looks for it under another name), and a ``tokenizer.json``, which says all by itself.
+    Args:
+        inner: the tokenizer; whatever is not defined here is its.
     """
-    ways = [lambda: AutoTokenizer.from_pretrained(str(path), **kwargs)]
+
+    def __init__(self, inner: Any) -> None:
+        self.__dict__["inner"] = inner
+        self.__dict__["_known"] = frozenset(inner.get_vocab().values())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.inner, name, value)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the inner tokenizer's."""
+        return self.inner(*args, **kwargs)
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        """Return the text of ids; ids that the vocabulary does not have are nothing."""
+        known = [int(index) for index in ids if int(index) in self._known]
+        return self.inner.decode(known, skip_special_tokens=skip_special_tokens, **kwargs)
+
+
+def _open_tokenizer(folder: Path, *, role: str) -> Any:
+    """Return the tokenizer of a folder: its ``tokenizer.json`` is the truth, paddlenlp's classes are for folders
+    without one (a SentencePiece ``tokenizer.model``, which paddlenlp's Llama class looks for under another name).
+    """
+    found = open_json_tokenizer(folder, TOKENIZER_FILES, where=f"{role}: {folder}")
+    if found is not None:
+        return found
+    ways = [lambda: AutoTokenizer.from_pretrained(str(folder))]
     if (folder / "tokenizer.model").is_file():
         model = str(folder / "tokenizer.model")
-        ways.append(lambda: LlamaTokenizer.from_pretrained(str(path), vocab_file=model, **kwargs))
-    if (folder / "tokenizer.json").is_file():
-        ways.append(lambda: PretrainedTokenizerFast.from_pretrained(str(path), **kwargs))
+        ways.append(lambda: LlamaTokenizer.from_pretrained(str(folder), vocab_file=model))
     failures: list[Exception] = []
     for way in ways:
         try:
             tokenizer = way()
             if tokenizer is None:
                 raise ValueError("paddlenlp knows no tokenizer for it")
-            return tokenizer
+            return SlowTokenizer(tokenizer)
         except Exception as error:  # whatever paddlenlp's many classes meet; to the user every cause is a file at fault
             failures.append(error)
-    if not folder.is_dir():
-        raise ModelError(
-            f"{role}: there is no folder {str(path)!r}, and fetching a tokenizer of that name failed "
-            f"({type(failures[0]).__name__}); give the path of a local folder"
-        ) from failures[0]
     causes = "; ".join(f"{type(error).__name__}: {error}" for error in failures)
-    raise ModelError(f"{role}: the tokenizer in {path} cannot be loaded ({causes})") from failures[0]
+    raise ModelError(f"{role}: the tokenizer in {folder} cannot be loaded ({causes})") from failures[0]
 
 
 def _check_tokenizer_folder(path: str | os.PathLike, folder: Path, *, role: str) -> None:
     if not folder.exists():
-        if looks_like_hub_name(path):
-            return
         raise ModelError(f"{role}: no such folder: {path}")
     if not folder.is_dir():
         raise ModelError(f"{role}: {path} is a file; give the folder that holds the tokenizer")

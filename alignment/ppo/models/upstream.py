@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from paddlenlp.transformers import PretrainedConfig
@@ -62,6 +64,33 @@ def fetch_from_hub(name: str, *, role: str = "model") -> Path:
             "copy it here"
         ) from error
     return Path(config_file).parent
+
+
+def fetch_tokenizer_from_hub(name: str, files: Sequence[str], *, role: str = "tokenizer") -> Path:
+    """Fetch a tokenizer by name and return the local folder that holds it.
+
+    Args:
+        name: of the model.
+        files: names of all files that a tokenizer may have; ``tokenizer_config.json`` must be there.
+        role: for messages.
+
+    Raises:
+        ModelError: the name is unknown or the hub cannot be reached.
+    """
+    failures = (OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError)
+    try:
+        found = resolve_file_path(name, ["tokenizer_config.json"])
+        if found is None:
+            raise FileNotFoundError(f"{name} has no tokenizer_config.json there, or the hub did not answer")
+    except failures as error:
+        raise ModelError(
+            f"{role}: there is no folder {name!r}, and fetching a tokenizer of that name failed "
+            f"({type(error).__name__}: {_first_line(error)}); give the path of a local folder"
+        ) from error
+    for file in files:
+        with contextlib.suppress(*failures):  # most tokenizers have some of the files only
+            resolve_file_path(name, [file])
+    return Path(found).parent
 
 
 def translate_rope_scaling(config: PretrainedConfig, *, where: str) -> None:
