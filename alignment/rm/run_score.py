@@ -125,7 +125,9 @@ class Scorer:
     def _encode(self, data: Any, row: int) -> _Row:
         columns: Mapping[str, Any] = {}
         try:
-            sample = data[row]
+            sample = {
+                name: value for name, value in data[row].items() if name != "good"
+            }  # bad answers have scores, too
             columns = sample.get("extra") or {k: v for k, v in sample.items() if isinstance(v, (str, int, float, list))}
             kind = self.encoder.preference if "other_answer" in sample else self.encoder.supervised
             outcome = kind(sample)

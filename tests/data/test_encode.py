@@ -88,6 +88,44 @@ def test_masks_follow_from_construction_whatever_the_text(tokenizer, turns):
     assert row.rows[0][-1] == coder.eos_id
 
 
+TEMPLATES = {
+    "beaver": "beaver",
+    "chatml": CHATML,
+    "trims": CHATML.replace("m['content']", "m['content'] | trim"),
+    "drops the reasoning": CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"),
+    "opens the reasoning": CHATML.replace("m['content']", "m['content'].split('</think>')[-1]").replace(
+        "<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif"
+    ),
+    "always a header": CHATML.replace("{% if add_generation_prompt %}", "").replace(
+        "assistant\n{% endif %}", "assistant\n"
+    ),
+}
+ANSWERS = st.builds(
+    lambda reasoning, rest: f"<think>{reasoning}</think>{rest}" if reasoning is not None else rest,
+    st.one_of(st.none(), st.text()),
+    st.text(min_size=1).filter(str.strip),
+)
+
+
+@RELAXED
+@given(ANSWERS, st.sampled_from(sorted(TEMPLATES)))
+def test_every_character_of_an_answer_is_learned_in_any_template(chat_tokenizer, answer, name):
+    """P6, D9: no template takes a part of what is to be learnt; white space at the ends may go, as templates trim."""
+
+    def bare(text: str) -> str:
+        return "".join(text.split()).replace("<think>", "", 1)  # a prompt may have opened it
+
+    def learned(ids: list[int]) -> str:
+        return bare(chat_tokenizer.decode(ids))
+
+    coder = encoder(chat_tokenizer, TEMPLATES[name], max_length=100_000)
+    row = coder.supervised({"input": "the fox?", "answer": answer})
+    assert bare(chat_tokenizer.decode(coder.text_ids(answer))) in learned(trained_ids(row))
+    pair = coder.preference({"input": "the fox?", "answer": answer, "other_answer": answer + "x", "better": True})
+    for ids, text in zip(pair.rows, (answer, answer + "x"), strict=True):
+        assert bare(chat_tokenizer.decode(coder.text_ids(text))) in learned(ids[pair.prompt_len :])
+
+
 @RELAXED
 @given(st.text(min_size=1).filter(str.strip), st.text(min_size=1).filter(str.strip), st.integers(20, 90))
 def test_rows_keep_to_their_limit(tokenizer, bos_tokenizer, question, answer, limit):

@@ -434,3 +434,104 @@ def test_half_a_surrogate_pair(tokenizer, write_rows, kind, row, warnings_said):
     with pytest.raises(DataError, match="no known layout|no prompt column|the transcript has text") as err:
         make(kind, f"jsonl::{write_rows('b.jsonl', row.replace('src', 'x').replace('prompt', 'x'))}", tokenizer)
     str(err.value).encode()
+
+
+CALLS = (
+    "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}"
+    "<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ADD = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
+ASKED = msg("assistant", None, tool_calls=[CALL])
+TOLD = '<tools>{"type": "function", "function": {"name": "add", "parameters": {}}}</tools>'
+CALLED = '<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[<call>add {"x": 1}</call><|im_end|>]\n'
+ENDED = "<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n[a<|im_end|>]"
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        (
+            {
+                "messages": [Q, ASKED, msg("tool", "3", tool_call_id="1"), A],
+                "tools": [ADD],
+                "parallel_tool_calls": True,
+            },
+            ["parallel_tool_calls"],
+        ),
+        ({"messages": [Q, ASKED, msg("tool", "3"), A], "tools": json.dumps([ADD])}, []),
+        ({"prompt": [Q], "completion": [ASKED, msg("tool", "3"), A], "tools": [ADD]}, []),
+        (
+            {
+                "messages": [
+                    Q,
+                    msg("assistant", None, function_call=CALL["function"]),
+                    msg("function", "3", name="add"),
+                    A,
+                ],
+                "functions": [ADD["function"]],
+            },
+            [],
+        ),
+        (
+            {
+                "conversations": [
+                    said("human", "q"),
+                    said("function_call", '{"name": "add", "arguments": {"x": 1}}'),
+                    said("observation", "3"),
+                    said("gpt", "a"),
+                ],
+                "tools": json.dumps([ADD]),
+            },
+            [],
+        ),
+    ],
+    ids=["openai", "tools as text", "trl", "openai's older form", "sharegpt"],
+)
+def test_tools(chat_tokenizer, write_rows, row, unread):
+    """D16, D17: tools, calls and results reach a template that has a place for them, in all spellings."""
+    path = write_rows("a.jsonl", row)
+    dataset = make(SupervisedDataset, f"jsonl::{path}", chat_tokenizer, template=CALLS)
+    assert shown(dataset, chat_tokenizer) == [TOLD + CALLED + ENDED]
+    assert list(dataset.summary.sources[0].unread) == unread
+    with pytest.raises(DataError, match=r"a.jsonl, (line|row) 1: the Beaver template has no place for tools"):
+        make(SupervisedDataset, f"jsonl::{path}", chat_tokenizer)
+
+
+def test_tools_in_pairs_and_prompts(chat_tokenizer, write_rows):
+    """D16: the call of an answer is a part of it; a prompt may end with the result of a tool."""
+    start = TOLD + "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    pair = {"prompt": [Q], "chosen": [ASKED], "rejected": [A], "tools": [ADD]}
+    dataset = make(PreferenceDataset, f"jsonl::{write_rows('a.jsonl', pair)}", chat_tokenizer, template=CALLS)
+    assert shown(dataset, chat_tokenizer) == [start + '[<call>add {"x": 1}</call><|im_end|>] > [a<|im_end|>]']
+    prompts = [{"prompt": [Q, ASKED, msg("tool", "3")], "tools": [ADD]}, {"prompt": [Q], "tools": []}]
+    dataset = make(PromptOnlyDataset, f"jsonl::{write_rows('b.jsonl', *prompts)}", chat_tokenizer, template=CALLS)
+    whole = (TOLD + CALLED + ENDED).replace("[", "").replace("]", "").removesuffix("a<|im_end|>")
+    assert shown(dataset, chat_tokenizer) == [whole, start.removeprefix(TOLD)]
+
+
+def test_reasoning(chat_tokenizer, write_rows):
+    """D9, P6: reasoning beside the content is trained, under each of its names; pairs may differ in it alone."""
+    start = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        path = write_rows("a.jsonl", {"messages": [Q, A | {key: "hm"}]})
+        dataset = make(SupervisedDataset, f"jsonl::{path}", chat_tokenizer, template=CALLS)
+        assert shown(dataset, chat_tokenizer) == [start + "[<think>hm</think>a<|im_end|>]"]
+    pair = {"prompt": [Q], "chosen": [A | {"reasoning_content": "hm"}], "rejected": [A]}
+    dataset = make(PreferenceDataset, f"jsonl::{write_rows('b.jsonl', pair)}", chat_tokenizer, template=CALLS)
+    assert shown(dataset, chat_tokenizer) == [start + "[<think>hm</think>a<|im_end|>] > [a<|im_end|>]"]
+
+
+def test_the_assistant_first(chat_tokenizer, write_rows):
+    """D17: a greeting is written where the template can."""
+    path = write_rows("a.jsonl", {"messages": [B, Q, A]})
+    dataset = make(SupervisedDataset, f"jsonl::{path}", chat_tokenizer, template=CALLS)
+    assert shown(dataset, chat_tokenizer)[0].startswith("<|im_start|>assistant\n[b<|im_end|>]\n<|im_start|>user\nq")
+    with pytest.raises(
+        DataError, match="a.jsonl, line 1: message 1: in the Beaver template a conversation begins with"
+    ):
+        make(SupervisedDataset, f"jsonl::{path}", chat_tokenizer)

@@ -76,8 +76,29 @@ def test_bad_options_give_a_message(
 def test_a_row_without_a_prompt_is_named(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "fine"}\n{"text": "no prompt"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl.*2.*no known layout"):
+    with pytest.raises(DataError, match=r"rows\.jsonl.*2.*plain `text` has no prompt"):
         list(run_generate.read_prompts(str(file)))
+
+
+def test_rows_are_read_as_in_training(model: str, tmp_path: Path) -> None:
+    """P1, P2: instruction and input, history, system prompt and messages make the prompt that training would."""
+    rows = [
+        {"instruction": "Name it", "input": "the cat", "output": "x"},
+        {"instruction": "and this?", "history": [["q", "a"]], "system": "Be brief."},
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answerer = run_generate.Answerer(run_generate.make_parser().parse_args(["--model", model]))
+    samples = list(run_generate.read_prompts(str(file)))
+    texts = [answerer.encoder.tokenizer.decode(answerer.prompt_ids(sample)) for sample in samples]
+    begin = "BEGINNING OF CONVERSATION: "
+    assert [text.removeprefix(begin) for text in texts] == [
+        "USER: Name it the cat ASSISTANT:",
+        "Be brief. USER: q ASSISTANT:a<|endoftext|>USER: and this? ASSISTANT:",
+        "USER: hello ASSISTANT:",
+    ]
+    assert [record["prompt"] for record in answerer.answer(samples[1:])] == ["q\n\na\n\nand this?", "hello"]
 
 
 def test_a_short_context_leaves_room_for_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,9 @@ def test_rows_that_cannot_be_scored(reward_model: Path, tmp_path: Path, capsys: 
     assert [row["score"] is None for row in found] == [False, True, False]
     assert found[1]["reason"] == "empty answer" and "1 rows without a score: empty answer" in told
     assert "prompt" in found[2]["cut"] and "1 rows were cut" in told
+    bad_answer = {"prompt": "the cat", "completion": "is red", "label": False}  # KTO: never trained, but scored
+    found, _ = score(reward_model, write_jsonl(tmp_path / "kto.jsonl", [bad_answer]), capsys=capsys)
+    assert found[0]["score"] is not None
 
     bad = write_jsonl(tmp_path / "bad.jsonl", [*rows, {"prompt": "only a prompt"}])
     assert main(["score", "--model", str(reward_model), "--file", str(bad), "--disable_tqdm"]) == 2

@@ -388,9 +388,11 @@ def _conversation(value: object, name: str, system: object) -> list[Message]:
         form = "text or a non-empty list of texts" if name == "input" else "a non-empty list of texts"
         raise DataError(f"`{name}` must be {form} or messages, not {type(value).__name__} {value!r:.80}")
     messages = read_messages(value, name)
-    if is_empty(system) or messages[0] == {"role": "system", "content": system}:
+    if is_empty(system):
         return messages
     if messages[0]["role"] == "system":
+        if messages[0]["content"].strip() == system.strip():  # type: ignore[union-attr]
+            return messages
         raise DataError(f"`system` and the first message of `{name}` are different system prompts")
     return [{"role": "system", "content": system}, *messages]
 

@@ -29,6 +29,7 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "function_call": "assistant",  # ShareGPT: the content is a call, or a list of them, as JSON text
 }
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
@@ -160,6 +161,14 @@ def _read_role(left: dict[str, Any], where: str) -> str:
     role = ROLES.get(given.lower()) if isinstance(given, str) else None
     if role is None:
         raise DataError(f"{where} has the role {given!r}; known are {', '.join(ROLES)}")
+    if given == "function_call":
+        content = _take(left, _CONTENT_KEYS)
+        try:
+            calls = json.loads(content)
+        except (TypeError, ValueError):
+            raise DataError(f"{where}: a function_call must be JSON text, not {kind_of(content)}") from None
+        calls = calls if isinstance(calls, list) else [calls]
+        left["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     return role
 
 

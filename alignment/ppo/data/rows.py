@@ -123,6 +123,14 @@ def sample_from_row(row: Mapping[str, Any]) -> RawSample:
     return _with_rest(columns, sample, row)
 
 
+def unread_prompt_columns(sample: Mapping[str, Any]) -> list[str]:
+    """Return the columns that a sample was made without although they have the name and the form of a part of the
+    prompt.
+    """
+    columns = sample.get("extra") or {}
+    return [n for n in sample.get("unread") or () if n in PROMPT_LIKE and isinstance(columns.get(n), (str, list))]
+
+
 def text_field(row: Mapping[str, Any], name: str) -> str:
     """Return a column that must be text. A whole number is text as it stands; of others the spelling is lost (0.50).
 
@@ -281,8 +289,10 @@ def _answered(columns: _Columns, question: _Question) -> RawSample:
         sample = _fields(columns, "input", prompt)
         sample["answer"] = answer
     label = columns.first(_LABELS)
-    if label is not None and isinstance(columns.row[label], bool):
-        sample["good"] = columns.take(label)
+    if label is not None and (
+        isinstance(columns.row[label], bool) or (name == "completion" and columns.row[label] in (0, 1))
+    ):
+        sample["good"] = bool(columns.take(label))
     return sample
 
 

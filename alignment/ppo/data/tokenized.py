@@ -22,7 +22,7 @@ from alignment.ppo.data.encode import ENCODING_VERSION, MALFORMED, Encoded, Enco
 from alignment.ppo.data.files import BadRow
 from alignment.ppo.data.loading import Loaded, Sample, deduplicate, load_source, mix, place, read_sample
 from alignment.ppo.data.mixture import Source, parse_mixture
-from alignment.ppo.data.rows import PROMPT_LIKE
+from alignment.ppo.data.rows import PROMPT_LIKE, unread_prompt_columns
 from alignment.ppo.data.summary import DatasetSummary, SourceSummary, counts_text, length_percentiles, unread_text
 from alignment.ppo.data.table import CUTS, TokenTable, compact
 from alignment.ppo.data.template import PromptTemplate
@@ -313,7 +313,8 @@ def _cached_fields(sample: Sample) -> Any:
 def _count_unread(samples: Sequence[Sample], origin: np.ndarray, sources: int, kind: str) -> list[dict[str, int]]:
     """For every source, in how many of its samples a column (or key of a message) was not read.
 
-    Prompts hand all columns to rewards, so that of theirs only those count that look like a part of the prompt.
+    Prompts hand all columns to rewards, so that of theirs only those count that look like a part of the prompt, and
+    keys of messages.
     """
     counts: list[Counter[str]] = [Counter() for _ in range(sources)]
     for number, sample in zip(origin.tolist(), samples, strict=True):
@@ -321,17 +322,12 @@ def _count_unread(samples: Sequence[Sample], origin: np.ndarray, sources: int, k
             continue
         names = list(sample.get("unread") or ())
         if kind == "prompt only":
-            names = [name for name in names if _looks_like_prompt(name, sample)]
+            columns = sample.get("extra") or {}
+            names = unread_prompt_columns(sample) + [name for name in names if name not in columns and "." in name]
         elif kind == "supervised" and "other_answer" in sample:
             names.append("(the worse answer)")
         counts[number].update(names)
     return [dict(count.most_common()) for count in counts]
-
-
-def _looks_like_prompt(name: str, sample: Mapping[str, Any]) -> bool:
-    """Whether a column has the name and the form of a part of the prompt, or is a key of a message."""
-    value = (sample.get("extra") or {}).get(name, "")
-    return isinstance(value, (str, list)) and (name in PROMPT_LIKE or "." in name)
 
 
 def _say_unread(sources: Sequence[SourceSummary], unread: Sequence[Mapping[str, int]], kind: str) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from alignment.cli import CommandParser
 from alignment.errors import AlignmentError, ArgumentsError, DataError
+from alignment.log import say_once
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -115,21 +120,29 @@ class Answerer:
         )
         self.copies, self.asked = options.num_return_sequences, 0
 
-    def answer(self, prompts: Iterable[str | list[str]]) -> list[dict[str, Any]]:
-        """Answer prompts; a list is a conversation that ends with the user's turn.
+    def prompt_ids(self, sample: Mapping[str, Any]) -> np.ndarray:
+        """Return int64 [len]: a sample's prompt as the model reads it."""
+        import numpy as np
+
+        from alignment.ppo.data.encode import prompt_messages
+
+        return np.asarray(self.encoder.prompt_ids(prompt_messages(sample), tools=sample.get("tools")), dtype=np.int64)
+
+    def answer(self, prompts: Iterable[str | list[str] | Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Answer prompts: texts, conversations that end with the user's turn, or samples (``input``, ``system``,
+        ``tools``; see :class:`alignment.ppo.data.RawSample`).
 
         Returns:
             One record per answer: ``prompt``, ``response``, ``finished`` (ended by itself), ``tokens``.
         """
-        import numpy as np
-
+        from alignment.ppo.data.encode import prompt_turns
         from alignment.ppo.generation.engine import GenerationPrompt
 
         rows = []
         for prompt in prompts:
-            turns = [prompt] if isinstance(prompt, str) else list(prompt)
-            ids = np.asarray(self.encoder.prompt_ids(turns), dtype=np.int64)
-            rows.append(GenerationPrompt(ids, self.asked, "\n\n".join(turns), {}))
+            sample = prompt if isinstance(prompt, Mapping) else {"input": prompt}
+            text = "\n\n".join(prompt_turns(sample))
+            rows.append(GenerationPrompt(self.prompt_ids(sample), self.asked, text, {}))
             self.asked += 1
         if not rows:
             raise DataError("there is no prompt to answer")
@@ -145,29 +158,33 @@ class Answerer:
         ]
 
 
-def read_prompts(path: str) -> Iterator[str | list[str]]:
-    """Prompts of a file: JSON rows as the ``jsonl`` data set reads them, or one a line of any other file.
+def read_prompts(path: str) -> Iterator[str | Mapping[str, Any]]:
+    """Prompts of a file: rows as the ``jsonl`` data set reads them, or one a line of any other file.
 
     Raises:
         DataError: the file is missing or a row has no prompt.
     """
+    from alignment.ppo.data import RawDataset
+    from alignment.ppo.data.encode import prompt_messages
+    from alignment.ppo.data.readers import format_of
+    from alignment.ppo.data.rows import unread_prompt_columns
+
     file = Path(path).expanduser()
     if not file.is_file():
         raise DataError(f"--prompts: there is no file {path}")
-    if not any(part in (".json", ".jsonl") for part in file.suffixes):
+    if format_of(file.name) is None:
         yield from (line for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
         return
-    from alignment.ppo.data import RawDataset
-
     dataset = RawDataset.load("jsonl", path=str(file))
     for i in range(len(dataset)):
         try:
-            prompt = dataset[i].get("input")
+            sample = dataset[i]
+            prompt_messages(sample)
         except DataError as error:
             raise DataError(f"--prompts: {dataset.where(i)}: {error}") from error
-        if prompt is None:
-            raise DataError(f"--prompts: {dataset.where(i)}: no prompt (a column prompt, input, src or question)")
-        yield prompt
+        for name in unread_prompt_columns(sample):
+            say_once(f"--prompts: {name!r} looks like a part of the prompt and is not read", logging.WARNING)
+        yield sample
 
 
 def show(records: list[dict[str, Any]], stream: TextIO) -> None:
