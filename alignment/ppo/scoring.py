@@ -49,8 +49,8 @@ class RewardModelScorer:
         # a conversation's turns are in the row; its prompt is their text
         prompts = [row.get("input", prompt) for row, prompt in zip(batch.rows, batch.prompts, strict=True)]
         finished = rollout.finished.tolist()
-        systems = [row.get("system") for row in batch.rows]
+        systems, tools = ([row.get(name) for row in batch.rows] for name in ("system", "tools"))
         ids, lengths = build_reward_inputs(
-            prompts, batch.responses, finished, self.tokenizer, self.template, self.max_length, systems
+            prompts, batch.responses, finished, self.tokenizer, self.template, self.max_length, systems, tools
         )
         return self.role.score_rows(ids, lengths)

@@ -235,6 +235,23 @@ def test_reward_inputs_have_the_tokens_of_the_training_rows(kit: Any, tmp_path: 
     assert rows_of(ids, lengths) == trained
 
 
+def test_reward_inputs_of_messages_with_tools(kit: Any, tmp_path: Path) -> None:
+    """D16: another reward model reads the tools and the messages of a prompt, as its own training rows had them."""
+    tokenizer = load_tokenizer(kit.tokenizer_folder(tmp_path / "t"))
+    template = PromptTemplate.resolve(
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}",
+        tokenizer,
+    )
+    messages = [{"role": "user", "content": "the cat?"}, {"role": "tool", "content": "a dog"}]
+    sample = {"input": messages, "tools": [{"name": "look"}], "answer": "sat", "other_answer": "no", "better": True}
+    trained = Encoder(tokenizer, template, Limits(max_length=200)).preference(sample).rows
+    ids, lengths = build_reward_inputs(
+        [messages] * 2, ["sat", "no"], [True] * 2, tokenizer, template, 200, None, [sample["tools"]] * 2
+    )
+    assert rows_of(ids, lengths) == trained and "look" in tokenizer.decode(trained[0])
+
+
 def test_long_reward_inputs_lose_the_start_of_the_prompt(kit: Any, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(kit.tokenizer_folder(tmp_path / "t"))
     template = PromptTemplate.resolve("beaver", tokenizer)

@@ -189,13 +189,14 @@ PROBES = (
 
 
 def build_reward_inputs(
-    prompts: Sequence[str | list[str]],
+    prompts: Sequence[str | list[Any]],
     responses: Sequence[str],
     finished: Sequence[bool],
     reward_tokenizer: Any,
     template: PromptTemplate,
     max_length: int,
     systems: Sequence[str | None] | None = None,
+    tools: Sequence[Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise prompts and answers anew for a reward model that has another tokenizer than the actor.
 
@@ -207,6 +208,7 @@ def build_reward_inputs(
         template: turns a prompt into the text that the reward model was trained on.
         max_length: longest row; longer ones lose the start of their prompt, since the score is read at the end.
         systems: the rows' system prompts, if they have any.
+        tools: the rows' definitions of tools, if they have any.
 
     Returns:
         ``ids [rows, longest]`` int64, right-padded, and ``lengths [rows]`` int64, each at least 1.
@@ -225,7 +227,7 @@ def build_reward_inputs(
     rows: list[list[int]] = []
     for index, (prompt, response, ended) in enumerate(zip(prompts, responses, finished, strict=True)):
         turns = [prompt] if isinstance(prompt, str) else list(prompt)
-        head = encoder.prompt_ids(turns, systems[index] if systems is not None else None)
+        head = encoder.prompt_ids(turns, systems[index] if systems else None, tools[index] if tools else None)
         answer = encoder.text_ids(response) + [encoder.eos_id] * bool(ended)
         if len(answer) >= max_length:
             raise DataError(
