@@ -31,6 +31,11 @@ class PPODataFields:
     reward_tokenizer_name_or_path: str | None = argument(
         None, "Folder of the reward model's tokenizer.", derived="the reward model's"
     )
+    reward_prompt_template: str = argument(
+        "auto",
+        "How prompts and answers are written for the reward model: auto (the template saved with it, else its "
+        "tokenizer's chat template, else the run's), beaver, chat, a Jinja string or the name of a .jinja file.",
+    )
     reward: str | dict[str, float] | None = argument(
         None,
         '"file.py:function", a registered NAME, a list, or an object NAME -> weight, where "model" is the reward '

@@ -241,11 +241,18 @@ class ToolkitFields:
     GROUP = "Text and data"
 
     tokenizer_name_or_path: str | None = argument(None, "Folder of the tokenizer.", derived="the model's")
-    prompt_template: str | None = argument(
-        None,
-        "beaver, chat (the tokenizer's own) or a Jinja string; one template serves all stages.",
-        derived="the one saved with the model, else beaver",
+    prompt_template: str = argument(
+        "auto",
+        "auto (the one saved with the model, else the tokenizer's chat template, else beaver), beaver, chat (the "
+        "tokenizer's own), a Jinja string or the name of a .jinja file; one template serves all stages.",
     )
+    enable_thinking: bool | None = argument(
+        None,
+        "What chat templates that can switch reasoning off are told, for prompts and for answers without reasoning; "
+        "answers with reasoning always get it.",
+        derived="as saved with the model, else false",
+    )
+    show_sample_ids: bool = argument(False, "Show the token ids of the sample that is shown at the start, too.")
     allow_template_mismatch: bool = argument(False, "Train although the model was made with another template.")
     eval_split_ratio: float | None = argument(
         None, "Without evaluation data: the share of the training data that is held out.", gt=0, lt=1

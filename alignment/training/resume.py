@@ -50,6 +50,8 @@ MUST_EQUAL = {
     "zero_padding": _ROWS,
     "greedy_zero_padding": _ROWS,
     "prompt_template": "the texts would have another form than those learnt from",
+    "enable_thinking": "the texts would have another form than those learnt from",
+    "reward_prompt_template": "the reward model would read texts of another form",
     "tokenizer_name_or_path": "the token ids would mean something else",
     "reward_tokenizer_name_or_path": "the token ids would mean something else",
     "model_name_or_path": _MODEL,
@@ -75,6 +77,7 @@ FREE = frozenset(
         "eval_num_samples", "checks", "eval_with_do_generation", "save_generation_output", "sample_table_rows",
         "save_strategy", "save_steps", "save_total_limit", "unified_checkpoint", "logging_steps", "logging_dir",
         "disable_tqdm", "report_to", "data_cache_dir", "dataset_num_proc", "hang_timeout", "allow_template_mismatch",
+        "show_sample_ids",
         # the layout of the processes, and memory
         "sharding", "sharding_parallel_degree", "tensor_parallel_degree", "pipeline_parallel_degree",
         "pipeline_parallel_config", "sequence_parallel", "recompute", "critic_recompute", "offload_level",

@@ -184,7 +184,14 @@ def main_first(world: World, build: Callable[[], T]) -> T:
 
 
 def stage_template(args: Arguments, tokenizer: Any, model_folder: str) -> PromptTemplate:
-    """The prompt template of this run: the given one, else the one saved with the model, else Beaver.
+    """The prompt template of this run: the given one, else the model's (see :meth:`PromptTemplate.choose`); one line
+    says which and why. A run that goes on keeps its day.
+
+    Args:
+        args: of any stage.
+        tokenizer: the model's.
+        model_folder: as given; of a hub's name the tokenizer's folder stands for it.
+        resume: the checkpoint that the run goes on from, or None.
 
     Raises:
         DataError: it differs from the one that the model was trained with, and ``allow_template_mismatch`` is not set.

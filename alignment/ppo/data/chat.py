@@ -101,8 +101,8 @@ def _undefined() -> type[jinja2.Undefined]:
     return Undefined
 
 
-def chat_source(tokenizer: Any) -> str:
-    """Return the Jinja source of the tokenizer's chat template.
+def find_chat_source(tokenizer: Any) -> str | None:
+    """Return the Jinja source of the tokenizer's chat template, None where it has none.
 
     paddlenlp keeps only the compiled form in memory, so the source is read from the tokenizer's folder.
     """
@@ -117,6 +117,20 @@ def chat_source(tokenizer: Any) -> str:
             found = _source_in_json(folder / name)
             if found:
                 return found
+    return None
+
+
+def chat_source(tokenizer: Any) -> str:
+    """Return the Jinja source of the tokenizer's chat template.
+
+    Raises:
+        DataError: it has none, or one in a form that is no Jinja.
+    """
+    found = find_chat_source(tokenizer)
+    if found:
+        return found
+    folder = tokenizer_folder(tokenizer)
+    if folder is not None:
         if (folder / "chat_template.json").is_file():
             raise DataError(
                 f"{folder / 'chat_template.json'} is in paddlenlp's older form (system, conversation, query), which "

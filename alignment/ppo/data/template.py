@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import DataError
-from alignment.ppo.data.chat import chat_source, read_text, special_token, tokenizer_folder
+from alignment.ppo.data.chat import chat_source, find_chat_source, read_text, special_token, tokenizer_folder
 from alignment.ppo.data.messages import from_turns
 from alignment.ppo.data.rendering import ChatRenderer, Message, Segment, is_trained, split_reasoning
 
@@ -53,9 +53,8 @@ class PromptTemplate:
         """Return the template that ``spec`` means for ``tokenizer``.
 
         Args:
-            spec: ``"beaver"``; ``"chat"``; a Jinja string; the name of a ``.jinja`` file; None for the template saved
-                beside the tokenizer (``prompt_template.json``), else Beaver; or a template, of which the special tokens
-                are filled in.
+            spec: ``"beaver"``; ``"chat"``; a Jinja string; the name of a ``.jinja`` file; ``"auto"`` or None for what
+                :meth:`choose` finds beside the tokenizer; or a template, of which the special tokens are filled in.
             tokenizer: its ``eos_token``, ``bos_token``, ``chat_template`` and folder (``name_or_path``) are read.
 
         Raises:
@@ -64,9 +63,8 @@ class PromptTemplate:
         """
         if isinstance(spec, PromptTemplate):
             template = spec
-        elif spec is None:
-            folder = tokenizer_folder(tokenizer)
-            template = (PromptTemplate.load(folder) if folder else None) or PromptTemplate()
+        elif spec is None or spec == "auto":
+            template, _ = PromptTemplate.choose(tokenizer, tokenizer_folder(tokenizer))
         elif not isinstance(spec, str) or not spec.strip():
             raise DataError(f'a prompt template is "beaver", "chat" or a Jinja string, not {spec!r}')
         elif spec == "beaver":
@@ -79,7 +77,7 @@ class PromptTemplate:
             template = PromptTemplate("jinja", read_text(Path(spec).expanduser()))
         else:
             raise DataError(
-                f'{spec!r} is no prompt template: use "beaver", "chat" (the tokenizer\'s own), a Jinja string (with '
+                f'{spec!r} is no prompt template: use "auto", "beaver", "chat" (the tokenizer\'s own), a Jinja string (with '
                 f"{{{{ }}}} or "
                 "{% %} in it) or the name of a .jinja file"
             )
@@ -93,6 +91,25 @@ class PromptTemplate:
         if template.kind != "beaver":
             template.renderer.check()
         return template
+
+    @classmethod
+    def choose(cls, tokenizer: Any, folder: str | Path | None) -> tuple[PromptTemplate, str]:
+        """Return the template of a model for which none was given, and why it is that one.
+
+        Args:
+            tokenizer: the model's.
+            folder: the model's, or None.
+
+        Raises:
+            DataError: the template saved there is damaged.
+        """
+        saved = cls.load(folder) if folder else None
+        if saved is not None:
+            return saved, f"saved with the model ({TEMPLATE_FILE})"
+        found = find_chat_source(tokenizer)
+        if found:
+            return cls("chat", found), f"the model has no {TEMPLATE_FILE}, its tokenizer has a chat template"
+        return cls(), f"the model has no {TEMPLATE_FILE} and its tokenizer no chat template in Jinja"
 
     # ---------------------------------------------------------------- conversations to text
 
