@@ -73,7 +73,7 @@ def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
     resume_path = None if args.dry_run else prepare_output_dir(args, world, store)
     check_resumable(args, world, resume_path)
     world.phase("data")
-    data = main_first(world, lambda: load_data(args, show_progress=world.is_main))
+    data = main_first(world, lambda: load_data(args, show_progress=world.is_main, resume=resume_path))
     sizes = args.derive_sizes(len(data.train), world.size)
     if args.dry_run:
         if world.is_main:
@@ -108,20 +108,23 @@ def check_models(args: PPOArguments, topology: Any) -> None:
         args.check_context(model_context_length(path), f"{key}={path}")
 
 
-def load_data(args: PPOArguments, show_progress: bool = True) -> RunData:
-    """Load tokenizer and data sets and settle the prompt template.
+def load_data(args: PPOArguments, show_progress: bool = True, resume: Path | None = None) -> RunData:
+    """Load tokenizer and data sets and settle the prompt template; ``resume`` is the checkpoint to go on from.
 
     Raises:
         AlignmentError: a data set, template or tokenizer cannot be used.
     """
     from alignment.ppo.data import PromptOnlyDataset, SupervisedDataset, split_train_eval
-    from alignment.ppo.models import load_tokenizer
+    from alignment.ppo.models import check_tokenizer_fits, load_tokenizer
     from alignment.ppo.ppo_trainer import as_prompt
     from alignment.training.runner import stage_template
 
     actor = args.actor_model_name_or_path
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or actor, role="actor tokenizer")
-    template = stage_template(args, tokenizer, actor)
+    check_tokenizer_fits(tokenizer, actor, role="actor")
+    if args.do_train:
+        check_tokenizer_fits(tokenizer, args.reward_critic_model_name_or_path, role="critic")
+    template = stage_template(args, tokenizer, actor, resume)
     reward_tokenizer, reward_template = own_reward_format(args, tokenizer, template)
     common = {
         "template": template,
@@ -175,16 +178,23 @@ def own_reward_format(args: PPOArguments, tokenizer: Any, template: Any) -> tupl
             tokens are not the actor's.
     """
     from alignment.ppo.data import PromptTemplate, check_same
-    from alignment.ppo.models import load_tokenizer, tokenizer_differs
+    from alignment.ppo.models import check_tokenizer_fits, load_tokenizer, tokenizer_differs
     from alignment.ppo.rewards import uses_model
 
     if not uses_model(args.reward):
         return None, None
     folder = args.reward_model_name_or_path
     own = load_tokenizer(args.reward_tokenizer_name_or_path or folder, role="reward model's tokenizer")
-    saved = PromptTemplate.load(folder) if Path(folder).is_dir() else None
-    check_same(saved, template, f"the reward model {folder}", "this run", args.allow_template_mismatch)
-    own_template = PromptTemplate.resolve(saved or template, own)
+    check_tokenizer_fits(own, folder, role="reward model")
+    own_template, saved, why = PromptTemplate.for_model(args.reward_prompt_template, own, folder)
+    if args.reward_prompt_template != "auto":
+        check_same(saved, own_template, f"the reward model {folder}", "this run", args.allow_template_mismatch)
+    elif saved is not None:
+        check_same(saved, template, f"the reward model {folder}", "this run", args.allow_template_mismatch)
+    elif own_template.kind == "beaver":  # neither saved nor the tokenizer's: nothing says what it was trained with
+        own_template, why = PromptTemplate.resolve(template, own), "it has none of its own; the run's"
+    own_template = own_template.with_choices_of(template)
+    get_logger().info("reward model's prompt template: %s (%s)", own_template.describe(), why)
     other_tokens = tokenizer_differs(tokenizer, own)
     critic = Path(args.reward_critic_model_name_or_path)
     if args.do_train and other_tokens and critic.resolve() == Path(folder).resolve():
@@ -194,7 +204,8 @@ def own_reward_format(args: PPOArguments, tokenizer: Any, template: Any) -> tupl
             f"tokenizer ({args.actor_model_name_or_path} itself will do: it gets a new head)"
         )
     if other_tokens or own_template.to_dict() != template.to_dict():
-        get_logger().info("the reward model has another tokenizer or template: answers are written anew for it")
+        what = "tokenizer" if other_tokens else "template"
+        get_logger().info("the reward model has another %s than the actor: answers are written anew for it", what)
         return own, own_template
     return None, None
 

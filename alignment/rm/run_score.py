@@ -16,6 +16,7 @@ import numpy as np
 from alignment import runtime
 from alignment.cli import CommandParser
 from alignment.errors import AlignmentError, ArgumentsError, DataError
+from alignment.log import get_logger
 
 CHUNK = 256  # rows that are sorted by length and scored together, then written
 
@@ -33,7 +34,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FILE", help="write the scored rows here as JSONL (default: print them)")
     parser.add_argument("--batch_size", type=int, default=16, help="texts scored together; changes no score (16)")
     parser.add_argument("--max_length", type=int, help="tokens of prompt and answer (the model's context)")
-    parser.add_argument("--prompt_template", help='"beaver", "chat" or a Jinja string (the one saved with the model)')
+    parser.add_argument(
+        "--prompt_template",
+        help='"beaver", "chat" or a Jinja string (the one saved with the model, else its chat template, else beaver)',
+    )
     parser.add_argument("--skip_bad_rows", action="store_true", help="give malformed rows no score, and go on")
     parser.add_argument("--disable_tqdm", action="store_true", help="lines in place of the progress bar")
     return parser
@@ -86,8 +90,8 @@ class Scorer:
 
         check_model_folder(options.model, role="--model")
         tokenizer = load_tokenizer(options.model, role="--model")
-        saved = PromptTemplate.load(options.model) if Path(options.model).is_dir() else None
-        template = PromptTemplate.resolve(options.prompt_template or saved, tokenizer)
+        template, _, why = PromptTemplate.for_model(options.prompt_template, tokenizer, options.model)
+        get_logger().info("prompt template: %s (%s)", template.describe(), why)
         context = model_context_length(options.model)
         if options.max_length and context and options.max_length > context:
             raise ArgumentsError(f"--max_length {options.max_length}: the context of {options.model} is {context}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alignment.arguments import Arguments
-from alignment.log import get_logger
+from alignment.log import get_logger, say_once
 from alignment.parallel import World, init_world
 from alignment.parallel.monitor import Monitor
 from alignment.ppo.data import PromptTemplate, check_same
@@ -97,6 +97,7 @@ def train_stage(
     from alignment.ppo.models import (
         check_layout,
         check_model_folder,
+        check_tokenizer_fits,
         load_tokenizer,
         model_context_length,
         save_tokenizer,
@@ -115,7 +116,8 @@ def train_stage(
     args.check_context(model_context_length(source), f"model {source}")
     check_resumable(args, world, resume)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or source, role=f"{role}'s tokenizer")
-    template = stage_template(args, tokenizer, source)
+    check_tokenizer_fits(tokenizer, source, role=role)
+    template = stage_template(args, tokenizer, source, resume)
     world.phase("data")
     data = main_first(world, lambda: build_data(args, tokenizer, template, show_progress=world.is_main))
     sizes = args.derive_sizes(len(data.train), world.size) if data.train is not None else None
@@ -183,7 +185,7 @@ def main_first(world: World, build: Callable[[], T]) -> T:
     return built
 
 
-def stage_template(args: Arguments, tokenizer: Any, model_folder: str) -> PromptTemplate:
+def stage_template(args: Arguments, tokenizer: Any, model_folder: str, resume: Path | None = None) -> PromptTemplate:
     """The prompt template of this run: the given one, else the model's (see :meth:`PromptTemplate.choose`); one line
     says which and why. A run that goes on keeps its day.
 
@@ -196,9 +198,12 @@ def stage_template(args: Arguments, tokenizer: Any, model_folder: str) -> Prompt
     Raises:
         DataError: it differs from the one that the model was trained with, and ``allow_template_mismatch`` is not set.
     """
-    saved = PromptTemplate.load(model_folder) if Path(model_folder).is_dir() else None
-    template = PromptTemplate.resolve(args.prompt_template or saved, tokenizer)
+    template, saved, why = PromptTemplate.for_model(args.prompt_template, tokenizer, model_folder, args.enable_thinking)
     check_same(saved, template, f"the model {model_folder}", "this run", args.allow_template_mismatch)
+    if resume is not None:
+        for folder in (resume, resume / "policy"):
+            template = template.with_choices_of(PromptTemplate.load(folder))
+    say_once(f"prompt template: {template.describe()} ({why})")
     return template
 
 

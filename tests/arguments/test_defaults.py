@@ -62,7 +62,7 @@ COMMON = {
     "fp16": False,
     "fp16_opt_level": "O1",
     "plugins": [],
-    "prompt_template": None,
+    "prompt_template": "auto",
     "allow_template_mismatch": False,
     "skip_bad_rows": False,
     "overlong_prompts": "truncate",

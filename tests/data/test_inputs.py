@@ -499,7 +499,7 @@ def test_tools(chat_tokenizer, write_rows, row, unread):
     assert shown(dataset, chat_tokenizer) == [TOLD + CALLED + ENDED]
     assert list(dataset.summary.sources[0].unread) == unread
     with pytest.raises(DataError, match=r"a.jsonl, (line|row) 1: the Beaver template has no place for tools"):
-        make(SupervisedDataset, f"jsonl::{path}", chat_tokenizer)
+        make(SupervisedDataset, f"jsonl::{path}", chat_tokenizer, template="beaver")
 
 
 def test_tools_in_pairs_and_prompts(chat_tokenizer, write_rows):
@@ -534,4 +534,4 @@ def test_the_assistant_first(chat_tokenizer, write_rows):
     with pytest.raises(
         DataError, match="a.jsonl, line 1: message 1: in the Beaver template a conversation begins with"
     ):
-        make(SupervisedDataset, f"jsonl::{path}", chat_tokenizer)
+        make(SupervisedDataset, f"jsonl::{path}", chat_tokenizer, template="beaver")

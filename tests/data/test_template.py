@@ -138,14 +138,35 @@ def test_saved_and_loaded_again(tmp_path, chat_tokenizer, spec):
     check_same(loaded, template, "a", "b")
 
 
-def test_none_means_the_saved_one_else_beaver(tmp_path):
-    folder = make_bpe(tmp_path / "bpe")
-    assert PromptTemplate.resolve(None, load(folder)).kind == "beaver"
+@pytest.mark.parametrize("spec", [None, "auto"])
+def test_auto_means_the_saved_one_else_the_tokenizers_else_beaver(tmp_path, spec):
+    """D8: and it says why."""
+    plain = load(make_bpe(tmp_path / "bpe"))
+    assert PromptTemplate.resolve(spec, plain).kind == "beaver"
+    assert "no chat template" in PromptTemplate.for_model(spec, plain, tmp_path / "bpe")[2]
+    folder = make_bpe(tmp_path / "chat", chat_template=LLAMA2)
+    assert PromptTemplate.resolve(spec, load(folder)).source == LLAMA2
+    template, saved, why = PromptTemplate.for_model(spec, load(folder), folder)
+    assert (template.source, saved) == (LLAMA2, None) and "its tokenizer has a chat template" in why
+    PromptTemplate().save(folder)  # of a model trained before chat templates were chosen by themselves
+    template, saved, why = PromptTemplate.for_model(spec, load(folder), folder)
+    assert template.kind == saved.kind == "beaver" and "saved with the model" in why
     PromptTemplate("chat", CHATML).save(folder)
-    tokenizer = load(folder)
-    assert PromptTemplate.resolve(None, tokenizer).source == CHATML
-    # The tokenizer of a checkpoint has lost its chat template; the saved one stands in for it.
-    assert PromptTemplate.resolve("chat", tokenizer).source == CHATML
+    assert PromptTemplate.resolve(spec, load(folder)).source == CHATML
+    # The tokenizer of an old checkpoint has lost its chat template; the saved one stands in for it.
+    assert PromptTemplate.resolve("chat", load(folder)).source == CHATML
+
+
+def test_a_model_keeps_its_day_and_its_choice(tmp_path):
+    """D10, D18: what a run fixed holds for the stages that follow, also where the same template is given by name."""
+    dated = "{{ strftime_now('%Y') }}" + CHATML
+    folder = make_bpe(tmp_path / "chat", eos="<|im_end|>", chat_template=dated)
+    PromptTemplate("chat", dated, date="2001-01-01", enable_thinking=True).save(folder)
+    for given in ("auto", "chat", dated):
+        template, _, _ = PromptTemplate.for_model(given, load(folder), folder)
+        assert (template.date, template.enable_thinking) == ("2001-01-01", True)
+    assert PromptTemplate.for_model("auto", load(folder), folder, enable_thinking=False)[0].enable_thinking is False
+    assert PromptTemplate.for_model(CHATML, load(folder), folder)[0].date == ""
 
 
 def test_nothing_saved():

@@ -191,11 +191,20 @@ def test_bad_tokenizer_folders(kit: Any, tmp_path: Path, name: str) -> None:
     assert str(caught.value).startswith("critic: ")
 
 
-def test_a_vocabulary_larger_than_the_embedding_is_refused(kit: Any, tmp_path: Path) -> None:
+def test_a_vocabulary_larger_than_the_embedding_is_refused(kit: Any, tmp_path: Path, said: Said) -> None:
+    """rl.md 8: more tokens than rows are an error, fewer are said once."""
+    from alignment.ppo.models import save_model
+
     tokenizer = load_tokenizer(kit.tokenizer_folder(tmp_path / "t"))
-    with pytest.raises(ModelError, match=r"largest id is \d+, but the model's embedding has only 120 rows"):
-        check_tokenizer_fits(tokenizer, kit.config("llama"), where="actor")
-    check_tokenizer_fits(tokenizer, kit.config("llama", vocab_size=len(tokenizer.get_vocab())), where="actor")
+    size = len(tokenizer.get_vocab())
+    for rows in (120, size, size + 24):
+        save_model(kit.causal("llama", vocab_size=rows), tmp_path / str(rows))
+    with pytest.raises(ModelError, match=r"actor: the tokenizer's largest id is \d+, but the embedding of .* 120 rows"):
+        check_tokenizer_fits(tokenizer, tmp_path / "120", role="actor")
+    check_tokenizer_fits(tokenizer, tmp_path / str(size), role="actor")
+    assert "no text has the others" not in said()
+    check_tokenizer_fits(tokenizer, tmp_path / str(size + 24), role="actor")
+    assert f"has {size + 24} rows, its tokenizer {size} tokens; no text has the others" in said()
 
 
 def test_tokenizers_differ_by_vocabulary_and_special_tokens(kit: Any, tmp_path: Path) -> None:

@@ -130,13 +130,11 @@ def chat_source(tokenizer: Any) -> str:
     if found:
         return found
     folder = tokenizer_folder(tokenizer)
-    if folder is not None:
-        if (folder / "chat_template.json").is_file():
-            raise DataError(
-                f"{folder / 'chat_template.json'} is in paddlenlp's older form (system, conversation, query), which "
-                "does not say "
-                "where answers begin; write it as one Jinja string and give that as `prompt_template`"
-            )
+    if folder is not None and (folder / "chat_template.json").is_file():
+        raise DataError(
+            f"{folder / 'chat_template.json'} is in paddlenlp's older form (system, conversation, query), which does "
+            "not say where answers begin; write it as one Jinja string and give that as `prompt_template`"
+        )
     raise DataError(
         "prompt_template=chat, but the tokenizer "
         f"({folder or getattr(tokenizer, 'name_or_path', None) or 'not from a folder'}) has no "

@@ -129,7 +129,6 @@ class ChatRenderer:
             thinking = self.enable_thinking or (has_answer and reasons)
         find = self._marked if self.marks_answers else self._found
         text, spans = find(messages, tools, thinking)
-        self._check_context(text, messages, tools)
         segments: list[Segment] = []
         at = 0
         for index, start, end in spans:
@@ -157,6 +156,7 @@ class ChatRenderer:
             answer, _, after = piece.partition(MARKS[1])
             ranges.append((len(text), len(text) + len(answer)))
             text += answer + after
+        self._check_context(text, messages, tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if len(ranges) != len(answers):
             raise DataError(
@@ -182,6 +182,7 @@ class ChatRenderer:
         has_answer = messages[-1]["role"] == "assistant"
         before = messages[:-1] if has_answer else messages
         prompt = self.render(before, prompt=True, tools=tools, thinking=thinking)
+        self._check_context(prompt, before, tools)
         spans = []
         for index, message in enumerate(before):
             if message["role"] != "assistant":

@@ -77,9 +77,8 @@ class PromptTemplate:
             template = PromptTemplate("jinja", read_text(Path(spec).expanduser()))
         else:
             raise DataError(
-                f'{spec!r} is no prompt template: use "auto", "beaver", "chat" (the tokenizer\'s own), a Jinja string (with '
-                f"{{{{ }}}} or "
-                "{% %} in it) or the name of a .jinja file"
+                f'{spec!r} is no prompt template: use "auto", "beaver", "chat" (the tokenizer\'s own), a Jinja string '
+                "(with {{ }} or {% %} in it) or the name of a .jinja file"
             )
         template = replace(
             template,
@@ -110,6 +109,47 @@ class PromptTemplate:
         if found:
             return cls("chat", found), f"the model has no {TEMPLATE_FILE}, its tokenizer has a chat template"
         return cls(), f"the model has no {TEMPLATE_FILE} and its tokenizer no chat template in Jinja"
+
+    @classmethod
+    def for_model(
+        cls, given: str | None, tokenizer: Any, model: str | Path, enable_thinking: bool | None = None
+    ) -> tuple[PromptTemplate, PromptTemplate | None, str]:
+        """Settle the template for a model.
+
+        Args:
+            given: as :meth:`resolve` takes it.
+            tokenizer: the model's.
+            model: its folder, or a name, for which the tokenizer's folder stands.
+            enable_thinking: None: as saved with the model.
+
+        Returns:
+            The template, with the day and ``enable_thinking`` that were saved with the model if it is the same; the one
+            saved with the model, or None; why it is this template.
+
+        Raises:
+            DataError: see :meth:`resolve`.
+        """
+        folder = Path(model) if Path(model).is_dir() else tokenizer_folder(tokenizer)
+        saved = cls.load(folder) if folder else None
+        if given is None or given == "auto":
+            template, why = cls.choose(tokenizer, folder)
+        else:
+            template, why = cls.resolve(given, tokenizer), "as given"
+        template = template.with_choices_of(saved)
+        if enable_thinking is not None and template.kind != "beaver":
+            template = replace(template, enable_thinking=enable_thinking)
+        return cls.resolve(template, tokenizer), saved, why
+
+    def with_choices_of(self, earlier: PromptTemplate | None) -> PromptTemplate:
+        """Return the template with the day and ``enable_thinking`` of an earlier run, if that had the same template."""
+        if earlier is None or not earlier.same_text(self):
+            return self
+        thinking = self.enable_thinking if self.enable_thinking is not None else earlier.enable_thinking
+        return replace(self, date=earlier.date or self.date, enable_thinking=thinking)
+
+    def same_text(self, other: PromptTemplate) -> bool:
+        """Whether both write the same; a chat template is the same whether the tokenizer or the user gave it."""
+        return (self.source, self.kind == "beaver") == (other.source, other.kind == "beaver")
 
     # ---------------------------------------------------------------- conversations to text
 
@@ -304,8 +344,7 @@ def check_same(
     """
     if first is None or second is None:
         return
-    # A chat template is the same text whether the tokenizer or the user gave it.
-    if (first.source, first.kind == "beaver") == (second.source, second.kind == "beaver"):
+    if first.same_text(second):
         return
     message = (
         f"the prompt templates differ: {where_first} has {first.describe()}, {where_second} has "

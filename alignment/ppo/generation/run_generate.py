@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from alignment.cli import CommandParser
 from alignment.errors import AlignmentError, ArgumentsError, DataError
-from alignment.log import say_once
+from alignment.log import get_logger, say_once
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_return_sequences", type=int, default=1, help="answers per prompt (1)")
     parser.add_argument("--batch_size", type=int, help="answers generated together (as many as fit the cache)")
     parser.add_argument("--seed", type=int, default=42, help="of the sampling (42)")
-    parser.add_argument("--prompt_template", help='"beaver", "chat" or a Jinja string (the one saved with the model)')
+    parser.add_argument(
+        "--prompt_template",
+        help='"beaver", "chat" or a Jinja string (the one saved with the model, else its chat template, else beaver)',
+    )
     return parser
 
 
@@ -93,8 +96,8 @@ class Answerer:
 
         check_model_folder(options.model, role="--model")
         tokenizer = load_tokenizer(options.model, role="--model")
-        saved = PromptTemplate.load(options.model) if Path(options.model).is_dir() else None
-        template = PromptTemplate.resolve(options.prompt_template or saved, tokenizer)
+        template, _, why = PromptTemplate.for_model(options.prompt_template, tokenizer, options.model)
+        get_logger().info("prompt template: %s (%s)", template.describe(), why)
         context = model_context_length(options.model)
         longest = options.max_new_tokens or (256 if context is None else max(1, min(256, context // 2)))
         if context is not None and longest >= context:

@@ -147,19 +147,34 @@ def copy_tokenizer_files(source: str | os.PathLike, target: str | os.PathLike) -
     return copied
 
 
-def check_tokenizer_fits(tokenizer: Any, config: Any, *, where: str) -> None:
-    """Check that every id the tokenizer can give has a row in the model's embedding.
+def check_tokenizer_fits(tokenizer: Any, model: str | os.PathLike, *, role: str) -> None:
+    """Check that every id the tokenizer can give has a row in the model's embedding; that the model has more rows is
+    normal, and said once.
+
+    Args:
+        tokenizer: of :func:`load_tokenizer`.
+        model: the folder of a model that reads its ids, or a name on a hub.
+        role: what the model is for, for messages.
 
     Raises:
         ModelError: the vocabulary is larger than the embedding.
     """
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= config.vocab_size:
-        raise ModelError(
-            f"{where}: the tokenizer's largest id is {largest}, but the model's embedding has only "
-            f"{config.vocab_size} rows (vocab_size); "
-            "the tokenizer belongs to another model"
-        )
+    from .loading import open_folder
+
+    rows = open_folder(model, role=role).config.get("vocab_size")
+    if not isinstance(rows, int):
+        return
+    eos, pad, unused = tokenizer.eos_token_id, tokenizer.pad_token_id, getattr(tokenizer, "unused_pad_id", None)
+    ids = [index for index in tokenizer.get_vocab().values() if index != unused]
+    largest = max(ids, default=-1)
+    for what, index in (("largest id", largest), ("end-of-sequence id", eos), ("padding id", pad)):
+        if index >= rows:
+            raise ModelError(
+                f"{role}: the tokenizer's {what} is {index}, but the embedding of {model} has only {rows} rows "
+                "(vocab_size); the tokenizer belongs to another model"
+            )
+    if 0 <= largest + 1 < rows:
+        say_once(f"{role}: {model} has {rows} rows, its tokenizer {largest + 1} tokens; no text has the others")
 
 
 def tokenizer_differs(a: Any, b: Any) -> bool:
@@ -341,3 +356,5 @@ def _ensure_pad(tokenizer: Any, rows: int | None, *, where: str) -> None:
         f"else changes)"
     )
     tokenizer.pad_token = token
+    if pad is not None:
+        tokenizer.unused_pad_id = pad  # no text has it
