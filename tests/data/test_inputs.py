@@ -249,6 +249,11 @@ PAIRS = [
         },
         [],
     ),
+    (
+        "stack exchange",
+        {"question": "q", "answers": [{"text": "b", "pm_score": 1}, {"text": "a", "pm_score": 4, "selected": True}]},
+        [],
+    ),
     ("scores", {"prompt": "q", "responses": ["b", "a"], "scores": [0.1, 0.7]}, []),
 ]
 PROMPTS = [
@@ -367,7 +372,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         (SupervisedDataset, {"prompt": "q"}, "`answer` is missing"),
         (SupervisedDataset, {"prompt": "q", "answer": None}, r"`answer` is missing.*null in this row: 'answer'"),
         (SupervisedDataset, {"prompt": None, "response": "a"}, "the column 'prompt' is null"),
-        (SupervisedDataset, {"messages": [Q, A, Q2]}, "`answer` is missing"),
+        (SupervisedDataset, {"messages": [Q, A, Q2]}, "the conversation ends with the user and has no answer to train"),
+        (SupervisedDataset, {"messages": None, "tools": None}, "the column 'messages' is null"),
         (SupervisedDataset, {"prompt": ["q", "r"], "response": ["a", "b"]}, "both lists of texts. Is this a table"),
         (
             SupervisedDataset,

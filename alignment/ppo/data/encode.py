@@ -192,13 +192,13 @@ class Encoder:
         Raises:
             DataError: a field is missing or has the wrong type.
         """
-        given = [f"`{name}`" for name in ("input", "dialogue", "text") if name in sample]
-        if len(given) != 1:
-            what = "both " + " and ".join(given) if given else "neither `input` nor `dialogue` nor `text`"
+        is_text = "text" in sample and not {"input", "dialogue"} & set(sample)
+        if not is_text and ("dialogue" in sample) == ("input" in sample):
+            what = "both `input` and `dialogue`" if "input" in sample else "neither `input` nor `dialogue`"
             raise DataError(f"the sample has {what}; {SUPERVISED_NEEDS}")
         if sample.get("good") is False:
             return NOT_GOOD
-        if "text" in sample:
+        if is_text:
             return self._plain_text(_text(sample, "text", SUPERVISED_NEEDS))
         if "dialogue" in sample:
             messages = _conversation(sample["dialogue"], "dialogue", sample.get("system"))
@@ -207,6 +207,8 @@ class Encoder:
         else:
             chosen = "other_answer" if sample.get("better") is False and "other_answer" in sample else "answer"
             context = _prompt_messages(sample, SUPERVISED_NEEDS)
+            if len(context) > 1 and sample.get(chosen) is None:
+                raise DataError(f"the conversation ends with the user and has no answer to train; {SUPERVISED_NEEDS}")
             messages = [*_untrained(context), *_answer(sample, chosen, SUPERVISED_NEEDS)]
         if _is_blank(messages):
             return EMPTY_PROMPT

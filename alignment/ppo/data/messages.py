@@ -181,7 +181,7 @@ def _read_content(content: object, where: str) -> str:
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         text = part.get("text") if isinstance(part, Mapping) else part
-        if kind != "text" or not isinstance(text, str):
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
             raise DataError(f"{where} has a part of type {kind!r}; only text parts can be read: {kind_of(part)}")
         texts.append(text)
     return "".join(texts)

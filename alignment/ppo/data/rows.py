@@ -299,7 +299,7 @@ def _answered(columns: _Columns, question: _Question) -> RawSample:
 def _without_prompt(columns: _Columns) -> RawSample:
     if isinstance(columns.row.get("text"), str):
         return RawSample(text=columns.text("text"))
-    nulls = [name for name in columns.source if name not in columns.row and name in (*PROMPT_LIKE, "text")]
+    nulls = [name for name in columns.source if name not in columns.row and name in (*_CONVERSATIONS, *_PROMPTS)]
     if nulls:
         raise DataError(f"the column {' and '.join(map(repr, nulls))} is null, and nothing else could be the prompt")
     raise DataError(
@@ -435,7 +435,7 @@ def _ranked(columns: _Columns, prompt: list[Message]) -> RawSample | None:
             next((a[key] for key in ("text", *_ANSWERS, "content") if isinstance(a.get(key), str)), None)
             for a in answers
         ]
-        ranking = next((key for key in ("rank", "overall_score", "score") if key in answers[0]), None)
+        ranking = next((key for key in ("rank", "overall_score", "score", "pm_score") if key in answers[0]), None)
         ranks = [answer.get(ranking) for answer in answers]
     else:
         return None
