@@ -114,7 +114,8 @@ def load_data(args: PPOArguments, show_progress: bool = True, resume: Path | Non
     Raises:
         AlignmentError: a data set, template or tokenizer cannot be used.
     """
-    from alignment.ppo.data import PromptOnlyDataset, SupervisedDataset, split_train_eval
+    from alignment.ppo.data import PromptOnlyDataset, SupervisedDataset, load_train_and_eval
+    from alignment.ppo.data.splits import warn_of_shared_prompts
     from alignment.ppo.models import check_tokenizer_fits, load_tokenizer
     from alignment.ppo.ppo_trainer import as_prompt
     from alignment.training.runner import stage_template
@@ -141,33 +142,30 @@ def load_data(args: PPOArguments, show_progress: bool = True, resume: Path | Non
         "max_length": args.max_src_len,
         "max_src_len": args.max_src_len,
     }
-    train = PromptOnlyDataset(args.train_datasets, tokenizer, **prompts)
-    held_out: Any = None
-    if args.eval_datasets:
-        held_out = PromptOnlyDataset(args.eval_datasets, tokenizer, **prompts)
-    elif args.eval_split_ratio:
-        train, held_out = split_train_eval(train, args.eval_split_ratio, args.seed)
+
+    def load(mixture: Any, name: str, evaluation: bool = False) -> Any:
+        return PromptOnlyDataset(mixture, tokenizer, name=name, evaluation=evaluation, **prompts)
+
+    sets = load_train_and_eval(
+        load, args.train_datasets, args.eval_datasets, ratio=args.eval_split_ratio, seed=args.seed, do_eval=args.do_eval
+    )
+    train, held_out = sets["train"], sets.get("eval")
     if not len(train):
         raise DataError("no training prompt is left")
     ptx = None
     if args.use_ptx:
         limit = args.max_src_len + args.max_dec_len
-        ptx = SupervisedDataset(args.ptx_datasets, tokenizer, max_length=limit, max_src_len=args.max_src_len, **common)
+        ptx = SupervisedDataset(
+            args.ptx_datasets, tokenizer, max_length=limit, max_src_len=args.max_src_len, name="ptx", **common
+        )
+        sets["ptx"] = ptx
+        if held_out is not None:
+            warn_of_shared_prompts(ptx, held_out)
     eval_prompts: list[Any] = []
-    if held_out is not None and args.do_eval:
+    if held_out is not None:
         count = len(held_out) if args.eval_num_samples is None else min(args.eval_num_samples, len(held_out))
         eval_prompts = [as_prompt(held_out[i], i) for i in range(count)]
-    sets = {"train": train, "eval": held_out, "ptx": ptx}
-    return RunData(
-        tokenizer,
-        template,
-        train,
-        eval_prompts,
-        ptx,
-        reward_tokenizer,
-        reward_template,
-        {name: dataset for name, dataset in sets.items() if dataset is not None},
-    )
+    return RunData(tokenizer, template, train, eval_prompts, ptx, reward_tokenizer, reward_template, sets)
 
 
 def own_reward_format(args: PPOArguments, tokenizer: Any, template: Any) -> tuple[Any | None, Any | None]:

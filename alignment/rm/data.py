@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from alignment.arguments import RewardArguments
-from alignment.ppo.data import PreferenceDataset, PromptTemplate, split_train_eval
+from alignment.ppo.data import PreferenceDataset, PromptTemplate, load_train_and_eval
 from alignment.training.runner import Data
 
 
@@ -16,7 +16,7 @@ def build_data(args: RewardArguments, tokenizer: Any, template: PromptTemplate, 
         DataError: see :class:`alignment.ppo.data.TokenizedDataset`.
     """
 
-    def load(mixture: Any, name: str) -> PreferenceDataset:
+    def load(mixture: Any, name: str, evaluation: bool = False) -> PreferenceDataset:
         return PreferenceDataset(
             mixture,
             tokenizer,
@@ -31,16 +31,16 @@ def build_data(args: RewardArguments, tokenizer: Any, template: PromptTemplate, 
             num_proc=args.dataset_num_proc,
             show_progress=show_progress,
             name=name,
+            evaluation=evaluation,
         )
 
-    sets: dict[str, PreferenceDataset] = {}
-    splits = args.do_eval and not args.eval_datasets and args.eval_split_ratio is not None
-    if args.do_train or splits:
-        sets["train"] = load(args.train_datasets, "train")
-    if splits:
-        sets["train"], sets["eval"] = split_train_eval(sets["train"], args.eval_split_ratio, args.seed)
-        if not args.do_train:
-            del sets["train"]
-    elif args.do_eval and args.eval_datasets:
-        sets["eval"] = load(args.eval_datasets, "eval")
+    sets = load_train_and_eval(
+        load,
+        args.train_datasets,
+        args.eval_datasets,
+        ratio=args.eval_split_ratio,
+        seed=args.seed,
+        do_train=args.do_train,
+        do_eval=args.do_eval,
+    )
     return Data(sets.get("train"), sets.get("eval"), sets)

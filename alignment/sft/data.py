@@ -9,23 +9,18 @@ from typing import Any
 
 from alignment.arguments import SFTArguments
 from alignment.log import get_logger
-from alignment.ppo.data import PromptTemplate, SupervisedDataset, pack_supervised, split_train_eval
+from alignment.ppo.data import PromptTemplate, SupervisedDataset, load_train_and_eval, pack_supervised
 from alignment.training.runner import Data
 
 
 def mixtures(args: SFTArguments) -> tuple[Any, Any]:
     """The training and evaluation mixtures that the arguments mean; the latter None where split off or missing."""
     name = args.dataset_name_or_path
-    is_folder = isinstance(name, str) and Path(name).expanduser().exists()
-    if is_folder:
-        train: Any = {"jsonl": {"path": str(Path(name).expanduser())}}
-        holds_dev = Path(name).expanduser().is_dir() and args.eval_split_ratio is None
-        evaluation: Any = args.eval_datasets or (
-            {"jsonl": {"path": str(Path(name).expanduser()), "split": "dev"}} if holds_dev else None
-        )
-    else:
-        train, evaluation = name or args.train_datasets, args.eval_datasets
-    return train, evaluation if args.do_eval else None
+    if not isinstance(name, str) or not Path(name).expanduser().exists():
+        return name or args.train_datasets, args.eval_datasets
+    mixture = {"jsonl": {"path": str(Path(name).expanduser())}}
+    holds_both = Path(name).expanduser().is_dir() and args.eval_split_ratio is None
+    return mixture, args.eval_datasets or (mixture if holds_both else None)
 
 
 def build_data(args: SFTArguments, tokenizer: Any, template: PromptTemplate, *, show_progress: bool) -> Data:
@@ -35,7 +30,7 @@ def build_data(args: SFTArguments, tokenizer: Any, template: PromptTemplate, *, 
         DataError: see :class:`alignment.ppo.data.TokenizedDataset`.
     """
 
-    def load(mixture: Any, name: str) -> SupervisedDataset:
+    def load(mixture: Any, name: str, evaluation: bool = False) -> SupervisedDataset:
         return SupervisedDataset(
             mixture,
             tokenizer,
@@ -50,19 +45,17 @@ def build_data(args: SFTArguments, tokenizer: Any, template: PromptTemplate, *, 
             num_proc=args.dataset_num_proc,
             show_progress=show_progress,
             name=name,
+            evaluation=evaluation,
         )
 
-    wanted_train, wanted_eval = mixtures(args)
-    sets: dict[str, SupervisedDataset] = {}
-    splits = args.do_eval and wanted_eval is None and args.eval_split_ratio is not None
-    if args.do_train or splits:
-        sets["train"] = load(wanted_train, "train")
-    if splits:
-        sets["train"], sets["eval"] = split_train_eval(sets["train"], args.eval_split_ratio, args.seed)
-        if not args.do_train:
-            del sets["train"]
-    elif wanted_eval is not None:
-        sets["eval"] = load(wanted_eval, "eval")
+    sets = load_train_and_eval(
+        load,
+        *mixtures(args),
+        ratio=args.eval_split_ratio,
+        seed=args.seed,
+        do_train=args.do_train,
+        do_eval=args.do_eval,
+    )
     train, evaluation = sets.get("train"), sets.get("eval")
     if not args.zero_padding:
         return Data(train, evaluation, sets)

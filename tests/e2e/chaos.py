@@ -64,6 +64,7 @@ def write_files(folder: Path) -> Path:
 
     tiny_model_dir(folder / "base", "qwen2")
     write_jsonl(folder / "prompts.jsonl", [{"prompt": f"say the word {i}"} for i in range(48)])
+    write_jsonl(folder / "prompts_dev.jsonl", [{"prompt": f"say the letter {i}"} for i in range(8)])
     write_jsonl(folder / "sft.jsonl", [{"src": f"say {i}", "tgt": "one two three"} for i in range(16)])
     (folder / "chaos_rewards.py").write_text(
         "def letters(prompts, responses, **row):\n    return [r.count('e') - 0.05 * len(r) for r in responses]\n"
@@ -77,7 +78,7 @@ def arguments(files: Path, output: Path, layout: Layout, epochs: int) -> list[st
     """
     values: dict[str, Any] = {
         "actor_model_name_or_path": files / "base", "train_datasets": f"jsonl::{files / 'prompts.jsonl'}",
-        "eval_datasets": f"jsonl:8/-1:{files / 'prompts.jsonl'}", "ptx_datasets": f"jsonl::{files / 'sft.jsonl'}",
+        "eval_datasets": f"jsonl::{files / 'prompts_dev.jsonl'}", "ptx_datasets": f"jsonl::{files / 'sft.jsonl'}",
         "ptx_coeff": 0.5, "reward": f"{files / 'chaos_rewards.py'}:letters", "output_dir": output, "max_src_len": 48,
         "max_dec_len": 16, "per_device_prompt_batch_size": 16, "per_device_train_batch_size": 8, "update_iters": 2,
         "num_train_epochs": epochs, "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "normalize_reward": "true",

@@ -45,7 +45,8 @@ def test_ppo_finds_the_shortest_ways(tmp_path: Path, seed: int, monkeypatch: pyt
     rows = [{"src": NAMES[start], "tgt": random_walk(edges, start, rng)} for start in starts]
     (tmp_path / "walks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = [{"prompt": NAMES[start]} for start in range(1, NODES)]
-    (tmp_path / "starts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    for name in ("starts", "eval_starts"):  # there are no other nodes to start from; the same file would be refused
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     base = tiny_model_dir(tmp_path / "base", "qwen2", hidden_size=64, layers=2, seed=seed)
     common = {
         "prompt_template": TEMPLATE, "seed": seed, "report_to": "none", "disable_tqdm": True, "logging_steps": 20,
@@ -59,7 +60,7 @@ def test_ppo_finds_the_shortest_ways(tmp_path: Path, seed: int, monkeypatch: pyt
     ppo = {
         **common, "actor_model_name_or_path": str(tmp_path / "sft"), "output_dir": str(tmp_path / "ppo"),
         "train_datasets": f"jsonl:8:{tmp_path / 'starts.jsonl'}",
-        "eval_datasets": f"jsonl:4:{tmp_path / 'starts.jsonl'}",
+        "eval_datasets": f"jsonl:4:{tmp_path / 'eval_starts.jsonl'}",
         "reward": "tests.e2e.random_walks:reward", "max_src_len": 8, "max_dec_len": 12, "top_p": 1.0,
         "per_device_prompt_batch_size": 80, "per_device_train_batch_size": 80, "num_return_sequences": 2,
         "per_device_eval_batch_size": 80, "update_iters": 3, "max_steps": 240, "learning_rate": 1e-3,

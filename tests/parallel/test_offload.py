@@ -214,6 +214,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(load_score_model(str(actor), score_type="reward"), folder / "reward")
     save_tokenizer(load_tokenizer(actor), folder / "reward")
     write_jsonl(folder / "prompts.jsonl", [{"prompt": f"the cat is {i}"} for i in range(16)])
+    write_jsonl(folder / "prompts_dev.jsonl", [{"prompt": f"the dog is {i}"} for i in range(4)])
     return folder
 
 
@@ -222,7 +223,7 @@ def run(models: Path, tmp_path: Path) -> Callable[..., Path]:
     def start(name: str, **changes: Any) -> Path:
         values = {
             "train_datasets": f"jsonl::{models / 'prompts.jsonl'}",
-            "eval_datasets": f"jsonl:4/-1:{models / 'prompts.jsonl'}",
+            "eval_datasets": f"jsonl::{models / 'prompts_dev.jsonl'}",
             "actor_model_name_or_path": str(models / "actor"),
             "reward_model_name_or_path": str(models / "reward"),
             "output_dir": str(tmp_path / name),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,11 @@ def reward_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def copied(file: Path) -> Path:
+    """A copy: the tests evaluate on the prompts they train on, and the same file is refused."""
+    return Path(shutil.copyfile(file, file.with_name(f"eval_{file.name}")))
+
+
 @pytest.fixture
 def ppo_json(
     tmp_path: Path, policy_dir: Path, prompt_file: Path, supervised_file: Path, reward_file: Path
@@ -109,7 +115,7 @@ def ppo_json(
     def write(name: str = "ppo", **changes: Any) -> Path:
         values: dict[str, Any] = {
             "train_datasets": f"jsonl::{prompt_file}",
-            "eval_datasets": f"jsonl:6/-1:{prompt_file}",
+            "eval_datasets": f"jsonl:6/-1:{copied(prompt_file)}",
             "ptx_datasets": f"jsonl::{supervised_file}",
             "ptx_coeff": 0.5,
             "actor_model_name_or_path": str(policy_dir),

@@ -11,8 +11,10 @@ The way through the modules, in the order in which data meets them::
     template.py                  turns -> text segments, each either prompt or answer
     encode.py                    segments -> token rows with lengths; every cut and every drop is counted
     cache.py                     token rows on disk
-    tokenized.py                 the three above put together, shared by
+    survey.py                    which samples are equal; columns that were not read
+    tokenized.py                 the four above put together, shared by
     supervised.py preference.py prompt_only.py
+    splits.py                    training and evaluation rows, kept apart
     summary.py                   what was kept, dropped and cut
     packing.py, collate.py       token rows -> batches (NumPy)
 
@@ -36,7 +38,8 @@ _EXPORTS = {
     "summary": ("DatasetSummary",),
     "supervised": ("SupervisedDataset",),
     "template": ("PromptTemplate", "check_same"),
-    "tokenized": ("TokenizedDataset", "split_train_eval"),
+    "splits": ("load_train_and_eval", "split_train_eval"),
+    "tokenized": ("TokenizedDataset",),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 _SUBMODULES = (
@@ -53,6 +56,7 @@ _SUBMODULES = (
     "readers",
     "rows",
     "safe_rlhf",
+    "survey",
     "table",
     "workers",
 )

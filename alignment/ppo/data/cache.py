@@ -12,7 +12,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,16 @@ def _safe_len(tokenizer: Any) -> int | None:
     return len(tokenizer) if hasattr(tokenizer, "__len__") else None
 
 
-def cache_key(facts: Mapping[str, Any], samples: Iterable[Any]) -> str:
-    """Return the hash of ``facts`` and of every sample, in order."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for sample in samples:
-        digest.update(json.dumps(sample, sort_keys=True, default=str, ensure_ascii=True).encode())
-        digest.update(b"\n")
+def cache_key(facts: Mapping[str, Any], samples: str) -> str:
+    """Return the hash of ``facts`` and of the hash of all samples."""
+    return hashlib.sha256((json.dumps(facts, sort_keys=True, default=str) + samples).encode()).hexdigest()
+
+
+def source_fingerprint(*modules: Any) -> str:
+    """Return a hash of the source text of modules: what they make of a sample changes with it."""
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()
 
 

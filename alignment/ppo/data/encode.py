@@ -33,9 +33,6 @@ SUPERVISED_NEEDS = "SupervisedDataset needs (input, answer), (dialogue) or (text
 PREFERENCE_NEEDS = "PreferenceDataset needs (input, answer, other_answer, better)"
 PROMPT_NEEDS = "PromptOnlyDataset needs (input)"
 
-# What the version of the token rows on disk depends on: raise it with every change of meaning in this module.
-ENCODING_VERSION = 2
-
 
 @dataclass(frozen=True)
 class Limits:

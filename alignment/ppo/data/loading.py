@@ -12,7 +12,7 @@ import numpy as np
 from alignment.errors import DataError
 from alignment.ppo.data.base import RawDataset, describe_exception
 from alignment.ppo.data.encode import prompt_key
-from alignment.ppo.data.files import BadRow
+from alignment.ppo.data.files import BadRow, FileDataset
 from alignment.ppo.data.mixture import Source, take_rows
 from alignment.ppo.data.summary import SourceSummary
 
@@ -46,7 +46,11 @@ def place(loaded: Loaded, row: int) -> str:
 
 
 def read_sample(loaded: Loaded, row: int, skip_bad_rows: bool) -> Sample:
-    """Read a sample once; one that cannot be read raises, or becomes a :class:`BadRow`."""
+    """Read a sample; one that cannot be read raises, or becomes a :class:`BadRow`.
+
+    Rows of files are read again each time, so that they may be larger than memory. Other data sets may be slow, or not
+    give the same twice: their samples are kept.
+    """
     if row not in loaded.samples:
         try:
             sample: Sample = loaded.raw[row]
@@ -60,8 +64,40 @@ def read_sample(loaded: Loaded, row: int, skip_bad_rows: bool) -> Sample:
                 raise DataError(sample.reason) from err
         if isinstance(sample, BadRow) and not skip_bad_rows:
             raise DataError(sample.reason)
+        if isinstance(loaded.raw, FileDataset):
+            return sample
         loaded.samples[row] = sample
     return loaded.samples[row]
+
+
+class Samples(Sequence[Sample]):
+    """The distinct samples of a mixture, each read when it is asked for.
+
+    Args:
+        loaded: the sources.
+        pairs: (number of the source, row) of each.
+        skip_bad_rows: see :func:`read_sample`.
+    """
+
+    def __init__(self, loaded: Sequence[Loaded], pairs: Sequence[tuple[int, int]], skip_bad_rows: bool) -> None:
+        self.loaded, self.pairs, self.skip_bad_rows = loaded, pairs, skip_bad_rows
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, number: Any) -> Any:
+        source, row = self.pairs[number]
+        return read_sample(self.loaded[source], row, self.skip_bad_rows)
+
+
+def identities(loaded: Sequence[Loaded]) -> dict[str, str]:
+    """What is read, as file or as data set, with the source's name for messages."""
+    found = {}
+    for one in loaded:
+        files = one.raw.files if isinstance(one.raw, FileDataset) else []
+        whole = f"{one.source.name} {sorted(one.source.kwargs.items(), key=repr)}"
+        found |= dict.fromkeys([str(file.resolve()) for file in files] or [whole], one.source.label)
+    return found
 
 
 def deduplicate(loaded: Sequence[Loaded], skip_bad_rows: bool) -> None:

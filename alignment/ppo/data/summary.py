@@ -24,7 +24,9 @@ class SourceSummary:
     available: int
     """Rows the source holds."""
     duplicates: int
-    """Prompts that had come before, taken out before mixing (prompt-only data)."""
+    """Of prompt-only data: prompts that had come before, taken out before mixing. Of others: rows taken whose prompt
+    and answers had come before; they stay in.
+    """
     taken: int
     """Rows that the proportion took."""
     kept: int

@@ -88,3 +88,8 @@ class TokenTable:
     def trained_of(self, index: int) -> np.ndarray:
         """Return bool [len]: which ids of sample ``index`` are learned."""
         return self.trained[self.offsets[0][index] : self.offsets[0][index + 1]]
+
+    def parts(self, index: int) -> list[np.ndarray]:
+        """Return all that sample ``index`` is made of: its sequences, and which ids of the first are learned."""
+        rows = [ids[o[index] : o[index + 1]] for ids, o in zip(self.ids, self.offsets, strict=True)]
+        return [*rows, self.trained_of(index)]

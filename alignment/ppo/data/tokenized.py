@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 import operator
 from abc import ABC, abstractmethod
@@ -16,20 +18,26 @@ import numpy as np
 
 from alignment.errors import DataError
 from alignment.log import get_logger, say_once
-from alignment.ppo.data.base import find_class, split_indices
-from alignment.ppo.data.cache import cache_file, cache_key, read_cache, tokenizer_fingerprint, write_cache
-from alignment.ppo.data.encode import ENCODING_VERSION, MALFORMED, Encoded, Encoder, Limits
+from alignment.ppo.data import chat, encode, messages, rendering, template
+from alignment.ppo.data.base import find_class
+from alignment.ppo.data.cache import (
+    cache_file,
+    cache_key,
+    read_cache,
+    source_fingerprint,
+    tokenizer_fingerprint,
+    write_cache,
+)
+from alignment.ppo.data.encode import MALFORMED, Encoded, Encoder, Limits
 from alignment.ppo.data.files import BadRow
-from alignment.ppo.data.loading import Loaded, Sample, deduplicate, load_source, mix, place, read_sample
+from alignment.ppo.data.loading import Loaded, Sample, Samples, deduplicate, identities, load_source, mix, place
 from alignment.ppo.data.mixture import Source, parse_mixture
-from alignment.ppo.data.rows import PROMPT_LIKE, unread_prompt_columns
+from alignment.ppo.data.rows import PROMPT_LIKE
 from alignment.ppo.data.summary import DatasetSummary, SourceSummary, counts_text, length_percentiles, unread_text
+from alignment.ppo.data.survey import survey
 from alignment.ppo.data.table import CUTS, TokenTable, compact
 from alignment.ppo.data.template import PromptTemplate
 from alignment.ppo.data.workers import encode_all
-
-# What token rows depend on; other columns may change without tokenising again.
-_TEXT_FIELDS = ("input", "answer", "other_answer", "dialogue", "text", "better", "good", "system", "tools")
 
 
 class TokenizedDataset(ABC):
@@ -48,6 +56,10 @@ class TokenizedDataset(ABC):
         show_progress: show a progress bar.
         name: what to call the data set in tables and messages ("train", "eval", ...); by default the names of its
             sources.
+        evaluation: ask folders for their validation or test part, where the mixture names none.
+
+    Attributes:
+        reads: the files (or data sets) that are read, each with the name of its source.
 
     Raises:
         DataError: a name is unknown, a file or row cannot be used (file and line are named), or nothing is left after
@@ -75,18 +87,20 @@ class TokenizedDataset(ABC):
         num_proc: int = 1,
         show_progress: bool = True,
         name: str | None = None,
+        evaluation: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = PromptTemplate.resolve(template, tokenizer)
         self.limits = Limits(max_length, max_src_len, overlong_prompts, overlong_answers)
         self.seed = seed
         encoder = Encoder(tokenizer, self.template, self.limits)
-        sources = parse_mixture(names_and_attrs)
+        sources = parse_mixture(names_and_attrs, evaluation)
         for source in sources:
             _check_fields(source, self.KIND)
         self.name = name or ", ".join(dict.fromkeys(source.name for source in sources))
 
         loaded = [load_source(source, skip_bad_rows) for source in sources]
+        self.reads = identities(loaded)
         if self.DEDUPLICATE:
             deduplicate(loaded, skip_bad_rows)
         self._sources, origin, rows = mix(loaded, seed)
@@ -98,7 +112,11 @@ class TokenizedDataset(ABC):
         self._sample_of = np.array(
             [numbers[p] for p in zip(origin.tolist(), rows.tolist(), strict=True)], dtype=np.int64
         )
-        samples = [read_sample(loaded[source], row, skip_bad_rows) for source, row in pairs]
+        samples: Sequence[Sample] = Samples(loaded, pairs, skip_bad_rows)
+        if self.DEDUPLICATE:  # prompts hand their rows to rewards all through the run
+            samples = list(samples)
+        source_numbers = [source for source, _ in pairs]
+        self._survey = survey(samples, source_numbers, len(loaded), self.KIND)
 
         def encode(number: int) -> Encoded | str | BadRow:
             return compact(self._encode_one(encoder, samples[number], loaded[pairs[number][0]], pairs[number][1]))
@@ -106,11 +124,11 @@ class TokenizedDataset(ABC):
         self._table, self._from_cache = self._tokenise(
             encode, samples, cache_dir and Path(cache_dir).expanduser(), num_proc, show_progress, skip_bad_rows
         )
-        self._samples = samples if self.DEDUPLICATE else None  # prompts hand their rows to rewards
+        self._samples = samples if self.DEDUPLICATE else None
         self._kept = np.flatnonzero(self._table.reasons[self._sample_of] == "")
         self._account(loaded)
-        self._unread = _count_unread(samples, np.array([source for source, _ in pairs]), len(loaded), self.KIND)
-        _say_unread(self._sources, self._unread, self.KIND)
+        self._count_repeats(source_numbers)
+        _say_unread(self._sources, self._survey.unread, self.KIND)
 
     # ---------------------------------------------------------------- what a kind defines
 
@@ -151,7 +169,26 @@ class TokenizedDataset(ABC):
         longest = np.max([self._table.lengths(k) for k in range(self.SEQUENCES)], axis=0)
         return longest[self._sample_of[self._kept]]
 
+    def prompt_ids(self) -> np.ndarray:
+        """Return uint64 [len(self)]: equal numbers for items with the same prompt, in any data set. Of a conversation
+        in which several answers are trained it is the prompt of the first.
+        """
+        return self._survey.prompts[self._sample_of[self._kept]]
+
     # ---------------------------------------------------------------- the account
+
+    @property
+    def rows_hash(self) -> str:
+        """Hash of all token rows, in order, of which tokens are trained, and of the columns that rewards get."""
+        digest = hashlib.sha256()
+        table = self._table
+        for sample in self._sample_of[self._kept].tolist():
+            digest.update(np.array([table.prompt_lens[sample], *(t.size for t in table.parts(sample))]).tobytes())
+            for part in table.parts(sample):
+                digest.update(part.tobytes())
+            if self._samples is not None:
+                digest.update(json.dumps(self._samples[sample], sort_keys=True, default=_type_name).encode())
+        return digest.hexdigest()
 
     @property
     def summary(self) -> DatasetSummary:
@@ -182,6 +219,7 @@ class TokenizedDataset(ABC):
         """Return how the data set was put together, as JSON values: for ``data_mixture.json`` in the run's folder."""
         return {
             **self.summary.to_dict(),
+            "hash": self.rows_hash,
             "seed": self.seed,
             "limits": asdict(self.limits),
             "template": self.template.to_dict(),
@@ -201,10 +239,23 @@ class TokenizedDataset(ABC):
                     taken=taken,
                     kept=int(kept[number]),
                     dropped={} if is_part else dict(sorted(dropped.items())),
-                    unread=self._unread[number],
+                    unread=self._survey.unread[number],
                 )
             )
         return found
+
+    def _count_repeats(self, source_numbers: Sequence[int]) -> None:
+        """Count rows that say what an earlier one says. Of prompts they are out already; others stay, which is said."""
+        if self.DEDUPLICATE:
+            return
+        repeats = self._survey.repeats(source_numbers)
+        pairs = zip(self._sources, repeats, strict=True)
+        self._sources = [replace(source, duplicates=count) for source, count in pairs]
+        if sum(repeats):
+            say_once(
+                f"{self.name}: {sum(repeats)} of {len(source_numbers)} rows have the prompt and the answers of an "
+                "earlier row; they stay in"
+            )
 
     def _account(self, loaded: Sequence[Loaded]) -> None:
         """Refuse a data set that has nothing left, or a source of which every row is unusable."""
@@ -246,7 +297,7 @@ class TokenizedDataset(ABC):
         """Return the token table and whether it came from the cache."""
         path, key = None, ""
         if cache_dir:
-            key = cache_key(self._cache_facts(), (_cached_fields(sample) for sample in samples))
+            key = cache_key(self._cache_facts(), self._survey.digest)
             path = cache_file(cache_dir, type(self).__name__, key)
             arrays = read_cache(path, key)
             if arrays is not None:
@@ -267,7 +318,7 @@ class TokenizedDataset(ABC):
 
     def _cache_facts(self) -> dict[str, Any]:
         return {
-            "version": ENCODING_VERSION,
+            "version": source_fingerprint(chat, encode, messages, rendering, template),
             "kind": type(self).__qualname__,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "template": self.template.to_dict(),
@@ -279,55 +330,8 @@ class TokenizedDataset(ABC):
 _Self = TypeVar("_Self", bound=TokenizedDataset)
 
 
-def split_train_eval(dataset: _Self, ratio: float, seed: int = 42) -> tuple[_Self, _Self]:
-    """Split a tokenised data set into a train and an evaluation part (``eval_split_ratio``).
-
-    Copies of one sample (a proportion above 1) go to the same part, so nothing is evaluated that was trained on.
-
-    Args:
-        dataset: to split.
-        ratio: the evaluation part's share of the distinct samples, between 0 and 1, both excluded.
-        seed: of the choice.
-
-    Raises:
-        DataError: the ratio is out of range or there are fewer than two distinct samples.
-    """
-    samples = dataset._sample_of[dataset._kept]
-    distinct = np.unique(samples)
-    if len(distinct) < 2:
-        raise DataError(
-            f"eval_split_ratio: {dataset.name!r} has {len(distinct)} distinct rows; splitting needs at least 2"
-        )
-    _, chosen = split_indices(len(distinct), ratio, seed)
-    is_eval = np.isin(samples, distinct[chosen])
-    train = dataset.select(np.flatnonzero(~is_eval))
-    return train, dataset.select(np.flatnonzero(is_eval), f"{dataset.name} (split off)")
-
-
-def _cached_fields(sample: Sample) -> Any:
-    if isinstance(sample, BadRow):
-        return {"bad": sample.reason}
-    return {name: sample[name] for name in _TEXT_FIELDS if name in sample}
-
-
-def _count_unread(samples: Sequence[Sample], origin: np.ndarray, sources: int, kind: str) -> list[dict[str, int]]:
-    """For every source, in how many of its samples a column (or key of a message) was not read.
-
-    Prompts hand all columns to rewards, so that of theirs only those count that look like a part of the prompt, and
-    keys of messages.
-    """
-    counts: list[Counter[str]] = [Counter() for _ in range(sources)]
-    for number, sample in zip(origin.tolist(), samples, strict=True):
-        if isinstance(sample, BadRow):
-            continue
-        names = list(sample.get("unread") or ())
-        if kind == "prompt only":
-            columns = sample.get("extra") or {}
-            names = unread_prompt_columns(sample) + [name for name in names if name not in columns and "." in name]
-        elif kind == "supervised" and "other_answer" in sample:
-            names.append("(the worse answer)")
-        counts[number].update(names)
-    return [dict(count.most_common()) for count in counts]
+def _type_name(value: object) -> str:
+    return type(value).__name__  # what a data set's author made; its text may hold an address
 
 
 def _say_unread(sources: Sequence[SourceSummary], unread: Sequence[Mapping[str, int]], kind: str) -> None:
