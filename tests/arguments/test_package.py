@@ -14,18 +14,18 @@ def test_parsing_is_quick_and_loads_neither_paddle_nor_paddlenlp(repo: Path) -> 
     code = (
         "import json, sys, time\n"
         "import alignment\n"
-        "start = time.perf_counter()\n"
+        "start = time.process_time()\n"
         "from alignment.arguments import parse_ppo\n"
         "parse_ppo(['config/llama/ppo_argument.json', 'dataloader_num_workers=2'])\n"
         "heavy = sorted({'paddle', 'paddlenlp', 'datasets', 'pandas', 'numpy', 'matplotlib'} & set(sys.modules))\n"
-        "print(json.dumps([time.perf_counter() - start, heavy]))\n"
+        "print(json.dumps([time.process_time() - start, heavy]))\n"
     )
 
     def measure() -> tuple[float, list[str]]:
         done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
         return tuple(json.loads(done.stdout.splitlines()[-1]))
 
-    # The best of three: other processes may be busy on the same cores.
+    # Processor time, and the best of three: other processes may be busy on the same cores.
     runs = [measure() for _ in range(3)]
     assert [heavy for _, heavy in runs] == [[], [], []]
     assert min(seconds for seconds, _ in runs) < 0.2
