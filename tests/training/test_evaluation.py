@@ -68,7 +68,11 @@ def test_evaluation_collates_a_few_batches_at_a_time_and_pads_little(
     rows = [np.full(rng.integers(1, 40), number) for number in range(100)]
     stage = Rows()
     args = SimpleNamespace(
-        output_dir=tmp_path, save_total_limit=1, per_device_eval_batch_size=4, max_tokens_per_micro_batch=budget
+        output_dir=tmp_path,
+        save_total_limit=1,
+        per_device_eval_batch_size=4,
+        max_tokens_per_micro_batch=budget,
+        disable_tqdm=True,
     )
     trainer = StageTrainer(stage, args, World(), None, rows)  # type: ignore[arg-type]
     ignore = lambda *args, **kwargs: None  # noqa: E731
