@@ -43,6 +43,15 @@ class PPODataFields:
         parse=values.read_reward,
         derived="the reward model",
     )
+    reward_timeout: float = argument(
+        0.0,
+        "Longest time that a reward may take for a batch; 0: no limit, but the wait is said.",
+        ge=0,
+        unit="s",
+    )
+    reward_sees_special_tokens: bool = argument(
+        False, "Whether special tokens other than end and padding stay in the text that Python rewards get."
+    )
     train_datasets: str | dict[str, Any] | None = dataset_argument("Mixture of prompts.")
     eval_datasets: str | dict[str, Any] | None = dataset_argument("Mixture of evaluation prompts.")
     ptx_datasets: str | dict[str, Any] | None = dataset_argument(

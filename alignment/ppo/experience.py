@@ -87,7 +87,12 @@ def rollout_gaps(experience: Experience) -> np.ndarray:
     return np.abs(experience.rollout.logprobs - experience.logprobs)[experience.mask > 0]
 
 
-def describe_experience(experience: Experience, kl_coeff: float) -> Statistics:
+def clipped_scores(experience: Experience, clip_range_score: float) -> np.ndarray:
+    """``[B]`` bool, the rows whose score ``clip_range_score`` has cut."""
+    return np.abs(experience.shaped_scores) > clip_range_score
+
+
+def describe_experience(experience: Experience, kl_coeff: float, clip_range_score: float) -> Statistics:
     """The metrics of one rollout (names as in the reference where it has them)."""
     stats, rollout, mask = Statistics(), experience.rollout, experience.mask
     rows, tokens = len(experience), float(mask.sum())
@@ -97,6 +102,7 @@ def describe_experience(experience: Experience, kl_coeff: float) -> Statistics:
         for name, part in experience.score_parts.items():
             stats.add(f"train/reward/{name}", part.sum(), rows)
     stats.add("train/norm_reward", experience.shaped_scores.sum(), rows)
+    stats.add("reward/clipped_fraction", clipped_scores(experience, clip_range_score).sum(), rows)
     stats.add("train/norm_reward_with_kl", experience.rewards.sum(), rows)
     stats.add("train/kl_divergence", summed_k1(experience).sum(), rows)
     stats.add("train/kl_divergence_per_token", summed_k1(experience).sum(), tokens)

@@ -71,15 +71,16 @@ class Guard:
 
     Args:
         mode: ``"strict"``, ``"warn"`` or ``"off"``.
+        speaks: whether this process warns; all of them find the same.
 
     Raises:
         ValueError: another mode.
     """
 
-    def __init__(self, mode: str = "strict") -> None:
+    def __init__(self, mode: str = "strict", speaks: bool = True) -> None:
         if mode not in MODES:
             raise ValueError(f"unknown checks {mode!r}; known: {', '.join(MODES)}")
-        self.mode = mode
+        self.mode, self.speaks = mode, speaks
         self._said: set[str] = set()
 
     @property
@@ -100,7 +101,7 @@ class Guard:
         """
         if self.mode == "strict" and stops:
             raise InvariantError(f"{message} (`checks: warn` goes on all the same)")
-        if self.looks and check not in self._said:
+        if self.looks and self.speaks and check not in self._said:
             self._said.add(check)
             get_logger().warning("%s (said once)", message)
 

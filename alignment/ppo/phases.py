@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from alignment import runtime
 from alignment.errors import InvariantError
+from alignment.log import get_logger
 from alignment.parallel import World
 from alignment.ppo.algorithms.advantages import RunningMoments
 from alignment.ppo.algorithms.kl import FixedKLController
@@ -26,6 +27,7 @@ from alignment.ppo.generation.engine import GenerationPrompt
 from alignment.ppo.generation.layouts import RolloutEngine
 from alignment.ppo.generation.sampler import SamplingSettings
 from alignment.ppo.invariants import Guard, check_rollout_gap, precision_of
+from alignment.ppo.notices import notices
 from alignment.ppo.rewards import RewardResult
 from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
 from alignment.ppo.rollout import Experience, Rollout, join_rollouts
@@ -87,7 +89,8 @@ class RolloutPhases:
         self.args, self.world, self.roles, self.score = args, world, roles, score
         self.generator, self.sampling, self.kl_controller, self.moments = generator, sampling, kl_controller, moments
         self.timer, self.stats, self.tokens, self.reshard_bytes = PhaseTimer(), Statistics(), 0, 0
-        self.kl_adapts, self.first, self.guard = True, True, Guard(args.checks)
+        self.kl_adapts, self.first, self.guard = True, True, Guard(args.checks, world.is_main)
+        self._said: set[str] = set()
 
     @property
     def precision(self) -> str:
@@ -185,7 +188,11 @@ class RolloutPhases:
         experience = assemble_experience(
             whole, join(1), join(2), join(4), totals, pieces, self.args, self.kl_controller, self.moments
         )
-        self.stats = describe_experience(experience, self.kl_controller.kl_coeff)
+        self.stats = describe_experience(experience, self.kl_controller.kl_coeff, self.args.clip_range_score)
+        for name in filled[0][3].figures:
+            figures = np.concatenate([part[3].figures[name] for part in filled])
+            self.stats.add(f"reward/{name}_fraction", float(figures.sum()), len(figures))
+        self._say(notices(experience, self.stats.result(), self.args, self.generator.inner.kept.mean))
         gaps = rollout_gaps(experience)
         check_rollout_gap(gaps, self.precision, self.sampling.temperature, self.guard, first=self.first)
         self.first = False
@@ -194,6 +201,12 @@ class RolloutPhases:
         if self.kl_adapts:
             self.kl_controller.update(float(summed_k1(experience).mean()), len(experience))
         return experience
+
+    def _say(self, found: Mapping[str, str]) -> None:
+        for kind, text in found.items():
+            if self.world.is_main and kind not in self._said:
+                self._said.add(kind)
+                get_logger().warning("%s", text)
 
     def _count_tokens(self, whole: Rollout) -> None:
         """Count all ranks' tokens for the phases' rates: the answers' for ``generate``, whole rows' for the others."""

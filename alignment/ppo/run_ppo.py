@@ -46,6 +46,11 @@ class RunData:
     reward_template: Any | None
     sets: dict[str, Any]
 
+    @property
+    def prompt_sets(self) -> list[Any]:
+        """The data sets whose rows are answered and rewarded."""
+        return [self.sets[name] for name in ("train", "eval") if name in self.sets]
+
 
 def main(argv: list[str]) -> int:
     """Run PPO with ``argv`` (a JSON file and overrides).
@@ -108,6 +113,20 @@ def check_models(args: PPOArguments, topology: Any) -> None:
         args.check_context(model_context_length(path), f"{key}={path}")
 
 
+def check_reward_context(args: PPOArguments) -> None:
+    """Refuse a reward model whose context is shorter than the rows that it is to read as they were sampled.
+
+    Raises:
+        ArgumentsError: the limits that were given do not fit.
+    """
+    from alignment.ppo.models import model_context_length
+    from alignment.ppo.rewards import uses_model
+
+    if uses_model(args.reward):
+        path = args.reward_model_name_or_path
+        args.check_context(model_context_length(path), f"reward_model_name_or_path={path}")
+
+
 def load_data(args: PPOArguments, show_progress: bool = True, resume: Path | None = None) -> RunData:
     """Load tokenizer and data sets and settle the prompt template; ``resume`` is the checkpoint to go on from.
 
@@ -127,6 +146,8 @@ def load_data(args: PPOArguments, show_progress: bool = True, resume: Path | Non
         check_tokenizer_fits(tokenizer, args.reward_critic_model_name_or_path, role="critic")
     template = stage_template(args, tokenizer, actor, resume)
     reward_tokenizer, reward_template = own_reward_format(args, tokenizer, template)
+    if reward_tokenizer is None:  # else answers are written anew for it, cut to its context, and counted
+        check_reward_context(args)
     common = {
         "template": template,
         "overlong_prompts": args.overlong_prompts,
@@ -219,8 +240,9 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     from alignment.ppo.models import load_causal_lm, load_score_model, model_context_length, save_tokenizer
     from alignment.ppo.phases import Roles
     from alignment.ppo.ppo_trainer import PPOTrainer
-    from alignment.ppo.rewards import RewardBatch, resolve_rewards, uses_model
+    from alignment.ppo.rewards import RewardBatch, RewardResult, resolve_rewards, uses_model
     from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
+    from alignment.ppo.rollout import Rollout
     from alignment.ppo.scoring import RewardModelScorer
     from alignment.training.runner import model_flags
 
@@ -234,6 +256,17 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     }
     actor_path = args.actor_model_name_or_path
 
+    # what is wrong with a reward is said before anything heavy is read; its model comes later
+    scorer: RewardModelScorer | None = None
+
+    def by_model(batch: RewardBatch) -> Any:
+        assert scorer is not None
+        return scorer(batch)
+
+    base_dir = Path(args.file).resolve().parent if args.file else None
+    rewards = resolve_rewards(args.reward, by_model, base_dir, args.reward_timeout)
+    rewards.settle_columns(dict.fromkeys(name for rows in data.prompt_sets for name in rows.columns()))
+    get_logger().info("reward: %s", rewards)
     residency = build_residency(
         args.offload_level, PPO_ITERATION.residency(), PPO_BETWEEN, args.offload_dir, args.on_cpu
     )
@@ -263,7 +296,8 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
         critic = offloaded(
             Engine("critic", critic_model, world, critic_settings, recompute=bool(args.critic_recompute))
         )
-    reward_role = scorer = None
+    eos_ids, context = eos_token_ids(actor.model, data.tokenizer), model_context_length(actor_path)
+    reward_role = None
     running_normalization = bool(args.normalize_reward)
     if uses_model(args.reward):
         reward_path = args.reward_model_name_or_path
@@ -273,11 +307,10 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
             model.config.do_normalize, running_normalization = True, False
         reward_role = RewardRole(offloaded(Engine("reward", model, world)), infer_rows, budget)
         limit = model_context_length(reward_path) or args.max_src_len + 2 * args.max_dec_len
-        scorer = RewardModelScorer(reward_role, data.reward_tokenizer, data.reward_template, limit)
-    rewards = resolve_rewards(args.reward, scorer, Path(args.file).resolve().parent if args.file else None)
-    get_logger().info("reward: %s", rewards)
+        anew = data.reward_tokenizer is not None
+        reads = (data.reward_tokenizer, data.reward_template) if anew else (data.tokenizer, data.template)
+        scorer = RewardModelScorer(reward_role, *reads, eos_ids, limit, anew=anew)
 
-    eos_ids, context = eos_token_ids(actor.model, data.tokenizer), model_context_length(actor_path)
     generator = RolloutEngine(
         actor,
         world,
@@ -298,6 +331,14 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     def save_extras(folder: Path) -> None:
         save_tokenizer(data.tokenizer, folder, data.template)
 
+    def score(rollout: Rollout) -> RewardResult:
+        texts = None
+        if args.reward_sees_special_tokens:
+            stop = generator.stop_rule(args.stop_strings or ())
+            ends = zip(rollout.tokens, rollout.prompt_len, rollout.lengths, rollout.finished, strict=True)
+            texts = [stop.text(row[begin:end].tolist(), done, special=True) for row, begin, end, done in ends]
+        return rewards.score(RewardBatch.from_rollout(rollout, texts))
+
     roles = Roles(
         PolicyRole(actor, args.temperature, infer_rows, budget),
         None if reference is None else PolicyRole(reference, args.temperature, infer_rows, budget),
@@ -308,7 +349,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
         args,
         world,
         roles,
-        lambda rollout: rewards.score(RewardBatch.from_rollout(rollout)),
+        score,
         generator,
         data.train,
         data.eval_prompts,

@@ -23,8 +23,8 @@ RESUME_WORD = "resume_from_checkpoint"
 class Interrupt:
     """Turns SIGINT and SIGTERM into a flag for as long as it is entered; the former handlers come back afterwards.
 
-    A second Ctrl-C, at least a second after the first, stops at once (``KeyboardInterrupt``). SIGTERM never does: the
-    launcher repeats it.
+    A second signal of either sort, at least a second after the first, stops at once (``KeyboardInterrupt``), wherever
+    the run waits. The second counts because launchers repeat a SIGTERM within some tenths of it.
 
     Attributes:
         requested: whether a signal has come.
@@ -56,8 +56,8 @@ class Interrupt:
         if not self.requested:
             self.requested, self._when = True, now
             name = signal.Signals(number).name
-            get_logger().warning("%s: finishing this step, then saving (Ctrl-C once more stops at once, unsaved)", name)
-        elif number == signal.SIGINT and now - self._when > 1.0:
+            get_logger().warning("%s: finishing this step, then saving (a second signal stops at once, unsaved)", name)
+        elif now - self._when > 1.0:
             raise KeyboardInterrupt
 
 

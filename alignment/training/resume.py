@@ -74,7 +74,8 @@ FREE = frozenset(
         # where and how often
         "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_changed_arguments", "dry_run", "plugins",
         "do_train", "do_eval", "evaluation_strategy", "eval_steps", "eval_on_start", "eval_accumulation_steps",
-        "eval_num_samples", "checks", "eval_with_do_generation", "save_generation_output", "sample_table_rows",
+        "eval_num_samples", "eval_with_do_generation", "save_generation_output", "sample_table_rows", "checks",
+        "reward_timeout",
         "save_strategy", "save_steps", "save_total_limit", "unified_checkpoint", "logging_steps", "logging_dir",
         "disable_tqdm", "report_to", "data_cache_dir", "dataset_num_proc", "hang_timeout", "allow_template_mismatch",
         "show_sample_ids",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,7 @@ from alignment.errors import ModelError
 from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt, cache_bytes
 from alignment.ppo.generation.layers import LayerOps, PackedBatch
 from alignment.ppo.generation.sampler import SamplingSettings, apply_repetition_penalty, truncated_probabilities
+from alignment.ppo.generation.stopping import StopRule
 from alignment.ppo.models import final_hidden_states, lm_logits
 from alignment.ppo.rollout import Rollout
 from tests.generation.conftest import EOS, MODELS, PAD, IdTokenizer, engine_for, make_model, make_prompts
@@ -370,3 +373,76 @@ def test_any_lengths_and_budgets(
         assert rollout.finished[i] == (tokens[-1] == EOS)
         assert rollout.finished[i] or len(tokens) == limit
         assert not rollout.finished[i] or len(tokens) > how.min_new_tokens
+
+
+def test_the_quick_look_at_a_stop_strings_last_character_misses_none(llama: paddle.nn.Layer) -> None:
+    """rl 12: only rows whose newest token can complete a stop string are decoded."""
+
+    class Slow(StopRule):
+        def _may_complete(self, token: int) -> bool:
+            return True
+
+    class Counting(IdTokenizer):
+        calls = 0
+
+        def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+            self.calls += 1
+            return super().decode(ids)
+
+    prompts, counts = make_prompts([3, 5, 4, 6]), []
+    how = SamplingSettings(40, seed=3, temperature=1.5, stop=("3 1", "27"))
+    ends = []
+    for rule in (StopRule, Slow):
+        engine = engine_for(llama)
+        engine.tokenizer = Counting()
+        engine._stop = rule(engine.eos_ids, how.stop, engine.tokenizer)
+        rollout = engine.generate(prompts, how, 4)
+        ends.append((responses(rollout), rollout.finished.tolist(), rollout.responses))
+        counts.append(engine.tokenizer.calls)
+    assert ends[0] == ends[1] and any(ends[0][1])
+    assert counts[0] < counts[1]
+
+
+@pytest.mark.parametrize("stop", ["\n\n", "é", "漢", "🙂", "st op", "END", " "])
+def test_every_completed_stop_string_is_found(stop: str, tmp_path: Path) -> None:
+    """rl 12: characters of several bytes come in several tokens."""
+    from alignment.ppo.models import load_tokenizer
+    from tests.ppo.conftest import write_tokenizer
+
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer(f"say the word{stop} and more", add_special_tokens=False)["input_ids"]
+    rule = StopRule((0,), (stop,), tokenizer)
+    assert any(rule.ends(ids[i], np.array(ids[: i + 1])) for i in range(len(ids)))
+
+
+def test_special_tokens_stay_in_the_text_where_they_are_asked_for(tmp_path: Path) -> None:
+    """P9: all but end and padding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from alignment.ppo.models import load_tokenizer
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|pad|>", "<tool>"]
+    made.train_from_iterator(["say the word"], trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    made.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[0], "pad_token": special[1]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = [2, *tokenizer("say", add_special_tokens=False)["input_ids"], 1, 0]
+    rule = StopRule((0,), (), tokenizer)
+    assert rule.text(ids, True) == "say"
+    assert rule.text(ids, True, special=True) == "<tool>say"
+
+
+def test_what_top_k_and_top_p_leave_of_the_policy_is_looked_at(llama: paddle.nn.Layer, way: str) -> None:
+    engine = engine_for(llama, way)
+    engine.generate(make_prompts([3, 5]), SamplingSettings(12, temperature=1.0))
+    assert engine.kept.mean is None
+    engine.generate(make_prompts([3, 5]), SamplingSettings(12, min_new_tokens=12, top_k=3))
+    narrow = engine.kept.mean
+    assert narrow is not None and 3 / 64 < narrow < 1.0
+    engine = engine_for(llama, way)
+    engine.generate(make_prompts([3, 5]), SamplingSettings(12, min_new_tokens=12, top_p=0.8))
+    assert engine.kept.mean >= 0.8

@@ -226,7 +226,8 @@ def test_reward_inputs_are_built_from_text(kit: Any, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(kit.tokenizer_folder(tmp_path / "t"))
     template = PromptTemplate.resolve("beaver", tokenizer)
     prompts, responses = ["the cat?", ["hi", "yes", "a dog?"]], [" sat on the mat", " no"]
-    ids, lengths = build_reward_inputs(prompts, responses, [True, False], tokenizer, template, 200)
+    ids, lengths, cut = build_reward_inputs(prompts, responses, [True, False], tokenizer, template, 200)
+    assert not cut.any()
     assert ids.dtype == lengths.dtype == np.int64
     first, second = (tokenizer.decode(row) for row in rows_of(ids, lengths))
     assert first == template.format_prompt("the cat?") + " sat on the mat<|endoftext|>"
@@ -240,7 +241,7 @@ def test_reward_inputs_have_the_tokens_of_the_training_rows(kit: Any, tmp_path: 
     template = PromptTemplate.resolve("beaver", tokenizer)
     sample = {"input": "the cat?", "answer": "sat", "other_answer": "the mat", "better": True}
     trained = Encoder(tokenizer, template, Limits(max_length=200)).preference(sample).rows
-    ids, lengths = build_reward_inputs(["the cat?"] * 2, ["sat", "the mat"], [True] * 2, tokenizer, template, 200)
+    ids, lengths, _ = build_reward_inputs(["the cat?"] * 2, ["sat", "the mat"], [True] * 2, tokenizer, template, 200)
     assert rows_of(ids, lengths) == trained
 
 
@@ -255,7 +256,7 @@ def test_reward_inputs_of_messages_with_tools(kit: Any, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "the cat?"}, {"role": "tool", "content": "a dog"}]
     sample = {"input": messages, "tools": [{"name": "look"}], "answer": "sat", "other_answer": "no", "better": True}
     trained = Encoder(tokenizer, template, Limits(max_length=200)).preference(sample).rows
-    ids, lengths = build_reward_inputs(
+    ids, lengths, _ = build_reward_inputs(
         [messages] * 2, ["sat", "no"], [True] * 2, tokenizer, template, 200, None, [sample["tools"]] * 2
     )
     assert rows_of(ids, lengths) == trained and "look" in tokenizer.decode(trained[0])
@@ -266,11 +267,13 @@ def test_long_reward_inputs_lose_the_start_of_the_prompt(kit: Any, tmp_path: Pat
     template = PromptTemplate.resolve("beaver", tokenizer)
     header = len(tokenizer(template.assistant_header())["input_ids"])
     limit = header + 12
-    ids, lengths = build_reward_inputs(["the cat sat " * 30], [" the end"], [True], tokenizer, template, limit)
+    ids, lengths, _ = build_reward_inputs(["the cat sat " * 30], [" the end"], [True], tokenizer, template, limit)
     assert lengths.tolist() == [limit]
     assert tokenizer.decode(ids[0].tolist()).endswith("cat sat  ASSISTANT: the end<|endoftext|>")
-    with pytest.raises(DataError, match=rf"row 0: the answer has \d+ tokens .* max_length {limit}"):
-        build_reward_inputs(["a"], [" the dog" * limit], [True], tokenizer, template, limit)
+    # rl 10: an answer alone may be too long, whatever the policy writes; it is cut and counted
+    ids, lengths, cut = build_reward_inputs(["a"], [" the dog" * limit], [True], tokenizer, template, limit)
+    assert lengths.tolist() == [limit] and cut.all()
+    assert tokenizer.decode(ids[0].tolist()).endswith(" the dog<|endoftext|>")
     with pytest.raises(DataError, match="2 prompts, 1 responses and 1 flags"):
         build_reward_inputs(["a", "b"], ["c"], [True], tokenizer, template, limit)
 
@@ -278,7 +281,7 @@ def test_long_reward_inputs_lose_the_start_of_the_prompt(kit: Any, tmp_path: Pat
 def test_reward_inputs_carry_system_prompts(kit: Any, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(kit.tokenizer_folder(tmp_path / "t"))
     template = PromptTemplate.resolve("beaver", tokenizer)
-    ids, lengths = build_reward_inputs(
+    ids, lengths, _ = build_reward_inputs(
         ["a?", "b?"], ["x", "y"], [True] * 2, tokenizer, template, 200, ["Be the cat.", None]
     )
     first, second = (tokenizer.decode(row) for row in rows_of(ids, lengths))

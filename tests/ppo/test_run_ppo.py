@@ -276,7 +276,7 @@ def test_a_reward_model_with_another_tokenizer_gets_the_answers_tokenised_anew(
     from alignment.ppo.models import build_reward_inputs, end_scores, load_score_model, load_tokenizer
 
     tokenizer = load_tokenizer(foreign_reward)
-    ids, lengths = build_reward_inputs(
+    ids, lengths, _ = build_reward_inputs(
         [sample["prompt"] for sample in samples],
         [sample["response"] for sample in samples],
         [sample["finished"] for sample in samples],
@@ -391,3 +391,70 @@ def test_rates_count_what_was_made_on_all_ranks(ppo_json: Callable[..., Path], t
     }
     passes = {round(counts[name]) for name in counts if name != "generate"}
     assert len(passes) == 1 and round(counts["generate"]) < passes.pop()
+
+
+def test_a_reward_models_context_is_checked_at_the_start(
+    ppo_json: Callable[..., Path], tmp_path: Path, policy_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rl 9: one that reads the actor's tokens must have room for them."""
+    from alignment.ppo.models import load_score_model, load_tokenizer, save_model, save_tokenizer
+
+    reward, model = tmp_path / "reward", load_score_model(str(policy_dir), score_type="reward")
+    model.config.max_position_embeddings = 24
+    save_model(model, reward)
+    save_tokenizer(load_tokenizer(policy_dir), reward)
+    changes = {"reward_model_name_or_path": str(reward), "reward_critic_model_name_or_path": str(policy_dir)}
+    assert main(["ppo", str(ppo_json(reward=None, **changes))]) == 2
+    message = capsys.readouterr().err
+    assert "reward_model_name_or_path" in message and "24" in message and "max_src_len" in message
+
+
+def test_a_rewards_missing_column_is_found_before_models_load(
+    ppo_json: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rl 19: by the data set's columns, with what was meant."""
+    file = tmp_path / "mine.py"
+    file.write_text("def f(prompts, responses, wants):\n    return [0.0] * len(prompts)\n")
+    assert main(["ppo", str(ppo_json(reward=f"{file}:f"))]) == 2
+    message = capsys.readouterr().err
+    assert "needs the column 'wants'" in message and "did you mean 'want'" in message
+    assert "actor" not in message
+
+
+def test_a_reward_of_rows_of_two_kinds_gets_none_where_a_row_has_no_such_column(
+    ppo_json: Callable[..., Path], tmp_path: Path, prompt_file: Path
+) -> None:
+    """rl 19: whichever rows a batch happens to hold."""
+    other, file = tmp_path / "other.jsonl", tmp_path / "mine.py"
+    other.write_text("".join(json.dumps({"prompt": f"tell me more {i}", "level": i}) + "\n" for i in range(24)))
+    file.write_text(
+        "def f(prompts, responses, want, level):\n"
+        "    return [float((w is None) != (n is None)) for w, n in zip(want, level)]\n"
+    )
+    mixed = f"jsonl::{prompt_file},jsonl::{other}"
+    changes = {"per_device_prompt_batch_size": 1, "per_device_train_batch_size": 1, "num_return_sequences": 1}
+    assert main(["ppo", str(ppo_json(reward=f"{file}:f", train_datasets=mixed, max_steps=12, **changes))]) == 0
+    assert {row["train/reward"] for row in metric_rows(tmp_path / "ppo") if "train/reward" in row} == {1.0}
+
+
+def test_a_reward_sees_special_tokens_where_it_is_asked_for(ppo_json: Callable[..., Path], tmp_path: Path) -> None:
+    """P9: a policy's own markers, which the plain text leaves out."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def f(prompts, responses, response_ids):\n"
+        "    assert all('<|pad|>' not in text and '<|endoftext|>' not in text for text in responses)\n"
+        "    return [float(len(ids)) for ids in response_ids]\n"
+    )
+    assert main(["ppo", str(ppo_json(reward=f"{file}:f", reward_sees_special_tokens=True, max_steps=4))]) == 0
+    row = metric_rows(tmp_path / "ppo")[1]
+    assert row["train/reward"] == pytest.approx(row["train/mean_generated_length"])
+
+
+def test_a_reward_that_hangs_ends_the_run_with_a_clear_error(
+    ppo_json: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """P10"""
+    file = tmp_path / "mine.py"
+    file.write_text("import time\ndef judge(prompts, responses):\n    time.sleep(600)\n")
+    assert main(["ppo", str(ppo_json(reward=f"{file}:judge", reward_timeout=0.2))]) == 2
+    assert "reward 'judge' has not come back within reward_timeout" in capsys.readouterr().err

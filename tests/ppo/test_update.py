@@ -316,7 +316,7 @@ def test_a_window_of_empty_answers_teaches_nothing(policy_dir: Path) -> None:
     experience = make_experience(rollout, setup.actor, setup.critic, setup.args)
     rows = setup.run(experience)
     assert rows[0]["train/actor_grad_norm"] == rows[0]["train/reward_critic_grad_norm"] == 0.0
-    described = describe_experience(experience, 0.1).result()
+    described = describe_experience(experience, 0.1, 50.0).result()
     assert described["train/mean_generated_length"] == 0.0
 
 

@@ -340,3 +340,36 @@ def test_what_cannot_be_loaded_is_named(
     with pytest.raises(AlignmentError, match=message) as failure:
         resolve_rewards(spec)
     assert "Traceback" not in str(failure.value)
+
+
+def test_a_missing_column_is_decided_by_all_rows_and_not_by_a_batch() -> None:
+    """rl 19: a batch that happens to hold rows of one kind only gets None for the others' column."""
+    seen = []
+
+    def f(prompts, responses, want):
+        seen.append(want)
+        return [0.0] * len(responses)
+
+    reward = PythonReward("f", f)
+    reward.settle_columns(["want", "level"])
+    reward.score(RewardBatch(["a"], ["b"], [{"level": 1}]))
+    reward.score(RewardBatch(["a"], ["b"], [{"want": "x"}]))
+    assert seen == [[None], ["x"]]
+    with pytest.raises(RewardError, match="needs the column 'want', .* did you mean 'wants'"):
+        PythonReward("f", f).settle_columns(["wants", "level"])
+
+
+def test_a_function_may_ask_for_the_answers_tokens() -> None:
+    """P9: beside the text, by the name `response_ids`."""
+    from tests.ppo.conftest import make_rollout
+
+    def f(prompts, responses, response_ids):
+        return [float(len(ids)) for ids in response_ids]
+
+    rollout, reward = make_rollout([(2, 3), (4, 1)]), PythonReward("f", f)
+    reward.settle_columns([])
+    batch = RewardBatch.from_rollout(rollout)
+    assert reward.score(batch).tolist() == [3.0, 1.0]
+    assert batch.response_ids()[0] == rollout.tokens[0, 2:5].tolist()
+    with pytest.raises(RewardError, match="this batch has only texts"):
+        reward.score(RewardBatch(["a"], ["b"], [{}]))

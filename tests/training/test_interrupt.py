@@ -25,13 +25,16 @@ def test_a_signal_sets_the_flag_and_the_old_handler_comes_back(number: int) -> N
     assert signal.getsignal(number) is before
 
 
-def test_a_second_ctrl_c_stops_at_once() -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_of_any_sort_stops_at_once(first: int, second: int) -> None:
+    """P10: also where the run waits for something that does not come."""
     with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), first)
         time.sleep(0.01)
         interrupt._when -= 2.0  # as if it had come two seconds ago
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
+        os.kill(os.getpid(), second)
+        time.sleep(60)
 
 
 @pytest.mark.parametrize(

@@ -40,5 +40,14 @@ class PromptOnlyDataset(TokenizedDataset):
             "index": position,
         }
 
+    def columns(self) -> list[str]:
+        """Every name that the ``row`` of some item has."""
+        found = {"input": None}
+        for sample in np.unique(self._sample_of[self._kept]):
+            raw = self._samples[int(sample)]
+            found.update(dict.fromkeys(name for name in raw if name not in ("extra", "unread")))
+            found.update(dict.fromkeys(raw.get("extra") or {}))
+        return list(found)
+
     def trained_tokens(self, samples: np.ndarray) -> int | None:
         return None

@@ -22,7 +22,7 @@ from alignment.ppo.generation.layers import CpuKernelOps, LayerOps
 from alignment.ppo.generation.plain import PlainBatch
 from alignment.ppo.generation.plain_decoder import PlainDecoder
 from alignment.ppo.generation.rows import GenerationPrompt, RowTable
-from alignment.ppo.generation.sampler import SamplingSettings
+from alignment.ppo.generation.sampler import KeptMass, SamplingSettings
 from alignment.ppo.generation.stopping import StopRule
 from alignment.ppo.models.decoder import decoder_of
 from alignment.ppo.rollout import Rollout, join_rollouts
@@ -51,6 +51,7 @@ class GenerationEngine:
     Attributes:
         ops: the rollout engine's layers; None where the plain way is taken.
         figures: of the rollout engine's newest batch.
+        kept: how much of the policy's probability the sampling has left so far.
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class GenerationEngine:
         self.batch_size = max(1, most_rows or batch_size)
         self.ops: LayerOps | None = None
         self.figures: BatchFigures | None = None
+        self._stop, self.kept = StopRule(self.eos_ids, (), tokenizer), KeptMass()
         if fused:
             self.ops = self._layers()
         # Only Mistral's models have sliding windows that are in force; paddlenlp's code ignores them.
         config = model.config
         window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
-        self._plain = PlainBatch(PlainDecoder(model, schedule), window, self.pad_id)
+        self._plain = PlainBatch(PlainDecoder(model, schedule), window, self.pad_id, self.kept)
 
     def _layers(self) -> LayerOps | None:
         """How the rollout engine computes this model's layers; None, said once, where it cannot."""
@@ -112,7 +114,7 @@ class GenerationEngine:
             ModelError: a prompt is empty or leaves no room for an answer, or the model gave NaN.
         """
         self._check(prompts)
-        stop = StopRule(self.eos_ids, settings.stop, self.tokenizer)
+        stop = self.stop_rule(settings.stop)
         was_training = self.model.training
         self.model.eval()
         try:
@@ -120,7 +122,8 @@ class GenerationEngine:
                 if self.ops is not None:
                     table = RowTable.start(prompts, num_return_sequences, settings, stop, self.context_length)
                     budget = self.token_budget or cache_bytes() // self.ops.bytes_per_token
-                    self.figures = ContinuousBatch(self.ops, table, settings, budget, self.most_rows).run()
+                    batch = ContinuousBatch(self.ops, table, settings, budget, self.most_rows, self.kept)
+                    self.figures = batch.run()
                     return table.rollout(self.pad_id)
                 parts = []
                 per_batch = max(1, (batch_size or self.batch_size) // num_return_sequences)
@@ -133,6 +136,12 @@ class GenerationEngine:
         finally:
             if was_training:
                 self.model.train()
+
+    def stop_rule(self, strings: Sequence[str]) -> StopRule:
+        """What ends an answer; kept between rollouts with what it has learnt of the tokens."""
+        if (self._stop.strings, self._stop.eos_ids) != (tuple(strings), self.eos_ids):
+            self._stop = StopRule(self.eos_ids, tuple(strings), self.tokenizer)
+        return self._stop
 
     @property
     def pad_id(self) -> int:

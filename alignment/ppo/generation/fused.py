@@ -22,7 +22,7 @@ from alignment.ppo.generation.arena import TokenArena, rounded
 from alignment.ppo.generation.layers import CachedBatch, LayerOps, PackedBatch
 from alignment.ppo.generation.random_numbers import token_uniforms
 from alignment.ppo.generation.rows import RowTable
-from alignment.ppo.generation.sampler import SamplingSettings
+from alignment.ppo.generation.sampler import KeptMass, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class ContinuousBatch:
         settings: of sampling.
         budget: tokens that the cache may hold; at least what the largest row needs is taken.
         most_rows: rows that are under way at once; None for as many as the budget allows.
+        kept: looks at some of the logits; None for nothing.
 
     Attributes:
         arena: the cache's places.
@@ -56,9 +57,15 @@ class ContinuousBatch:
     """
 
     def __init__(
-        self, ops: LayerOps, table: RowTable, settings: SamplingSettings, budget: int, most_rows: int | None = None
+        self,
+        ops: LayerOps,
+        table: RowTable,
+        settings: SamplingSettings,
+        budget: int,
+        most_rows: int | None = None,
+        kept: KeptMass | None = None,
     ) -> None:
-        self.ops, self.table, self.settings, self.steps = ops, table, settings, 0
+        self.ops, self.table, self.settings, self.steps, self.kept = ops, table, settings, 0, kept
         self.most_rows = most_rows or len(table)
         self.arena = TokenArena(_cache_size(table, budget, ops.block), ops.block)
         self._waiting = deque(range(len(table)))
@@ -182,8 +189,11 @@ class ContinuousBatch:
     def _choose(self, hidden: Tensor, chance: tuple[Any, Any, Tensor | None], step: int) -> tuple[Tensor, Tensor]:
         uniforms, early, rows = chance
         seen = None if rows is None else paddle.gather(self._seen, rows)
+        logits = self.ops.logits(hidden)
+        if self.kept is not None and self.kept.wants(self.settings):
+            self.kept.look(logits[: self.kept.ROWS].numpy(), self.settings)
         tokens, logprobs = self.ops.choose(
-            self.ops.logits(hidden), self.settings, uniforms[step], early[step], self.table.stop.eos_ids, seen
+            logits, self.settings, uniforms[step], early[step], self.table.stop.eos_ids, seen
         )
         if rows is not None:
             paddle.index_put_(self._seen, (rows, tokens.clip(min=0)), self._mark)

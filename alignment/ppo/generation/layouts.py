@@ -24,6 +24,7 @@ from alignment.parallel.reshard import Moved, Resharder
 from alignment.ppo.engine import Engine
 from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
 from alignment.ppo.generation.sampler import SamplingSettings
+from alignment.ppo.generation.stopping import StopRule
 from alignment.ppo.models import empty_like, pieces_of, without_sequence_parallel
 from alignment.ppo.rollout import Rollout, join_rollouts
 from alignment.training.order import rank_slice
@@ -96,6 +97,10 @@ class RolloutEngine:
     def pad_id(self) -> int:
         """See :attr:`GenerationEngine.pad_id`."""
         return self.inner.pad_id
+
+    def stop_rule(self, strings: Sequence[str]) -> StopRule:
+        """See :meth:`GenerationEngine.stop_rule`."""
+        return self.inner.stop_rule(strings)
 
     @property
     def tokenizer(self) -> Any:

@@ -17,7 +17,7 @@ from alignment.errors import ModelError
 from alignment.ppo.generation.plain_decoder import PlainDecoder
 from alignment.ppo.generation.random_numbers import token_uniforms
 from alignment.ppo.generation.rows import RowTable
-from alignment.ppo.generation.sampler import SamplingSettings, choose_tokens
+from alignment.ppo.generation.sampler import KeptMass, SamplingSettings, choose_tokens
 
 # A smaller batch pays for copying the caches of the rows that stay once a quarter of the rows have finished.
 _COMPACT_BELOW = 0.75
@@ -30,10 +30,11 @@ class PlainBatch:
         decoder: of the model or of this process's stage.
         window: tokens that a token sees, or None.
         pad_id: fills rows on the left.
+        kept: looks at some of the logits.
     """
 
-    def __init__(self, decoder: PlainDecoder, window: int | None, pad_id: int) -> None:
-        self.decoder, self.window, self.pad_id = decoder, window, pad_id
+    def __init__(self, decoder: PlainDecoder, window: int | None, pad_id: int, kept: KeptMass) -> None:
+        self.decoder, self.window, self.pad_id, self.kept = decoder, window, pad_id, kept
 
     def run(self, table: RowTable, settings: SamplingSettings) -> None:
         """Until all rows have ended.
@@ -88,6 +89,8 @@ class PlainBatch:
         position: int,
         seen: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray]:
+        if self.kept.wants(settings):
+            self.kept.look(logits[growing], settings)
         tokens, logprobs = choose_tokens(
             logits,
             settings,

@@ -65,6 +65,33 @@ def truncated_probabilities(logits: np.ndarray, settings: SamplingSettings) -> n
     return probs
 
 
+class KeptMass:
+    """How much of the policy's probability ``top_k`` and ``top_p`` leave, looked at in some rows of some steps."""
+
+    EVERY, ROWS, ENOUGH = 8, 8, 256
+
+    def __init__(self) -> None:
+        self.calls, self.rows, self.sum = 0, 0, 0.0
+
+    @property
+    def mean(self) -> float | None:
+        """Over all that was looked at; None if nothing was."""
+        return self.sum / self.rows if self.rows else None
+
+    def wants(self, settings: SamplingSettings) -> bool:
+        """Count a step; say whether to look at it."""
+        narrow = not settings.greedy and (settings.top_k > 0 or settings.top_p < 1.0)
+        self.calls += narrow
+        return narrow and self.rows < self.ENOUGH and self.calls % self.EVERY == 1
+
+    def look(self, logits: np.ndarray, settings: SamplingSettings) -> None:
+        """Take in a step's logits ``[N, V]``, before penalties."""
+        some = logits[: self.ROWS]
+        whole = truncated_probabilities(some, replace(settings, top_k=0, top_p=1.0))
+        self.sum += float(whole[truncated_probabilities(some, settings) > 0].sum())
+        self.rows += len(some)
+
+
 def _keep_nucleus(row: np.ndarray, top_p: float) -> None:
     # Tokens below (1 - top_p) / V weigh less than 1 - top_p together, so none of them is in the nucleus: sort the
     # others only.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class StopRule:
     eos_ids: tuple[int, ...]
     strings: tuple[str, ...]
     tokenizer: Any
+    _completes: dict[int, bool] = field(default_factory=dict, repr=False, compare=False)
 
     def ends(self, token: int, response: np.ndarray) -> bool:
         """Whether an answer ends with ``token``, its newest.
@@ -48,18 +49,40 @@ class StopRule:
         """
         if token in self.eos_ids:
             return True
-        if not self.strings:
+        if not self.strings or not self._may_complete(token):
             return False
         # a character takes up to four byte-level tokens; what lies further back was looked at before
         reach = 4 * max(len(text.encode()) for text in self.strings) + 4
         text = self.tokenizer.decode(response[-reach:].tolist(), skip_special_tokens=True)
         return any(stop in text for stop in self.strings)
 
-    def text(self, response: Sequence[int], finished: bool) -> str:
-        """The answer's text, without special tokens and without what ended it."""
+    def _may_complete(self, token: int) -> bool:
+        """Whether some stop string may end with this token: most tokens cannot, so their rows need no decoding."""
+        found = self._completes.get(token)
+        if found is None:
+            # behind another one, because a first token may lose its leading space
+            first = self.tokenizer.decode([token], skip_special_tokens=True)
+            twice = self.tokenizer.decode([token, token], skip_special_tokens=True)
+            shown = first + twice
+            found = any(self._may_end(stop[-1], shown) for stop in self.strings)
+            self._completes[token] = found
+        return found
+
+    @staticmethod
+    def _may_end(last: str, shown: str) -> bool:
+        # a part of a character shows as U+FFFD or as nothing; white space comes and goes with a token's neighbours
+        return last in shown or last.isspace() or "\ufffd" in shown or (not last.isascii() and not shown)
+
+    def text(self, response: Sequence[int], finished: bool, *, special: bool = False) -> str:
+        """The answer's text without what ended it, and without special tokens (``special``: with all but end and
+        padding tokens).
+        """
         ids = list(response)
         if finished and ids and ids[-1] in self.eos_ids:
             ids = ids[:-1]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if special:
+            hidden = {*self.eos_ids, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+            ids = [token for token in ids if token not in hidden]
+        text = self.tokenizer.decode(ids, skip_special_tokens=not special)
         ends = [place for place in (text.find(stop) for stop in self.strings) if place >= 0]
         return text[: min(ends)] if ends else text

@@ -212,7 +212,7 @@ def build_reward_inputs(
     max_length: int,
     systems: Sequence[str | None] | None = None,
     tools: Sequence[Any] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenise prompts and answers anew for a reward model that has another tokenizer than the actor.
 
     Args:
@@ -221,15 +221,17 @@ def build_reward_inputs(
         finished: whether each answer ended with eos; only then does its row end with the reward model's eos.
         reward_tokenizer: as from :func:`load_tokenizer`.
         template: turns a prompt into the text that the reward model was trained on.
-        max_length: longest row; longer ones lose the start of their prompt, since the score is read at the end.
+        max_length: longest row; longer ones lose the start of their prompt, then that of their answer, since the score
+            is read at the end.
         systems: the rows' system prompts, if they have any.
         tools: the rows' definitions of tools, if they have any.
 
     Returns:
-        ``ids [rows, longest]`` int64, right-padded, and ``lengths [rows]`` int64, each at least 1.
+        ``ids [rows, longest]`` int64, right-padded; ``lengths [rows]`` int64, each at least 1; ``cut [rows]`` bool,
+        which rows were too long.
 
     Raises:
-        DataError: the three lists differ in length, or an answer alone is longer than ``max_length``.
+        DataError: the three lists differ in length.
     """
     if not len(prompts) == len(responses) == len(finished):
         raise DataError(
@@ -240,18 +242,21 @@ def build_reward_inputs(
     # The encoder that made the reward model's training rows, so that prompt and answer meet at the same token boundary.
     encoder = Encoder(reward_tokenizer, template, Limits(max_length=max_length))
     rows: list[list[int]] = []
+    cut = np.zeros(len(prompts), dtype=bool)
     for index, (prompt, response, ended) in enumerate(zip(prompts, responses, finished, strict=True)):
         turns = [prompt] if isinstance(prompt, str) else list(prompt)
         head = encoder.prompt_ids(turns, systems[index] if systems else None, tools[index] if tools else None)
         answer = encoder.text_ids(response) + [encoder.eos_id] * bool(ended)
-        if len(answer) >= max_length:
-            raise DataError(
-                f"row {index}: the answer has {len(answer)} tokens for the reward model's tokenizer, which leaves no "
-                f"room for the prompt within max_length {max_length}; raise max_length or lower the answers' limit"
-            )
-        rows.append(encoder.cut_left(head, max_length - len(answer)) + answer)
+        cut[index] = len(head) + len(answer) > max_length
+        room = max_length - len(answer)
+        rows.append((encoder.cut_left(head, room) if room > 0 else []) + answer[-max_length:])
+    return *pad_rows(rows, reward_tokenizer.pad_token_id), cut
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """``ids [rows, longest]`` int64, padded on the right, and ``lengths [rows]`` int64."""
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    ids = np.full([len(rows), int(lengths.max(initial=0))], reward_tokenizer.pad_token_id, dtype=np.int64)
+    ids = np.full([len(rows), int(lengths.max(initial=0))], pad_id, dtype=np.int64)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = row
     return ids, lengths

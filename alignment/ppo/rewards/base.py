@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import numbers
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +25,7 @@ class RewardBatch:
 
     Attributes:
         prompts: ``B`` texts as the data set gave them.
-        responses: ``B`` texts without special tokens.
+        responses: ``B`` texts; special tokens are in them only where ``reward_sees_special_tokens`` asks for them.
         rows: ``B`` mappings, the further columns of each prompt's row in the data set.
         rollout: the same rows as tokens with their lengths, for sources that need them (the reward model does).
     """
@@ -47,9 +49,22 @@ class RewardBatch:
         return f"  prompt   [{index}]: {_cut(self.prompts[index])}\n  response [{index}]: {_cut(self.responses[index])}"
 
     @classmethod
-    def from_rollout(cls, rollout: Rollout) -> RewardBatch:
-        """The batch of a rollout's texts, rows and tokens."""
-        return cls(prompts=rollout.prompts, responses=rollout.responses, rows=rollout.rows, rollout=rollout)
+    def from_rollout(cls, rollout: Rollout, responses: list[str] | None = None) -> RewardBatch:
+        """The batch of a rollout's texts (or of other texts of the same answers), rows and tokens."""
+        texts = rollout.responses if responses is None else responses
+        return cls(prompts=rollout.prompts, responses=texts, rows=rollout.rows, rollout=rollout)
+
+    def response_ids(self) -> list[list[int]]:
+        """Each answer's tokens as they were sampled, what ended it included.
+
+        Raises:
+            RewardError: the batch has only texts.
+        """
+        rollout = self.rollout
+        if rollout is None:
+            raise RewardError("a reward asks for `response_ids`, and this batch has only texts")
+        ends = zip(rollout.tokens, rollout.prompt_len, rollout.lengths, strict=True)
+        return [row[int(start) : int(end)].tolist() for row, start, end in ends]
 
 
 class RewardSource(abc.ABC):
@@ -57,13 +72,23 @@ class RewardSource(abc.ABC):
 
     Attributes:
         NAME: how the JSON, the logs and the metrics call it.
+        figures: ``[B]`` each, of the newest batch, for the metrics alone: ``"truncated"`` becomes the mean
+            ``reward/truncated_fraction``.
     """
 
     NAME: str
+    figures: Mapping[str, np.ndarray] = MappingProxyType({})
 
     @abc.abstractmethod
     def score(self, batch: RewardBatch) -> list[float] | np.ndarray:
         """Return one finite number per answer, in the batch's order."""
+
+    def settle_columns(self, columns: Collection[str]) -> None:  # noqa: B027  (most need none)
+        """Get to know which columns the run's rows have, before models load; a row may lack some of them.
+
+        Raises:
+            RewardError: it needs another one.
+        """
 
 
 @dataclass(frozen=True)
@@ -73,10 +98,12 @@ class RewardResult:
     Attributes:
         total: ``[B]`` float32, the weighted sum.
         parts: ``[B]`` float32 each, by the source's name and before weighting.
+        figures: see :attr:`RewardSource.figures`.
     """
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
+    figures: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def check_scores(name: str, values: object, batch: RewardBatch) -> np.ndarray:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from alignment.errors import AlignmentError, RewardError
+from alignment.errors import AlignmentError, RewardError, nearest
 from alignment.ppo.rewards.base import RewardBatch, RewardSource, check_scores
 
 RESPONSE_NAMES = ("responses", "completions")  # the second as in trl
 OWN_NAMES = ("prompts", *RESPONSE_NAMES)
+IDS_NAME = "response_ids"
 
 
 class PythonReward(RewardSource):
@@ -24,7 +25,7 @@ class PythonReward(RewardSource):
     The function gets ``prompts`` and ``responses`` (lists of text) and, by keyword, the columns of the data set that it
     names: a list with one value per response, ``None`` where a row lacks the column. With ``**row`` it gets all
     columns. ``completions`` may be said for ``responses``; a function that uses none of these names gets prompts and
-    responses by position.
+    responses by position. One that names ``response_ids`` also gets each answer's tokens, a list of numbers.
 
     Args:
         name: what messages and metrics call it.
@@ -47,6 +48,7 @@ class PythonReward(RewardSource):
         except (TypeError, ValueError) as error:
             raise RewardError(f"reward {name!r}: the signature of {function!r} cannot be read ({error})") from error
         self._parameters = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        self._columns: list[str] | None = None
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         by_keyword = {p.name for p in self._parameters.values() if p.kind is not p.POSITIONAL_ONLY}
         self._by_name = bool(by_keyword & set(OWN_NAMES))
@@ -64,7 +66,8 @@ class PythonReward(RewardSource):
         """Call the function and return its ``[B]`` float32 scores.
 
         Raises:
-            RewardError: it needs a column which no row has, it raised, or what it returned is not ``B`` finite numbers.
+            RewardError: it needs a column that there is not, it raised, or what it returned is not ``B`` finite
+                numbers.
         """
         positional, named = self._arguments(batch)
         try:
@@ -75,8 +78,34 @@ class PythonReward(RewardSource):
             raise RewardError(self._failure(error, batch)) from error
         return check_scores(self.NAME, values, batch)
 
+    def settle_columns(self, columns: Collection[str]) -> None:
+        """See :meth:`RewardSource.settle_columns`: whether a column is missing is decided once, by all rows of the run,
+        and not by which of them happen to be in a batch.
+        """
+        self._columns = [column for column in columns if column not in OWN_NAMES]
+        self._require(self._columns)
+
+    def _require(self, columns: Collection[str]) -> None:
+        own = {*OWN_NAMES, IDS_NAME}
+        missing = [
+            p.name
+            for p in self._parameters.values()
+            if p.default is p.empty and p.kind is not p.POSITIONAL_ONLY and p.name not in own and p.name not in columns
+        ]
+        if missing:
+            close = nearest(missing[0], columns)
+            raise RewardError(
+                f"reward {self.NAME!r} needs the column{'s' * (len(missing) != 1)} {', '.join(map(repr, missing))}, "
+                f"which the prompts' rows do not have{close}; they have: {', '.join(map(repr, columns)) or 'none'}"
+            )
+
     def _arguments(self, batch: RewardBatch) -> tuple[list[Any], dict[str, Any]]:
-        columns = dict.fromkeys(key for row in batch.rows for key in row if key not in OWN_NAMES)
+        columns: Collection[str]
+        if self._columns is None:
+            columns = dict.fromkeys(key for row in batch.rows for key in row if key not in OWN_NAMES)
+            self._require(columns)
+        else:
+            columns = self._columns
         wanted = columns if self._takes_all else [key for key in columns if key in self._parameters]
         # Lists of their own: a function may sort or change what it gets.
         named: dict[str, Any] = {key: [row.get(key) for row in batch.rows] for key in wanted}
@@ -88,16 +117,8 @@ class PythonReward(RewardSource):
             for key, values in (("prompts", batch.prompts), (responses, batch.responses)):
                 if key in self._parameters or self._takes_all:
                     named[key] = list(values)
-        missing = [
-            p.name
-            for p in self._parameters.values()
-            if p.default is p.empty and p.kind is not p.POSITIONAL_ONLY and p.name not in named
-        ]
-        if missing:
-            raise RewardError(
-                f"reward {self.NAME!r} needs the column{'s' * (len(missing) != 1)} {', '.join(map(repr, missing))}, "
-                f"which the prompts' rows do not have; they have: {', '.join(map(repr, columns)) or 'none'}"
-            )
+        if IDS_NAME in self._parameters:
+            named[IDS_NAME] = batch.response_ids()
         return positional, named
 
     def _failure(self, error: Exception, batch: RewardBatch) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from alignment.arguments.values import short_names
 from alignment.errors import RewardError
 from alignment.ppo.rewards.base import RewardBatch, RewardResult, RewardSource, check_scores
+from alignment.ppo.rewards.patience import patience
 from alignment.ppo.rewards.python_callable import PythonReward, load_function
 from alignment.ppo.rewards.registry import MODEL, registered_reward
 
@@ -24,10 +26,11 @@ class WeightedRewards:
 
     Args:
         sources: ``(name, weight, source)`` each; a source with weight 0 is logged and does not count.
+        timeout: seconds that a source other than the reward model may take; 0 for any number.
     """
 
-    def __init__(self, sources: list[tuple[str, float, RewardSource]]) -> None:
-        self.sources = sources
+    def __init__(self, sources: list[tuple[str, float, RewardSource]], timeout: float = 0.0) -> None:
+        self.sources, self.timeout = sources, timeout
 
     @property
     def names(self) -> list[str]:
@@ -44,13 +47,27 @@ class WeightedRewards:
             ``total`` ``[B]`` float32 and each source's own ``[B]`` float32.
 
         Raises:
-            RewardError: a source failed or did not return ``B`` finite numbers.
+            RewardError: a source failed, took too long, or did not return ``B`` finite numbers.
         """
-        parts = {name: check_scores(name, source.score(batch), batch) for name, _, source in self.sources}
+        parts, figures = {}, {}
+        for name, _, source in self.sources:
+            watched = contextlib.nullcontext() if isinstance(source, ModelReward) else patience(name, self.timeout)
+            with watched:
+                parts[name] = check_scores(name, source.score(batch), batch)
+            figures.update(source.figures)
         total = np.zeros(len(batch), dtype=np.float64)
         for name, weight, _ in self.sources:
             total += weight * parts[name].astype(np.float64)
-        return RewardResult(total=check_scores(str(self), total, batch), parts=parts)
+        return RewardResult(total=check_scores(str(self), total, batch), parts=parts, figures=figures)
+
+    def settle_columns(self, columns: Collection[str]) -> None:
+        """Tell every source which columns the run's rows have; some rows may lack one.
+
+        Raises:
+            RewardError: a source needs a column that there is not.
+        """
+        for _, _, source in self.sources:
+            source.settle_columns(columns)
 
 
 class ModelReward(RewardSource):
@@ -62,7 +79,9 @@ class ModelReward(RewardSource):
         self._scorer = scorer
 
     def score(self, batch: RewardBatch) -> np.ndarray:
-        return self._scorer(batch)
+        scores = self._scorer(batch)
+        self.figures = dict(getattr(self._scorer, "figures", {}))
+        return scores
 
 
 def uses_model(spec: Any) -> bool:
@@ -71,7 +90,10 @@ def uses_model(spec: Any) -> bool:
 
 
 def resolve_rewards(
-    spec: Any, model_scorer: ModelScorer | None = None, base_dir: str | Path | None = None
+    spec: Any,
+    model_scorer: ModelScorer | None = None,
+    base_dir: str | Path | None = None,
+    timeout: float = 0.0,
 ) -> WeightedRewards:
     """Make the sources that ``reward`` names.
 
@@ -80,6 +102,7 @@ def resolve_rewards(
             NAME is ``"model"``, a registered name, ``"file.py:function"`` or ``"package.module:function"``.
         model_scorer: scores a batch with the reward model: ``[B]`` float32. Needed only for ``"model"``.
         base_dir: where relative files are looked for when they are not in the current folder.
+        timeout: see :class:`WeightedRewards`.
 
     Raises:
         RewardError: an unknown name, a wrong weight, a function that cannot be called, or no reward model for
@@ -88,7 +111,9 @@ def resolve_rewards(
     weights = _weights(spec)
     made = [(name, weight, _make(name, model_scorer, base_dir)) for name, weight in weights.items()]
     short = short_names(list(weights))
-    return WeightedRewards([(name, weight, source) for name, (_, weight, source) in zip(short, made, strict=True)])
+    return WeightedRewards(
+        [(name, weight, source) for name, (_, weight, source) in zip(short, made, strict=True)], timeout
+    )
 
 
 def _weights(spec: Any) -> dict[str, float]:
