@@ -8,7 +8,7 @@ gives every large block back to the kernel. Three settings, made inside this pro
 2. ``MKL_DEBUG_CPU_TYPE=5`` on AMD: Paddle ships an MKL that takes its AVX2 path on other makers' processors only when
    told to.
 3. glibc's ``mallopt``: ``M_MMAP_THRESHOLD`` 1 GiB and ``M_TRIM_THRESHOLD`` at its maximum, so that freed blocks are
-   used again.
+   used again. Not where Paddle computes on a GPU: there it would only hold the host's memory.
 
 What the user has set is never changed. ``ALIGNMENT_RUNTIME=0`` turns all of it off.
 
@@ -23,10 +23,12 @@ import functools
 import os
 import platform
 import random
+import re
 import sys
 import warnings
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from alignment import frontpage
@@ -35,6 +37,7 @@ OPT_OUT = "ALIGNMENT_RUNTIME"
 # Remembers, for child processes, the thread count that we (and not the user) put into the environment.
 OWN_THREADS = "ALIGNMENT_OMP_NUM_THREADS"
 
+GPU_ALLOCATOR = "allocator as it is (a GPU computes)"
 # Parameter numbers of mallopt(3), from glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -87,11 +90,27 @@ def prepare() -> RuntimeReport:
         report.warning = "paddle was imported before alignment, so threads and math library keep Paddle's defaults"
     else:
         report.settings += set_environment(os.environ)
-    report.settings.append(set_allocator(os.environ))
+    report.settings.append(GPU_ALLOCATOR if gpu_found() else set_allocator(os.environ))
     frontpage.defer()
     for text in _WARNING_NOISE:
         warnings.filterwarnings("ignore", message=text, category=UserWarning)
     return report
+
+
+def stay_on_cpu() -> None:
+    """Compute on the CPU although there is a GPU; call it before Paddle loads.
+
+    Paddle must not see the GPU: when several processes meet, it would take that again, whatever device was set.
+    """
+    report = prepare()
+    if not gpu_found():
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.pop("FLAGS_selected_gpus", None)  # the launcher's
+    if "PADDLE_TRAINER_ID" in os.environ:
+        os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
+    if report.active:
+        report.settings = [set_allocator(os.environ) if said == GPU_ALLOCATOR else said for said in report.settings]
 
 
 def describe() -> str:
@@ -309,6 +328,34 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         core.set_cublas_switch(former)
+
+
+def gpu_found() -> bool:
+    """Say whether Paddle computes on a GPU: its own answer once it is loaded; before that, whether the installed Paddle
+    is a GPU build and a GPU of NVIDIA's (WSL's included) is visible to this process.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
+        return False
+    device = getattr(sys.modules.get("paddle"), "device", None)
+    if hasattr(device, "is_compiled_with_cuda") and hasattr(device, "cuda"):
+        return bool(device.is_compiled_with_cuda() and device.cuda.device_count() > 0)
+    return _gpu_build() and _gpu_device(Path("/dev"))
+
+
+def _gpu_device(folder: Path) -> bool:
+    return any(re.fullmatch(r"nvidia\d+|dxg", entry.name) for entry in folder.iterdir())
+
+
+@functools.cache
+def _gpu_build() -> bool:
+    found = PathFinder.find_spec("paddle")
+    if found is None or not found.submodule_search_locations:
+        return False
+    version = Path(next(iter(found.submodule_search_locations))) / "version" / "__init__.py"
+    if not version.is_file():
+        return False
+    match = re.search(r"^cuda_version\s*=\s*'([^']*)'", version.read_text(encoding="utf-8"), re.MULTILINE)
+    return match is not None and match.group(1) not in ("False", "0", "")
 
 
 def device_name() -> str:

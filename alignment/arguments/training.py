@@ -229,6 +229,13 @@ class ParallelFields:
         ge=0,
         unit="seconds",
     )
+    join_timeout: float = argument(
+        300.0,
+        "At the start, processes that wait longer than this for others end and name those that are missing; 0: never.",
+        ge=0,
+        unit="seconds",
+        alone=ONE_PROCESS,
+    )
     pipeline_parallel_config: str = argument(
         "", "Options of the pipeline.", no_effect="shapes travel with every pass, so the pipeline needs no options"
     )

@@ -25,6 +25,7 @@ from alignment.errors import AlignmentError
 _HEADER = struct.Struct("!Q")
 _DATA, _FAILURE, _GOODBYE = "data", "failure", "goodbye"
 _PEEK_BYTES = 1 << 16
+_GREETING = 5.0  # seconds for whoever connects to say who it is: port scanners and health checks never do
 
 
 class RankFailure(AlignmentError):
@@ -76,6 +77,7 @@ class _Server(threading.Thread):
         while len(connections) < self._size:
             connection, _ = self._listener.accept()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(_GREETING)
             # The first bytes are the job's token as plain bytes: nothing of a stranger is unpickled.
             try:
                 hello = _receive_exactly(connection, len(self._token) + 8)
@@ -86,9 +88,17 @@ class _Server(threading.Thread):
             if hello[:-8].decode(errors="replace") != self._token or rank in connections or rank >= self._size:
                 connection.close()
                 continue
+            connection.settimeout(None)
             connections[rank] = connection
         self._listener.close()
-        self._serve(connections)
+        try:
+            self._serve(connections)
+        except Exception as error:
+            # Whatever it is (no memory for what it gathers, say), nobody must wait for a thread that is no more.
+            failure = f"rank 0's control server failed: {type(error).__name__}: {error}"
+            for connection in connections.values():
+                _try_send(connection, (_FAILURE, failure))
+                connection.close()
 
     def _serve(self, connections: dict[int, socket.socket]) -> None:
         selector = selectors.DefaultSelector()
@@ -102,12 +112,19 @@ class _Server(threading.Thread):
                 rank = key.data
                 try:
                     kind, label, value, *options = _receive(connections[rank])
-                except (OSError, EOFError, pickle.UnpicklingError):
+                except (OSError, EOFError):
                     kind, label, value = _GOODBYE, "", f"rank {rank} ended without a word (killed, or out of memory?)"
+                except Exception as error:  # unpickling runs whatever the objects' classes do
+                    kind, label, value = _GOODBYE, "", (
+                        f"what rank {rank} sent cannot be read here ({type(error).__name__}: {error}); do all hosts "
+                        "run the same code?"
+                    )  # fmt: skip
                 if kind == _DATA:
                     current.labels[rank], current.values[rank] = label, value
                     current.only_first = bool(options and options[0])
                 else:
+                    if value is not None:
+                        _try_send(connections[rank], (_FAILURE, value))  # it may not know yet
                     selector.unregister(connections[rank])
                     connections.pop(rank).close()
                     left.add(rank)

@@ -19,8 +19,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-#: Phases before training, in which one rank may work for hours while the others wait (tokenising, loading).
-SETUP_PHASES = frozenset({"start", "data", "models"})
+#: Phases in which one rank may work for hours while the others wait: tokenising, loading, writing a checkpoint. Who
+#: moves is not late in them, and computing, reading and writing in one place count as moving.
+LONG_PHASES = frozenset({"start", "data", "models", "save", "checkpoint", "weights"})
 
 _STDLIB = os.path.dirname(os.__file__) + os.sep
 _INSTALLED = tuple(os.sep + folder + os.sep for folder in ("site-packages", "dist-packages"))

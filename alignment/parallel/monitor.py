@@ -10,7 +10,10 @@ monitor adds the rest:
 
 - the message gets the host of the rank that failed and the phase it was last seen in;
 - a rank that computes, or is blocked inside a collective of gloo or nccl where no exception reaches it, ends as well;
-- a rank that keeps the others waiting for longer than ``hang_timeout`` fails the run;
+- a rank that keeps the others waiting for longer than ``hang_timeout`` fails the run. Who waits is known by where it
+  stands: in a call of the control channel or of ``paddle.distributed``, or, since a GPU's collectives are waited for
+  wherever a result is read, anywhere without moving while another rank does. A rank that tokenises, loads or writes a
+  checkpoint keeps nobody waiting as long as it computes, reads or writes;
 - so does the end of the launcher, which would leave its ranks behind.
 
 It first makes waiting calls give up, so that the exception takes its ordinary way; if the process is still at work
@@ -28,6 +31,7 @@ renamed, so they stay whole however a process ends.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -42,7 +46,7 @@ from typing import TYPE_CHECKING
 from alignment.log import get_logger
 from alignment.parallel import cpu_backend
 from alignment.parallel.control import RankFailure
-from alignment.parallel.heartbeat import SETUP_PHASES, Beat, Member, find_place
+from alignment.parallel.heartbeat import LONG_PHASES, Beat, Member, find_place
 from alignment.parallel.last_seen import LastSeen, listed
 
 if TYPE_CHECKING:
@@ -95,6 +99,7 @@ class Monitor:
         self._limit, self._interval, self._end = hang_timeout, interval, end
         self._orphan_grace = orphan_grace
         self._main = threading.get_ident()
+        self._counters = Path(f"/proc/self/task/{threading.get_native_id()}/io")
         self._launcher = _launcher()
         self._me = Member.here(world.process)
         self._ranks = LastSeen(None, [self._me], 0)
@@ -189,19 +194,26 @@ class Monitor:
         if place is None:
             return
         exchanges, label = (self._channel.exchanges, self._channel.waiting) if self._channel is not None else (0, None)
-        fingerprint = (place.fingerprint, exchanges, self._phase[2], self._signs_of_work())
+        waits = label is not None or place.collective
+        fingerprint = (place.fingerprint, exchanges, self._phase[2], () if waits else self._signs_of_work())
         if fingerprint != self._fingerprint:
             self._fingerprint, self._moved = fingerprint, time.monotonic()
         self._where = place.where
         self._waiting = repr(label) if label is not None else "a collective operation" if place.collective else None
 
-    def _signs_of_work(self) -> float:
-        """CPU time of the main thread before training: who waits for workers that tokenise stays in one place for
-        hours, but wakes up now and then. Later a change of place is asked for: to wait for a GPU takes CPU time, too.
+    def _signs_of_work(self) -> tuple[object, ...]:
+        """CPU time, bytes read and bytes written of the main thread in a phase that may take hours: who waits for
+        workers that tokenise, or writes a large file, stays in one place, but computes or writes now and then. In other
+        phases a change of place is asked for: to wait for a GPU takes CPU time, too.
         """
-        if self._phase[0] not in SETUP_PHASES or not hasattr(time, "pthread_getcpuclockid"):
-            return 0.0
-        return time.clock_gettime(time.pthread_getcpuclockid(self._main))
+        if self._phase[0] not in LONG_PHASES:
+            return ()
+        signs: list[object] = []
+        if hasattr(time, "pthread_getcpuclockid"):
+            signs.append(time.clock_gettime(time.pthread_getcpuclockid(self._main)))
+        with contextlib.suppress(OSError):  # a kernel that does not count
+            signs.append(self._counters.read_bytes())
+        return tuple(signs)
 
     def _verdict(self) -> _Verdict | None:
         if self._launcher is not None and os.getppid() != self._launcher:
@@ -228,7 +240,7 @@ class Monitor:
             return
         with self._lock:
             if not self._closed.is_set():
-                _say(self._me.rank, text)
+                say(self._me.rank, text)
                 self._end(verdict.status)
 
     # -- verdicts ------------------------------------------------------------------------------------------------
@@ -246,26 +258,31 @@ class Monitor:
         still, limit = time.monotonic() - self._moved, self._limit
         if limit <= 0 or still <= limit or not self._ranks.others:
             return None
-        late, unknown, frozen = [], [], []
+        late, moving, unknown, frozen, waiting = [], [], [], [], ""
         for member in self._ranks.others:
             beat = self._ranks.read(member)
             if beat is None:
                 unknown.append(member)
                 continue
             age = self._ranks.age(member, beat)
-            # Tokenising may take hours; but it moves.
-            stays = beat.still_seconds if beat.phase in SETUP_PHASES else beat.phase_seconds
+            stands = beat.still_seconds + age > limit
+            stays = beat.still_seconds if beat.phase in LONG_PHASES else beat.phase_seconds
             if beat.waiting is None and stays + age > limit:
                 late.append((member, beat.describe(age)))
-            if beat.still_seconds + age > limit:
+                moving += [] if stands else late[-1:]
+            if stands:
                 frozen.append((member, beat.describe(age)))
-                if beat.waiting is not None and self._waiting is None:
-                    waits = _waits(member.rank, beat.still_seconds + age, beat.waiting, limit)
-                    return f"{listed([(self._me, self._now().describe(0.0))])}; {waits} for it"
-        waits = _waits(self._me.rank, still, self._waiting or "", limit)
+                if beat.waiting is not None:
+                    waiting = waiting or _waits(member.rank, beat.still_seconds + age, beat.waiting, limit)
+        waits = _waits(self._me.rank, still, self._waiting or f"a call at {self._where}", limit)
+        if self._waiting is None and moving and self._phase[0] not in LONG_PHASES:
+            # To read a result from a GPU is to wait for all whose collectives it depends on.
+            return f"{listed(moving)}; {waits} for it"
+        if self._waiting is None and waiting:
+            return f"{listed([(self._me, self._now().describe(0.0))])}; {waiting} for it"
         if self._waiting is not None and late:
             return f"{listed(late)}; {waits} for it"
-        if self._waiting is not None and unknown and self._phase[0] not in SETUP_PHASES:
+        if self._waiting is not None and unknown and self._phase[0] not in LONG_PHASES:
             names = [(member, "last phase unknown, " + self._ranks.unknown()) for member in unknown]
             return f"one of these does not come: {listed(names)}; {waits}"
         if len(frozen) == len(self._ranks.others):
@@ -336,7 +353,7 @@ def _launcher() -> int | None:
     return parent if b"paddle.distributed.launch" in command or b"paddle/distributed/launch" in command else None
 
 
-def _say(rank: int, text: str) -> None:
+def say(rank: int, text: str) -> None:
     """Print an error past Python's streams, whose locks the main thread may hold."""
     flush = threading.Thread(target=_flush, daemon=True)
     flush.start()

@@ -23,6 +23,9 @@ _ALIGNMENT = 256
 class Copier(Protocol):
     """Copies whole buckets between the device and the host."""
 
+    def moves(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory of the device that is to be freed."""
+
     def to_host(self, source: Tensor, target: Tensor | None) -> Tensor:
         """Begin to copy a bucket into host memory (``target``, or new memory) and return that."""
 
@@ -41,6 +44,10 @@ class SideStream:
 
         self._loader: Any = create_async_load()
         self._tasks: list[Any] = []
+
+    def moves(self, tensor: Tensor) -> bool:
+        """Whether a tensor is on the GPU; AdamW's beta powers, for one, are on the CPU and stay there."""
+        return bool(tensor.place.is_gpu_place())
 
     def to_host(self, source: Tensor, target: Tensor | None) -> Tensor:
         """Begin to copy a bucket into pinned memory."""
@@ -112,7 +119,8 @@ class PinnedMemory:
         """
         buckets, copied = self._buckets.setdefault(group, []), 0
         known = {id(tensor) for bucket in buckets for tensor in bucket.tensors}
-        buckets += fuse([tensor for tensor in tensors if id(tensor) not in known])
+        new = [tensor for tensor in tensors if id(tensor) not in known and tensor._is_initialized()]
+        buckets += fuse([tensor for tensor in new if self.copier.moves(tensor)])
         for bucket in buckets:
             if bucket.host is None or not frozen:
                 assert bucket.device is not None

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from alignment.parallel.monitor import Monitor
 
 T = TypeVar("T")
+JOIN_TIMEOUT = 300.0  # seconds
 
 
 @dataclass(eq=False)
@@ -223,7 +224,7 @@ class World:
         self.channel = None
 
 
-def init_world(topology: Topology | None = None, patience: float = 1800.0) -> World:
+def init_world(topology: Topology | None = None, patience: float = 1800.0, join_timeout: float = JOIN_TIMEOUT) -> World:
     """Join the run that ``paddle.distributed.launch`` started, or be a run of one.
 
     Reads ``PADDLE_TRAINERS_NUM``, ``PADDLE_TRAINER_ID`` and ``PADDLE_RANK_IN_NODE``. Call it before models load.
@@ -231,9 +232,12 @@ def init_world(topology: Topology | None = None, patience: float = 1800.0) -> Wo
     Args:
         topology: the layout; plain data parallelism over all processes if not given.
         patience: seconds that a CPU process waits in a collective for one that lives but is late.
+        join_timeout: seconds for all processes to join; 0 for ever. Whoever waits for longer ends (status 2) with the
+            names of those that are missing.
 
     Raises:
-        AlignmentError: when the variables are inconsistent or the process groups cannot be made.
+        AlignmentError: when the variables are inconsistent or the process groups cannot be made; the other processes
+            end with this one's error.
     """
     size = _env_int("PADDLE_TRAINERS_NUM", 1)
     rank = _env_int("PADDLE_TRAINER_ID", 0)
@@ -248,23 +252,24 @@ def init_world(topology: Topology | None = None, patience: float = 1800.0) -> Wo
     from paddle.base import core
 
     from alignment.parallel.groups import Groups
+    from alignment.parallel.joining import Joining
 
-    try:
-        hcg = _init_fleet(topology, patience)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        raise AlignmentError(f"rank {rank} of {size} could not join the process group: {error}") from error
-    store = core.create_or_get_global_tcp_store()
-    if rank == 0:
-        host, token = _own_address(), secrets.token_hex(16)
-        channel = ControlChannel(0, size, host, token)
-        store.set("alignment/control", f"{host} {channel.port} {token}")
-    else:
-        host, port, token = bytes(store.get("alignment/control")).decode().split()
-        channel = ControlChannel(rank, size, host, token, int(port))
+    with Joining(rank, size, join_timeout):
+        try:
+            hcg = _init_fleet(topology, patience)
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
+            raise AlignmentError(f"rank {rank} of {size} could not join the process group: {error}") from error
+        store = core.create_or_get_global_tcp_store()
+        if rank == 0:
+            host, token = _own_address(), secrets.token_hex(16)
+            channel = ControlChannel(0, size, host, token)
+            store.set("alignment/control", f"{host} {channel.port} {token}")
+        else:
+            host, port, token = bytes(store.get("alignment/control")).decode().split()
+            channel = ControlChannel(rank, size, host, token, int(port))
+        channel.exchange("joined", None)
     local_rank = _env_int("PADDLE_RANK_IN_NODE", _env_int("PADDLE_LOCAL_RANK", rank))
-    world = World(topology, local_rank, channel, Groups(topology, hcg))
-    world.barrier()
-    return world
+    return World(topology, local_rank, channel, Groups(topology, hcg))
 
 
 def _init_fleet(topology: Topology, patience: float) -> Any:

@@ -7,17 +7,18 @@ with Interrupt() as interrupt:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
-
-from alignment.log import get_logger
 
 EXIT_INTERRUPTED = 130
 RESUME_WORD = "resume_from_checkpoint"
+_LAUNCHER = ("paddle.distributed.launch", "paddle/distributed/launch", "paddle/distributed/launch/__main__.py")
 
 
 class Interrupt:
@@ -56,13 +57,14 @@ class Interrupt:
         if not self.requested:
             self.requested, self._when = True, now
             name = signal.Signals(number).name
-            get_logger().warning("%s: finishing this step, then saving (a second signal stops at once, unsaved)", name)
+            _tell(f"{name}: finishing this step, then saving (a second signal stops at once, unsaved)")
         elif now - self._when > 1.0:
             raise KeyboardInterrupt
 
 
 def resume_command(argv: list[str] | None = None, *, world_size: int = 1) -> str:
-    """The shell command that continues this run from its latest checkpoint.
+    """The shell command that continues this run from its latest checkpoint; with several hosts, the one to give on
+    each of them.
 
     Args:
         argv: the stage's arguments (JSON file and overrides); by default those of ``sys.argv``.
@@ -79,8 +81,13 @@ def resume_command(argv: list[str] | None = None, *, world_size: int = 1) -> str
             kept.append(argument)
     script = sys.argv[0]
     python = os.path.basename(sys.executable) or "python"
+    comment = ""
     if world_size > 1:
-        start = [python, "-m", "paddle.distributed.launch", "--nproc_per_node", str(world_size), script]
+        words = _launcher_words(script) or _launch_options(world_size)
+        start = [python, "-m", "paddle.distributed.launch", *words, script]
+        if _hosts(world_size) > 1:
+            own_rank = ", each with its own --rank" if any(word.split("=")[0] == "--rank" for word in words) else ""
+            comment = f"  # on every host{own_rank}"
     elif script.endswith("__main__.py"):
         start = [python, "-m", os.path.basename(os.path.dirname(script))]
     else:
@@ -89,4 +96,39 @@ def resume_command(argv: list[str] | None = None, *, world_size: int = 1) -> str
         # Called through `alignment STAGE ...`: the words before the stage's own arguments belong to the command.
         head = sys.argv[1 : len(sys.argv) - len(argv)] if sys.argv[1:][-len(argv) :] == argv else []
         start += head
-    return shlex.join([*start, *kept, f"{RESUME_WORD}=true"])
+    return shlex.join([*start, *kept, f"{RESUME_WORD}=true"]) + comment
+
+
+def _launcher_words(script: str) -> list[str]:
+    """The options that this host's launcher was started with; empty where its command line cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
+        module = next((i for i, word in enumerate(words) if word.endswith(_LAUNCHER)), None)
+        if module is not None:
+            return words[module + 1 : words.index(script, module)]
+    return []
+
+
+def _launch_options(processes: int) -> list[str]:
+    """The same as the launcher tells its processes."""
+    local = os.environ.get("PADDLE_LOCAL_SIZE") or str(processes)
+    if _hosts(processes) == 1:
+        return ["--nproc_per_node", local]
+    master = os.environ.get("PADDLE_MASTER") or "HOST:PORT"
+    return ["--nnodes", str(_hosts(processes)), "--nproc_per_node", local, "--master", master]
+
+
+def _hosts(processes: int) -> int:
+    nodes, local = os.environ.get("PADDLE_NNODES", ""), os.environ.get("PADDLE_LOCAL_SIZE", "")
+    if nodes.isdigit():
+        return max(1, int(nodes))
+    return max(1, processes // max(1, int(local))) if local.isdigit() else 1
+
+
+def _tell(text: str) -> None:
+    """Print a line past Python's streams and logging: a signal may come while they are in the middle of a line, and
+    then refuse to be entered again.
+    """
+    rank = os.environ.get("PADDLE_TRAINER_ID", "0") or "0"
+    with contextlib.suppress(OSError):
+        os.write(2, f"{f'[rank {rank}] ' if rank != '0' else ''}{text}\n".encode())

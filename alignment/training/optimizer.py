@@ -94,6 +94,8 @@ def adamw_step(
 
     optimizer.set_lr(rate)
     learnt = [parameter for parameter in parameters if gradient(parameter) is not None]
+    if not learnt:
+        return  # of a sharding group with more ranks than tensors, this one owns nothing
     masters = optimizer._master_weights
     by_rounding = [p for p in learnt if p.name in masters and p.dtype == paddle.float32]
     for parameter in by_rounding:

@@ -77,8 +77,8 @@ FREE = frozenset(
         "eval_num_samples", "eval_with_do_generation", "save_generation_output", "sample_table_rows", "checks",
         "reward_timeout",
         "save_strategy", "save_steps", "save_total_limit", "unified_checkpoint", "logging_steps", "logging_dir",
-        "disable_tqdm", "report_to", "data_cache_dir", "dataset_num_proc", "hang_timeout", "allow_template_mismatch",
-        "show_sample_ids",
+        "disable_tqdm", "report_to", "data_cache_dir", "dataset_num_proc", "hang_timeout", "join_timeout",
+        "allow_template_mismatch", "show_sample_ids",
         # the layout of the processes, and memory
         "sharding", "sharding_parallel_degree", "tensor_parallel_degree", "pipeline_parallel_degree",
         "pipeline_parallel_config", "sequence_parallel", "recompute", "critic_recompute", "offload_level",

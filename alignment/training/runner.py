@@ -51,12 +51,13 @@ def run_stage(argv: list[str], parse: Callable[[list[str]], Any], body: Callable
         The exit status of ``body``.
     """
     args = parse(argv)
+    use_device(args)  # before anything loads Paddle
     if args.plugins:
         from alignment.plugins import load_plugins
 
         load_plugins(args.plugins)
-    use_device(args)
-    world = init_world(args.topology(), patience=args.hang_timeout or FOR_EVER)
+    # Who is late in a collective, the monitor judges.
+    world = init_world(args.topology(), patience=FOR_EVER, join_timeout=args.join_timeout)
     heartbeats = None if args.dry_run else Path(args.output_dir) / "heartbeat"
     # The folder first: a second run there must not disturb the first one's heartbeats either.
     with world.guard(), claimed(args, world), Monitor(world, heartbeats, hang_timeout=args.hang_timeout):
@@ -164,15 +165,25 @@ def flash_attention_runs() -> bool:
 
 
 def use_device(args: Arguments) -> None:
-    """Make Paddle compute on the CPU where the arguments say so (or there is nothing else)."""
+    """Load Paddle and make it compute on the CPU where the arguments say so, or where there is no GPU; say which device
+    was taken.
+    """
     from alignment import runtime
 
+    if args.device == "cpu":
+        runtime.stay_on_cpu()
     with runtime.quiet_import():
         import paddle
 
     get_logger().info(runtime.describe())
     if args.on_cpu:
+        other = paddle.get_device()
+        if args.device != "cpu" and other != "cpu":
+            get_logger().warning("%s is no CPU and no GPU of NVIDIA's: it is left alone, and the CPU is used", other)
         paddle.set_device("cpu")
+    taken = paddle.get_device()
+    name = f" ({paddle.device.cuda.get_device_name()})" if taken.startswith("gpu") else ""
+    get_logger().info("device: %s%s", taken, name)
 
 
 def main_first(world: World, build: Callable[[], T]) -> T:

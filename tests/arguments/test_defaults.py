@@ -56,6 +56,7 @@ COMMON = {
     "resume_from_checkpoint": None,
     "allow_changed_arguments": False,
     "hang_timeout": 1800.0,
+    "join_timeout": 300.0,
     "report_to": ["visualdl"],
     "recompute": False,
     "bf16": False,

@@ -125,6 +125,30 @@ def be_slow(world: World, folder: Path) -> None:
         assert world.sum(1) == world.size
 
 
+def save(world: World, folder: Path, how: str) -> None:
+    """Rank 0 writes a checkpoint for twice ``hang_timeout`` without a change of place; or hangs while it does."""
+    world.phase("save", 4)
+    (folder / "began").write_text(str(time.time()))
+    if world.is_main and how == "hangs":
+        time.sleep(60)
+    if world.is_main:
+        with open(folder / "weights", "wb", buffering=0) as file:
+            in_update(lambda: [(file.write(b"half"), time.sleep(0.1)) for _ in range(25)])
+    world.barrier()
+
+
+def one_computes_while_others_are_blocked(world: World, folder: Path) -> None:
+    """Rank 1 is busy for ever; the others wait where no frame tells that they do, as in a read from a GPU."""
+    world.phase("update", 5)
+    (folder / "began").write_text(str(time.time()))
+    if world.rank != 1:
+        in_update(lambda: time.sleep(60))
+    while True:
+        time.sleep(0.02)
+        sum(range(10000))
+        in_update(lambda: time.sleep(0.02))
+
+
 def raise_error(world: World, folder: Path, how: str) -> None:
     """Rank 1 fails with an error of its own."""
     world.phase("data")

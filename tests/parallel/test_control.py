@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import pytest
 from alignment.parallel import ControlChannel, RankFailure, Topology, World
 
 
-def run_ranks(size: int, body: Callable[[World], Any]) -> list[Any]:
+def run_ranks(
+    size: int, body: Callable[[World], Any], channel_class: type[ControlChannel] = ControlChannel
+) -> list[Any]:
     """Run ``body(world)`` on ``size`` threads that meet through a real channel; exceptions are returned, not raised."""
     results: list[Any] = [None] * size
     ports: list[int] = []
@@ -21,12 +24,12 @@ def run_ranks(size: int, body: Callable[[World], Any]) -> list[Any]:
 
     def rank_main(rank: int) -> None:
         if rank == 0:
-            channel = ControlChannel(0, size, "127.0.0.1", "token")
+            channel = channel_class(0, size, "127.0.0.1", "token")
             ports.append(channel.port)
             ready.set()
         else:
             ready.wait(10)
-            channel = ControlChannel(rank, size, "127.0.0.1", "token", ports[0])
+            channel = channel_class(rank, size, "127.0.0.1", "token", ports[0])
         world = World(Topology(size, rank), rank, channel)
         try:
             with world.guard():
@@ -139,8 +142,6 @@ def test_a_rank_that_finished_early_is_named() -> None:
 
 
 def test_a_stranger_is_dropped() -> None:
-    import socket
-
     channel: list[ControlChannel] = []
     thread = threading.Thread(target=lambda: channel.append(ControlChannel(0, 2, "127.0.0.1", "secret")))
     thread.start()
@@ -157,6 +158,72 @@ def test_a_stranger_is_dropped() -> None:
     assert results == [[1, 2]]
     other.close()
     channel[0].close()
+
+
+def test_a_stranger_that_says_nothing_does_not_stop_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A16: port scanners and health checks connect and wait."""
+    monkeypatch.setattr("alignment.parallel.control._GREETING", 0.3)
+    strangers: list[socket.socket] = []
+
+    class Watched(ControlChannel):
+        def __init__(self, rank: int, size: int, host: str, token: str, port: int | None = None) -> None:
+            if rank == 1:
+                assert port is not None
+                strangers.append(socket.create_connection((host, port)))
+                time.sleep(0.1)
+            super().__init__(rank, size, host, token, port)
+
+    began = time.monotonic()
+    assert run_ranks(2, lambda world: world.sum(1), Watched) == [2, 2]
+    assert time.monotonic() - began < 5
+    for stranger in strangers:
+        stranger.close()
+
+
+class Unreadable:
+    """Fails while it is unpickled, as an object of another version's class does."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, ("text", "what_is_not_there")
+
+
+def test_what_cannot_be_read_fails_the_run() -> None:
+    """A17: nobody waits for a server thread that has died."""
+
+    def body(world: World) -> None:
+        world.all_processes(Unreadable() if world.rank == 1 else None, "news")
+
+    for rank, error in enumerate(run_ranks(2, body)):
+        assert isinstance(error, RankFailure), error
+        assert f"rank {rank} stops because what rank 1 sent cannot be read here (AttributeError:" in str(error)
+        assert "do all hosts run the same code?" in str(error)
+
+
+class TooLarge:
+    """Can be read once; what is made of it cannot be sent again."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reading, ()
+
+
+class _Full:
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise MemoryError("no room for what was gathered")
+
+
+def _reading() -> _Full:
+    return _Full()
+
+
+def test_a_server_that_fails_answers_everybody() -> None:
+    """A17: for example for want of memory, when it hands out what it has gathered."""
+
+    def body(world: World) -> None:
+        world.all_processes(TooLarge(), "news")
+
+    for error in run_ranks(2, body):
+        assert isinstance(error, RankFailure), error
+        assert "rank 0's control server failed: MemoryError: no room for what was gathered" in str(error)
 
 
 def test_one_process_needs_no_channel() -> None:

@@ -91,6 +91,31 @@ def test_a_slow_rank_that_works_is_waited_for(tmp_path: Path) -> None:
     assert [value["message"] for value in run(2, "be_slow", tmp_path, hang_timeout=1.0).check()] == [None, None]
 
 
+def test_a_long_save_is_waited_for(tmp_path: Path) -> None:
+    """A5: as long as it writes."""
+    assert [value["message"] for value in run(2, "save", tmp_path, "works", hang_timeout=1.0).check()] == [None, None]
+
+
+def test_a_save_that_hangs_ends_the_run(tmp_path: Path) -> None:
+    """A5: a save that neither computes nor writes is one."""
+    result = run(2, "save", tmp_path, "hangs", hang_timeout=1.0)
+    message, seconds = stopped(result, tmp_path, 1)
+    assert 1 < seconds < 12
+    assert "rank 0 on host" in message and "in phase 'save'" in message and "hang_timeout is 1 s" in message
+
+
+def test_ranks_that_wait_for_a_gpu_name_the_one_that_computes(tmp_path: Path) -> None:
+    """A12: a rank that does not move while another one does waits for it, wherever it stands."""
+    result = run(3, "one_computes_while_others_are_blocked", tmp_path, hang_timeout=1.0)
+    for rank in (0, 2):
+        message, seconds = stopped(result, tmp_path, rank)
+        assert 1 < seconds < 14
+        assert f"rank 1 on host {socket.gethostname()} (process {pid_of(tmp_path, 1)})" in message
+        assert re.search(r"; rank [02] has waited \d+ s in a call at \S*tests/parallel/failure_jobs.py:\d+", message)
+        assert not re.search(r"rank [02] on host", message), "those that wait are not to blame"
+    stopped(result, tmp_path, 1)
+
+
 def test_an_error_reaches_a_rank_that_computes(tmp_path: Path) -> None:
     result = run(2, "raise_error", tmp_path, "compute")
     assert "DataError: shard 7 has no rows" in result.errors[1]

@@ -13,7 +13,7 @@ import pytest
 
 from alignment.cli import main
 from alignment.parallel.offload import LEVELS, Residency, build_residency
-from alignment.parallel.offload_gpu import PinnedMemory, fuse
+from alignment.parallel.offload_gpu import PinnedMemory, SideStream, fuse
 from alignment.ppo.dataflow import PPO_BETWEEN, PPO_ITERATION
 from tests.tiny import tiny_model_dir, write_jsonl
 
@@ -153,7 +153,17 @@ def test_mistakes_of_the_caller_are_named(tmp_path: Path) -> None:
 
 
 class PlainCopies:
-    """Copies at once, in ordinary memory."""
+    """Copies at once, in ordinary memory.
+
+    Args:
+        elsewhere: names of tensors that are taken for those of another place than the device.
+    """
+
+    def __init__(self, elsewhere: tuple[str, ...] = ()) -> None:
+        self.elsewhere = elsewhere
+
+    def moves(self, tensor: Any) -> bool:
+        return tensor.name not in self.elsewhere
 
     def to_host(self, source: Any, target: Any) -> Any:
         return source.clone() if target is None else paddle.assign(source, target)
@@ -187,6 +197,26 @@ def test_buckets_hold_a_model_in_training() -> None:
 
     for one, other in zip(train(True), train(False), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_tensors_of_another_place_stay_there() -> None:
+    """B15: AdamW's beta powers are on the CPU; a copy in a block of the GPU would change what the operator does."""
+    layer = paddle.nn.Linear(8, 8)
+    optimizer = paddle.optimizer.AdamW(1e-2, parameters=layer.parameters())
+    layer(paddle.ones([2, 8])).sum().backward()
+    optimizer.step()
+    tensors = [tensor for slot in optimizer._accumulators.values() for tensor in slot.values()]
+    powers = [tensor for tensor in tensors if "pow_acc" in tensor.name]
+    assert 0 < len(powers) < len(tensors)
+    places = [tensor.data_ptr() for tensor in powers]
+    backend = PinnedMemory(PlainCopies(elsewhere=tuple(tensor.name for tensor in powers)))
+    moved = backend.move_out("actor optimizer", tensors, frozen=False)
+    assert moved > 0 and [float(tensor) for tensor in powers] and [t.data_ptr() for t in powers] == places
+    backend.move_in("actor optimizer", tensors)
+    assert [tensor.data_ptr() for tensor in powers] == places
+    optimizer.step()
+    cpu = paddle.to_tensor([1.0], place=paddle.CPUPlace())
+    assert not SideStream.moves(object.__new__(SideStream), cpu)
 
 
 def test_fusing_keeps_values_shapes_and_ties() -> None:

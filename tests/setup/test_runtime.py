@@ -208,6 +208,89 @@ def test_prepare_does_its_work_once() -> None:
     assert runtime.prepare() is runtime.prepare()
 
 
+@pytest.fixture
+def gpu_build(tmp_path: Path, repo: Path) -> dict[str, str]:
+    """The environment of a process that finds a GPU build of Paddle with one GPU, made of a few lines."""
+    package = tmp_path / "paddle"
+    (package / "version").mkdir(parents=True)
+    (package / "version" / "__init__.py").write_text("cuda_version     = '12.6'\n")
+    (package / "__init__.py").write_text(
+        "import os\n"
+        "class cuda:\n"
+        "    device_count = staticmethod(lambda: int(os.environ.get('CUDA_VISIBLE_DEVICES', '0') != ''))\n"
+        "    get_device_name = staticmethod(lambda: 'A card')\n"
+        "class device:\n"
+        "    cuda = cuda\n"
+        "    is_compiled_with_cuda = staticmethod(lambda: True)\n"
+        "taken = os.environ.get('TAKES', 'gpu:0') if cuda.device_count() else 'cpu'\n"
+        "get_device = lambda: taken\n"
+        "def set_device(name):\n    global taken\n    taken = name\n"
+    )
+    return {"PYTHONPATH": f"{tmp_path}:{repo}", "CUDA_VISIBLE_DEVICES": "0"}
+
+
+USE = """
+import os
+from pathlib import Path
+from alignment import runtime
+runtime._gpu_device = lambda folder: {found}
+runtime.prepare.cache_clear()
+from alignment.arguments import parse_sft
+from alignment.training.runner import use_device
+words = ["model_name_or_path=m", "train_datasets=a", "output_dir=o", {words}]
+args = parse_sft(words)
+use_device(args)
+import paddle
+seen = [os.environ.get(n) for n in ("CUDA_VISIBLE_DEVICES", "PADDLE_DISTRI_BACKEND", "FLAGS_selected_gpus")]
+print(args.on_cpu, paddle.get_device(), *seen, sep="|")
+"""
+LAUNCHED = {
+    "PADDLE_TRAINER_ID": "1",
+    "PADDLE_TRAINERS_NUM": "2",
+    "FLAGS_selected_gpus": "1",
+    "PADDLE_RANK_IN_NODE": "1",
+}
+
+
+def test_a_gpu_host_keeps_its_memory_free_and_says_what_it_takes(repo: Path, gpu_build: dict[str, str]) -> None:
+    """A21, B17: the allocator's setting is for CPUs alone, and the device is named."""
+    code = USE.format(found="folder == Path('/dev')", words="")
+    done = in_fresh_process(repo, code, **gpu_build)
+    assert done.stdout.strip() == "False|gpu:0|0|None|None"
+    assert "allocator as it is (a GPU computes)" in done.stderr and "device: gpu:0 (A card)" in done.stderr
+
+
+def test_a_gpu_that_only_paddle_can_see_is_used(repo: Path, gpu_build: dict[str, str]) -> None:
+    """B17: it is asked once it is loaded."""
+    done = in_fresh_process(repo, USE.format(found="False", words=""), **gpu_build)
+    assert done.stdout.strip() == "False|gpu:0|0|None|None" and "device: gpu:0 (A card)" in done.stderr
+
+
+def test_other_accelerators_are_named(repo: Path, gpu_build: dict[str, str]) -> None:
+    """B17: they are not used without a word about it."""
+    without = {**gpu_build, "CUDA_VISIBLE_DEVICES": "-1", "TAKES": "npu:0"}
+    done = in_fresh_process(repo, USE.format(found="False", words=""), **without)
+    assert done.stdout.startswith("True|cpu|")
+    assert "npu:0 is no CPU and no GPU of NVIDIA's: it is left alone, and the CPU is used" in done.stderr
+    assert "device: cpu" in done.stderr
+
+
+def test_on_a_cpu_by_choice_paddle_sees_no_gpu(repo: Path, gpu_build: dict[str, str]) -> None:
+    """B18: otherwise several processes would meet on it, whatever device was set."""
+    done = in_fresh_process(repo, USE.format(found="True", words="'device=cpu'"), **gpu_build, **LAUNCHED)
+    assert done.stdout.strip() == "True|cpu||gloo|None"
+    done = in_fresh_process(repo, USE.format(found="True", words="'device=cpu'"), **gpu_build)
+    assert done.stdout.strip() == "True|cpu||None|None"
+    assert "device: cpu" in done.stderr and "allocator keeps blocks" in done.stderr
+
+
+def test_gpus_are_looked_for_where_drivers_put_them(tmp_path: Path) -> None:
+    for name, found in [("nvidiactl", False), ("nvidia0", True), ("dxg", True), ("kfd", False)]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        assert runtime._gpu_device(tmp_path / name) is found
+
+
 # mallinfo's fourth field counts the blocks that were taken from the kernel one by one.
 COUNT_MAPPED = """
 import ctypes, os, sys

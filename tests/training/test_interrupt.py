@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from alignment.training.interrupt import Interrupt, resume_command
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -35,6 +40,79 @@ def test_a_second_signal_of_any_sort_stops_at_once(first: int, second: int) -> N
         interrupt._when -= 2.0  # as if it had come two seconds ago
         os.kill(os.getpid(), second)
         time.sleep(60)
+
+
+def test_a_signal_may_come_in_the_middle_of_a_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C9: the handler touches no stream of Python's; the line is on the terminal at once all the same."""
+
+    class Busy(io.TextIOBase):
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    monkeypatch.setattr(sys, "stderr", Busy())
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "3")
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert interrupt.requested
+    assert capfd.readouterr().err.startswith("[rank 3] SIGTERM: finishing this step, then saving")
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "comment"),
+    [
+        ({}, "--nproc_per_node 4", ""),
+        ({"PADDLE_NNODES": "1", "PADDLE_LOCAL_SIZE": "4"}, "--nproc_per_node 4", ""),
+        (
+            {"PADDLE_NNODES": "2", "PADDLE_LOCAL_SIZE": "2", "PADDLE_MASTER": "10.0.0.1:6000"},
+            "--nnodes 2 --nproc_per_node 2 --master 10.0.0.1:6000",
+            "  # on every host",
+        ),
+        ({"PADDLE_LOCAL_SIZE": "2"}, "--nnodes 2 --nproc_per_node 2 --master HOST:PORT", "  # on every host"),
+    ],
+)
+def test_resume_command_of_several_hosts(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], options: str, comment: str
+) -> None:
+    """A14: each host starts its own processes, not those of all."""
+    monkeypatch.setattr(sys, "argv", ["run_sft.py", "a.json"])
+    for name in ("PADDLE_NNODES", "PADDLE_LOCAL_SIZE", "PADDLE_MASTER"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert resume_command(["a.json"], world_size=4) == (
+        f"{os.path.basename(sys.executable)} -m paddle.distributed.launch {options} run_sft.py a.json "
+        f"resume_from_checkpoint=true{comment}"
+    )
+
+
+LAUNCHER = """import os, subprocess, sys
+script = sys.argv[-2]
+sys.exit(subprocess.run([sys.executable, script, sys.argv[-1]], env={**os.environ, "PADDLE_NNODES": "2"}).returncode)
+"""
+RANK = """import sys
+from alignment.training.interrupt import resume_command
+print(resume_command(sys.argv[1:], world_size=4))
+"""
+
+
+def test_resume_command_repeats_the_launchers_own_words(tmp_path: Path) -> None:
+    """A14: with --master, --devices and what else was given on this host."""
+    package = tmp_path / "paddle" / "distributed" / "launch"
+    package.mkdir(parents=True)
+    (package / "__main__.py").write_text(LAUNCHER)
+    (tmp_path / "run_it.py").write_text(RANK)
+    words = ["--nnodes", "2", "--master", "a host:6000", "--rank=1", "--devices", "0,3"]
+    done = subprocess.run(
+        [sys.executable, str(package / "__main__.py"), *words, "run_it.py", "a.json"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == (
+        f"{os.path.basename(sys.executable)} -m paddle.distributed.launch --nnodes 2 --master 'a host:6000' --rank=1 "
+        "--devices 0,3 run_it.py a.json resume_from_checkpoint=true  # on every host, each with its own --rank"
+    )
 
 
 @pytest.mark.parametrize(

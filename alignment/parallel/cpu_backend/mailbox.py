@@ -34,6 +34,7 @@ _ANYONE = -1
 _HEADER = struct.Struct("!BiHQ")
 _WAKE = object()
 _NOTICE_AFTER = 60.0  # seconds of waiting after which a line says for whom
+_GREETING = 5.0  # seconds for whoever connects to say who it is
 _HELLO = struct.Struct("!32sI")
 
 
@@ -315,7 +316,7 @@ def connect(rank: int, size: int, store: Store, host: str, patience: float) -> M
 
 
 def _greeting(connection: socket.socket) -> tuple[bytes, int]:
-    connection.settimeout(60)
+    connection.settimeout(_GREETING)
     data = b""
     try:
         while len(data) < _HELLO.size:

@@ -111,7 +111,7 @@ def job_store(original: Callable[[], Any]) -> Any:
         RankFailure: when rank 0's store does not open within Paddle's time limit.
     """
     if int(os.environ.get("PADDLE_TRAINER_ID", "0")) != 0:
-        _wait_for_port(*_master(), _STORE_TIMEOUT)
+        _wait_for_port(*master_endpoint(), _STORE_TIMEOUT)
     store = original()
     send_at_once()
     return store
@@ -123,7 +123,7 @@ def own_host() -> str:
     return socket.gethostbyname(host) if host else "127.0.0.1"
 
 
-def _master() -> tuple[str, int]:
+def master_endpoint() -> tuple[str, int]:
     """Rank 0's store, looked for where Paddle looks for it."""
     if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
         endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
