@@ -290,6 +290,8 @@ PROMPTS = [
         "USER: q ASSISTANT:",
         {"answer": "3"},
     ),
+    ("half a pair", {"prompt": "q", "chosen": "a", "rejected": None}, "USER: q ASSISTANT:", {"chosen": "a"}),
+    ("no label", {"prompt": [Q], "response_0": "a", "response_1": "b"}, "USER: q ASSISTANT:", {"response_1": "b"}),
     ("kto, bad", {"prompt": "q", "completion": "a", "label": False}, "USER: q ASSISTANT:", {"label": False}),
 ]
 
@@ -408,6 +410,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         (PreferenceDataset, {"prompt": [Q], "chosen": [A, Q2, Q2], "rejected": [B]}, "'chosen' must end with"),
         (PreferenceDataset, {"chosen": [A], "rejected": [B]}, "there is no prompt column"),
         (PreferenceDataset, {"text": "t"}, "plain `text` has no prompt"),
+        (PromptOnlyDataset, {"prompt": ["q", "r", "s"], "response": ["a", "b", "c"]}, "both lists of texts"),
+        (PromptOnlyDataset, {"src": ["q", "r", "s"], "tgt": ["a"]}, "'src' has 3 turns and 'tgt' 1"),
         (PromptOnlyDataset, {"text": "t"}, "plain `text` has no prompt; call the column `prompt`"),
     ],
 )

@@ -130,5 +130,6 @@ def test_hh_transcripts():
     ],
 )
 def test_rows_that_fit_no_layout(row, message):
+    """A row is refused, or has a prompt that can be used and says what is wrong with the rest."""
     with pytest.raises(DataError, match=message):
-        sample_from_row(row)
+        raise DataError(sample_from_row(row)["unusable"])

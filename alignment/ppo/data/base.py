@@ -57,6 +57,8 @@ class RawSample(TypedDict, total=False):
     """Whether ``other_answer`` is safe."""
     extra: dict[str, Any]
     """The source's own columns, handed to Python rewards."""
+    unusable: str
+    """What is wrong with the answer or the pair of a row of which only the prompt could be read."""
     unread: list[str]
     """Which columns (and keys of messages) the sample was made without; they are named in the data table."""
 

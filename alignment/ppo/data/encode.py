@@ -189,6 +189,7 @@ class Encoder:
         Raises:
             DataError: a field is missing or has the wrong type.
         """
+        _check_usable(sample)
         is_text = "text" in sample and not {"input", "dialogue"} & set(sample)
         if not is_text and ("dialogue" in sample) == ("input" in sample):
             what = "both `input` and `dialogue`" if "input" in sample else "neither `input` nor `dialogue`"
@@ -252,6 +253,7 @@ class Encoder:
         Raises:
             DataError: a field is missing or has the wrong type.
         """
+        _check_usable(sample)
         context = _prompt_messages(sample, PREFERENCE_NEEDS)
         if "good" in sample and "other_answer" not in sample:
             raise DataError(
@@ -362,6 +364,11 @@ def prompt_key(sample: Mapping[str, Any]) -> str:
         DataError: see :func:`prompt_messages`.
     """
     return json.dumps([prompt_messages(sample), sample.get("tools") or []], sort_keys=True, default=str)
+
+
+def _check_usable(sample: Mapping[str, Any]) -> None:
+    if "unusable" in sample:
+        raise DataError(sample["unusable"])
 
 
 def _prompt_messages(sample: Mapping[str, Any], needs: str) -> list[Message]:

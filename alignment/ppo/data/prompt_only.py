@@ -28,7 +28,7 @@ class PromptOnlyDataset(TokenizedDataset):
 
     def item(self, sample: int, position: int) -> dict[str, Any]:
         raw = self._samples[sample]
-        fields = {name: value for name, value in raw.items() if name not in ("extra", "unread")}
+        fields = {name: value for name, value in raw.items() if name not in ("extra", "unread", "unusable")}
         prompt = {name: fields[name] for name in ("dialogue", "system", "tools") if name in fields}
         prompt["input"] = fields.get("input", prompt_messages(raw))
         return {

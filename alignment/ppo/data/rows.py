@@ -117,7 +117,15 @@ def sample_from_row(row: Mapping[str, Any]) -> RawSample:
         DataError: no layout fits, or a column holds the wrong thing.
     """
     columns = _Columns(row)
-    sample = _sample(columns)
+    try:
+        sample = _sample(columns)
+    except DataError as err:
+        # A prompt is enough for PPO, whatever else the row holds. Who needs the answer is told what is wrong with it.
+        columns = _Columns(row)
+        question = _question(columns)
+        if question is None or isinstance(row.get("src"), list):  # of which a turn may be missing
+            raise
+        sample = _fields(columns, "input", question.messages) | RawSample(unusable=str(err))
     if (name := columns.first(_TOOLS)) and (tools := read_tools(columns.take(name), name)):
         sample["tools"] = tools
     return _with_rest(columns, sample, row)
@@ -231,7 +239,16 @@ def _question(columns: _Columns) -> _Question | None:
     name = columns.first(_PROMPTS)
     if name is None:
         return None
-    if isinstance(columns.row[name], list):
+    asked = columns.row[name]
+    if isinstance(asked, list):
+        for column in _ANSWERS if name != "src" else ():
+            answers = columns.row.get(column)
+            if _are_texts(asked) and _are_texts(answers) and len(asked) == len(answers):
+                raise DataError(
+                    f"the columns {name!r} and {column!r} are both lists of texts. Is this a table written column by "
+                    "column? Write one object a line. Turns of a conversation go into `messages`, or into `src` and "
+                    "`tgt`"
+                )
         return _Question(name, columns.messages(name))
     text = _instruction(columns) if name == "instruction" else columns.text(name)
     if re.match(r"\s*Human:", text) and (text.startswith("\n\n") or text.rstrip().endswith("Assistant:")):
@@ -275,13 +292,7 @@ def _answered(columns: _Columns, question: _Question) -> RawSample:
     name = columns.first(("solution", *_ANSWERS) if question.column == "problem" else _ANSWERS)
     if name is None:
         return _fields(columns, "input", prompt)
-    columns.take(name)
-    asked, value = columns.row[question.column], columns.row[name]
-    if _are_texts(asked) and _are_texts(value) and len(asked) == len(value):
-        raise DataError(
-            f"the columns {question.column!r} and {name!r} are both lists of texts. Is this a table written column by "
-            "column? Write one object a line. Turns of a conversation go into `messages`, or into `src` and `tgt`"
-        )
+    value = columns.take(name)
     answer = _plain_answer(columns.messages(name)) if _has_messages(value) else value
     if question.has_history and isinstance(answer, str):
         sample = _fields(columns, "dialogue", [*prompt, {"role": "assistant", "content": answer}])

@@ -113,7 +113,7 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "-"
 
 
-def unread_text(counts: Mapping[str, int], most: int = 6) -> str:
+def unread_text(counts: Mapping[str, int], most: int = 4) -> str:
     """Write names of columns, at most ``most`` of them."""
     names = list(counts)
     more = f" and {len(names) - most} more" if len(names) > most else ""

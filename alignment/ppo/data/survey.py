@@ -18,7 +18,7 @@ from alignment.ppo.data.rendering import is_trained
 from alignment.ppo.data.rows import unread_prompt_columns
 
 # What token rows depend on; other columns may change without tokenising again.
-_TEXT_FIELDS = ("input", "answer", "other_answer", "dialogue", "text", "better", "good", "system", "tools")
+_TEXT_FIELDS = ("input", "answer", "other_answer", "dialogue", "text", "better", "good", "system", "tools", "unusable")
 _ANSWERS = ("answer", "other_answer")
 _LABELS = ("better", "good")
 

@@ -32,6 +32,7 @@ from alignment.ppo.data.encode import MALFORMED, Encoded, Encoder, Limits
 from alignment.ppo.data.files import BadRow
 from alignment.ppo.data.loading import Loaded, Sample, Samples, deduplicate, identities, load_source, mix, place
 from alignment.ppo.data.mixture import Source, parse_mixture
+from alignment.ppo.data.readers import shorten
 from alignment.ppo.data.rows import PROMPT_LIKE
 from alignment.ppo.data.summary import DatasetSummary, SourceSummary, counts_text, length_percentiles, unread_text
 from alignment.ppo.data.survey import survey
@@ -367,6 +368,8 @@ def _check_fields(source: Source, kind: str) -> None:
 def _fitting(sample: Mapping[str, Any], kind: str) -> str:
     """Say which kinds of data set a sample that does not fit ``kind`` would fit."""
     has = set(sample)
+    if "unusable" in has:
+        return f". The row: {shorten(sample.get('extra'))}"
     nulls = [name for name, value in (sample.get("extra") or {}).items() if value is None]
     null = f" (null in this row: {', '.join(map(repr, nulls))})" if nulls else ""
     if set(_NEEDS[kind]) <= has or (kind == "supervised" and {"dialogue", "text"} & has):
