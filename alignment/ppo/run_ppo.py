@@ -70,7 +70,7 @@ def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
     from alignment import runtime
     from alignment.training.checkpoint import CheckpointStore
     from alignment.training.output import prepare_output_dir
-    from alignment.training.resume import check_resumable
+    from alignment.training.resume import check_resumable, check_same_data
     from alignment.training.runner import describe_run, main_first
 
     check_models(args, world.topology)
@@ -79,6 +79,7 @@ def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
     check_resumable(args, world, resume_path)
     world.phase("data")
     data = main_first(world, lambda: load_data(args, show_progress=world.is_main, resume=resume_path))
+    check_same_data(args, world, resume_path, data.sets)
     sizes = args.derive_sizes(len(data.train), world.size)
     if args.dry_run:
         if world.is_main:
@@ -168,7 +169,13 @@ def load_data(args: PPOArguments, show_progress: bool = True, resume: Path | Non
         return PromptOnlyDataset(mixture, tokenizer, name=name, evaluation=evaluation, **prompts)
 
     sets = load_train_and_eval(
-        load, args.train_datasets, args.eval_datasets, ratio=args.eval_split_ratio, seed=args.seed, do_eval=args.do_eval
+        load,
+        args.train_datasets,
+        args.eval_datasets,
+        ratio=args.eval_split_ratio,
+        seed=args.seed,
+        do_eval=args.do_eval,
+        check=args.do_train,
     )
     train, held_out = sets["train"], sets.get("eval")
     if not len(train):

@@ -7,6 +7,9 @@ A checkpoint holds the arguments it was made with (``trainer/arguments.json``) a
 - arguments in :data:`FREE` concern where, how fast and with what output it runs: nothing is said;
 - any other change takes effect from here on, and a warning names it.
 
+The files behind the arguments may have changed, too. ``trainer/data_mixture.json`` holds a hash of the token rows of
+every data set; those that are trained on must still have it.
+
 ``docs/resume.md`` explains the table.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +152,44 @@ def check_resumable(args: Any, world: World, checkpoint: Path | None) -> None:
             "the same."
         )
     get_logger().warning("allow_changed_arguments: going on from %s although\n%s", checkpoint, "\n".join(lines))
+
+
+def check_same_data(args: Any, world: World, checkpoint: Path | None, sets: Mapping[str, Any]) -> None:
+    """Compare the token rows of a run with those its checkpoint was trained on. Call it on every rank; the first one
+    looks. Data sets that the checkpoint keeps no hash of (an older version's) are not compared.
+
+    Args:
+        args: the stage's arguments.
+        world: the processes of the run.
+        checkpoint: a verified checkpoint; None for a fresh start, and nothing happens.
+        sets: "train", "eval", "ptx" -> the tokenised data set.
+
+    Raises:
+        CheckpointError: rows that are trained on are others now; ``allow_changed_arguments`` makes it a warning, and
+            other evaluation rows are one always.
+    """
+    if checkpoint is None or not world.is_main:
+        return
+    saved = _read(checkpoint / "trainer" / MIXTURE_FILE)
+    changed = {}
+    for name, dataset in sets.items():
+        then = saved.get(name) or {}
+        if "hash" in then and then["hash"] != dataset.rows_hash:
+            changed[name] = (
+                f"  {name} ({', '.join(sorted(set(dataset.reads.values())))}): {then['kept']} token rows with hash "
+                f"{then['hash'][:8]} then, {len(dataset)} with {dataset.rows_hash[:8]} now"
+            )
+    trained = [line for name, line in changed.items() if name != "eval"]
+    if trained and not args.allow_changed_arguments:
+        raise CheckpointError(
+            f"{checkpoint} was trained on other rows than the data sets give now:\n" + "\n".join(trained) + "\n"
+            "The files, the tokenizer or the toolkit's version changed, and the position in the data would mean other "
+            "rows. Put the old files back, or start a new run from that model, or set allow_changed_arguments=true to "
+            "go on all the same."
+        )
+    if changed:
+        lines = "\n".join(changed.values())
+        get_logger().warning("going on from %s although these rows are others now:\n%s", checkpoint, lines)
 
 
 def compare_arguments(saved: dict[str, Any], args: Any) -> tuple[list[str], list[str]]:

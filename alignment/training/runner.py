@@ -106,7 +106,7 @@ def train_stage(
     from alignment.training.checkpoint import CheckpointStore
     from alignment.training.loop import StageTrainer
     from alignment.training.output import prepare_output_dir
-    from alignment.training.resume import check_resumable
+    from alignment.training.resume import check_resumable, check_same_data
 
     store = CheckpointStore(args.output_dir, args.save_total_limit)
     resume = None if args.dry_run else prepare_output_dir(args, world, store)
@@ -121,6 +121,7 @@ def train_stage(
     template = stage_template(args, tokenizer, source, resume)
     world.phase("data")
     data = main_first(world, lambda: build_data(args, tokenizer, template, show_progress=world.is_main))
+    check_same_data(args, world, resume, data.sets)
     sizes = args.derive_sizes(len(data.train), world.size) if data.train is not None else None
     if args.dry_run:
         if world.is_main:

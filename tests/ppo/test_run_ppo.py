@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +95,24 @@ def test_resuming_goes_on_as_if_nothing_had_happened(ppo_json: Callable[..., Pat
     for name, weight in whole.items():
         np.testing.assert_allclose(resumed[name], weight, atol=1e-6, err_msg=name)
     assert (tmp_path / "whole" / "eval_samples.jsonl").read_text() == (parts / "eval_samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["train", "ptx"])
+def test_a_resume_whose_data_changed_is_refused(
+    ppo_json: Callable[..., Path], tmp_path: Path, prompt_file: Path, supervised_file: Path, name: str, capsys: Any
+) -> None:
+    """D11: in PPO the rows of the ptx loss are data, too."""
+    source = {"train": prompt_file, "ptx": supervised_file}[name]
+    path = tmp_path / "own.jsonl"
+    rows = source.read_text().splitlines(keepends=True)
+    path.write_text("".join(rows))
+    how = {f"{name}_datasets": f"jsonl::{path}", "max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+    file = ppo_json(**how, evaluation_strategy="no")
+    assert main(["ppo", str(file)]) == 0
+    path.write_text("".join(reversed(rows)))
+    assert main(["ppo", str(file), "resume_from_checkpoint=true", "max_steps=3"]) == 2
+    said = capsys.readouterr().err
+    assert "was trained on other rows than the data sets give now" in said and f"  {name} (jsonl (" in said
 
 
 def test_several_prompt_batches_make_one_rollout_and_accumulation_changes_nothing(

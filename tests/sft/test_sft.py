@@ -180,6 +180,25 @@ def test_resume_continues_exactly(reference: Path, tmp_path: Path) -> None:
     assert all((value == expected[name]).all() for name, value in weights(out).items())
 
 
+def test_a_resume_whose_data_changed_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    """D11: 16 rows exchanged for 16 others, and the run went on from step 2 as if nothing had happened."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    write_jsonl(data / "train.json", copy_rows(16))
+    how = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "resume_from_checkpoint": True}
+    train(model_dir, data, out, **how)
+    shutil.rmtree(out / "checkpoint-4")
+    write_jsonl(data / "train.json", copy_rows(16, seed=9))
+    before = sorted(out.rglob("*"))
+    with pytest.raises(
+        CheckpointError, match=r"other rows .*\n  train \(.*16 token rows with hash \w{8} then, 16 with"
+    ):
+        main(command(model_dir, data, out, **how))
+    assert (out / "checkpoint-2").is_dir() and [file for file in before if not file.exists()] == []
+    write_jsonl(data / "train.json", copy_rows(16))
+    train(model_dir, data, out, **how)
+    assert (out / "checkpoint-4").is_dir()
+
+
 def test_resume_skips_a_damaged_checkpoint(reference: Path, model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(reference, out)

@@ -17,7 +17,14 @@ from alignment.log import get_logger
 from alignment.parallel import World
 from alignment.training import checkpoint as checkpoints
 from alignment.training.checkpoint import CheckpointStore, FormatError, resolve_resume, verify
-from alignment.training.resume import FREE, MUST_EQUAL, check_resumable, compare_arguments, save_arguments
+from alignment.training.resume import (
+    FREE,
+    MUST_EQUAL,
+    check_resumable,
+    check_same_data,
+    compare_arguments,
+    save_arguments,
+)
 from tests.tiny import tiny_tokenizer_dir
 
 STAGES: dict[type, dict[str, Any]] = {
@@ -95,6 +102,42 @@ def test_what_must_be_equal(
     assert message.startswith(f"{path} was made with other arguments:\n  {line}")
     assert "allow_changed_arguments=true" in message and len(message.splitlines()) == 3
     check_resumable(arguments(cls, **now, allow_changed_arguments=True), World(), path)
+    assert line in said[-1]
+
+
+class Data:
+    """A data set, as far as it is compared."""
+
+    def __init__(self, rows: str) -> None:
+        self.rows_hash, self.reads = rows * 8, {"/d/a.jsonl": "jsonl (a.jsonl)"}
+
+    def __len__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize("cls", STAGES)
+@pytest.mark.parametrize("name", ["train", "ptx", "eval"])
+def test_the_rows_behind_the_arguments_must_be_equal(tmp_path: Path, said: list[str], cls: type, name: str) -> None:
+    """D11: another file of equal length under the same name went unnoticed."""
+    args, all_the_same = (
+        arguments(cls, output_dir=str(tmp_path / "out"), allow_changed_arguments=allow) for allow in (False, True)
+    )
+    (tmp_path / "out").mkdir()
+    record = {"train": {"kept": 3, "hash": "aa" * 8}, name: {"kept": 5, "hash": "bb" * 8}}
+    (tmp_path / "out" / "data_mixture.json").write_text(json.dumps(record))
+    path = saved(tmp_path / "out", args)
+    same = {"train": Data("aa" if name != "train" else "bb"), name: Data("bb")}
+    check_same_data(args, World(), path, same)
+    check_same_data(args, World(), None, {name: Data("cc")})
+    check_same_data(args, World(), path, {"other": Data("cc")})  # the checkpoint knows nothing about it
+    assert said == []
+    line = f"{name} (jsonl (a.jsonl)): 5 token rows with hash bbbbbbbb then, 3 with cccccccc now"
+    if name != "eval":
+        with pytest.raises(CheckpointError, match="allow_changed_arguments=true") as caught:
+            check_same_data(args, World(), path, {**same, name: Data("cc")})
+        assert line in str(caught.value)
+        args = all_the_same
+    check_same_data(args, World(), path, {**same, name: Data("cc")})
     assert line in said[-1]
 
 

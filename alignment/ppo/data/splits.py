@@ -26,6 +26,7 @@ def load_train_and_eval(
     seed: int,
     do_train: bool = True,
     do_eval: bool = True,
+    check: bool = True,
 ) -> dict[str, _Set]:
     """Load the training data, and evaluation data that are not among them.
 
@@ -37,6 +38,7 @@ def load_train_and_eval(
         ratio: see :func:`split_train_eval`; None holds nothing out.
         seed: of the split.
         do_train, do_eval: which of the two are wanted.
+        check: compare the two, see :func:`check_held_out`; pointless where nothing is trained.
 
     Returns:
         "train" and "eval", where wanted.
@@ -52,7 +54,7 @@ def load_train_and_eval(
         sets["train"], sets["eval"] = split_train_eval(sets["train"], ratio, seed)  # type: ignore[arg-type]
     elif evaluation and do_eval:
         sets["eval"] = load(evaluation, "eval", evaluation=True)
-        if do_train:
+        if do_train and check:
             check_held_out(sets["train"], sets["eval"])
     wanted = {"train": do_train, "eval": do_eval}
     return {name: dataset for name, dataset in sets.items() if wanted[name]}
