@@ -9,18 +9,7 @@ import pytest
 
 import alignment.runtime  # noqa: F401  (sets threads and allocator before any test loads paddle)
 
-VARIABLE = "ALIGNMENT_TEST_PRECISION"  # tests/precision.py
 REPO = Path(__file__).resolve().parent.parent
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--precision bf16``: models of the tests are bfloat16, see ``tests/precision.py``."""
-    parser.addoption("--precision", choices=("float32", "bf16"), default="float32", help="of the models in tests")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Tell the test modules, which are imported later, and the processes that they start."""
-    os.environ[VARIABLE] = config.getoption("--precision")
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ from paddlenlp.transformers import (
 from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
 from alignment.ppo.generation.layers import CpuKernelOps, LayerOps
 from alignment.ppo.models.decoder import Decoder, decoder_of
+from alignment.ppo.models.precision import store_in_bfloat16
+from tests.precision import BF16
 
 VOCAB, EOS, PAD = 64, 1, 0
 ARCHITECTURES = {
@@ -91,7 +93,7 @@ def make_model(name: str, **more: Any) -> paddle.nn.Layer:
         if parameter.ndim == 1:
             parameter.set_value(parameter.numpy() + rng.normal(0, 0.1, parameter.shape).astype(np.float32))
     model.eval()
-    return model
+    return store_in_bfloat16(model) if BF16 else model
 
 
 def make_prompts(lengths: list[int], seed: int = 0, vocab: int = VOCAB) -> list[GenerationPrompt]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from tests import tiny
 from tests.parallel.forked import run_ranks
+from tests.precision import ARGUMENTS
 
 MODULES = {"sft": "alignment.sft.run_sft", "rm": "alignment.rm.run_reward", "ppo": "alignment.ppo.run_ppo"}
 GLOBAL_BATCH = 8
@@ -181,6 +182,7 @@ def arguments(files: Path, stage: str, layout: Layout, output: Path) -> list[str
         "report_to=none",
         "device=cpu",
         "seed=3",
+        *(f"{key}={json.dumps(value)}" for key, value in ARGUMENTS.items()),
     ]
     if stage == "ppo":
         words += [

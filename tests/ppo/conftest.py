@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from alignment.ppo.rollout import Rollout
+from tests.precision import ARGUMENTS
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -141,6 +142,7 @@ def ppo_json(
             "logging_steps": 1,
             "report_to": "none",
             "disable_tqdm": True,
+            **ARGUMENTS,
         }
         values.update(changes)
         file = tmp_path / f"{name}.json"

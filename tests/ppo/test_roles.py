@@ -16,6 +16,7 @@ from alignment.ppo.engine import Engine
 from alignment.ppo.models import causal_logits, final_hidden_states, load_causal_lm, load_score_model
 from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole, rows_of
 from alignment.ppo.rollout import Rollout
+from tests.precision import DTYPE
 
 from .conftest import make_rollout
 
@@ -24,12 +25,12 @@ LENGTHS = [(5, 4), (2, 1), (7, 6), (3, 0), (1, 6)]
 
 @pytest.fixture(scope="module")
 def policy(policy_dir: Path) -> PolicyRole:
-    return PolicyRole(Engine("reference", load_causal_lm(str(policy_dir)), World()), 0.8, 2)
+    return PolicyRole(Engine("reference", load_causal_lm(str(policy_dir), dtype=DTYPE), World()), 0.8, 2)
 
 
 @pytest.fixture(scope="module")
 def critic(policy_dir: Path) -> ValueRole:
-    return ValueRole(Engine("critic", load_score_model(str(policy_dir), score_type="critic"), World()), 2)
+    return ValueRole(Engine("critic", load_score_model(str(policy_dir), score_type="critic", dtype=DTYPE), World()), 2)
 
 
 def expected_logprobs(role: PolicyRole, rollout: Rollout) -> np.ndarray:
@@ -119,7 +120,7 @@ def test_rows_without_any_answer(policy: PolicyRole, critic: ValueRole) -> None:
 
 
 def test_the_reward_is_read_at_the_last_real_token(policy_dir: Path) -> None:
-    model = load_score_model(str(policy_dir), score_type="reward")
+    model = load_score_model(str(policy_dir), score_type="reward", dtype=DTYPE)
     role = RewardRole(Engine("reward", model, World()), 2)
     rollout = make_rollout(LENGTHS)
     scores = role.score_rows(rollout.tokens, rollout.lengths)

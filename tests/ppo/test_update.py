@@ -24,6 +24,7 @@ from alignment.ppo.roles import PolicyRole, ValueRole
 from alignment.ppo.rollout import Experience, Rollout
 from alignment.ppo.statistics import Statistics
 from alignment.ppo.update import Position, PPOUpdater, Window, split_windows
+from tests.precision import DTYPE, within
 
 from .conftest import make_rollout
 
@@ -58,8 +59,10 @@ class Setup:
     def __init__(self, folder: Path, args: Any, learning_rate: float = 1e-3) -> None:
         settings_ = OptimizerSettings(learning_rate=learning_rate, lr_scheduler_type="constant", total_steps=100)
         self.args, self.tokens = args, list[int]()
-        self.actor_engine = Engine("actor", load_causal_lm(str(folder)), World(), settings_)
-        self.critic_engine = Engine("critic", load_score_model(str(folder), score_type="critic"), World(), settings_)
+        self.actor_engine = Engine("actor", load_causal_lm(str(folder), dtype=DTYPE), World(), settings_)
+        self.critic_engine = Engine(
+            "critic", load_score_model(str(folder), score_type="critic", dtype=DTYPE), World(), settings_
+        )
         size = args.per_device_train_batch_size
         self.actor, self.critic = PolicyRole(self.actor_engine, 1.0, size), ValueRole(self.critic_engine, size)
         decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
@@ -187,7 +190,7 @@ def test_the_first_pass_has_ratio_one_and_the_next_one_moves(policy_dir: Path) -
 def test_a_network_that_scores_and_trains_differently_is_caught(policy_dir: Path) -> None:
     setup = Setup(policy_dir, make_args())
     experience = make_experience(make_rollout(LENGTHS), setup.actor, setup.critic, setup.args)
-    experience.logprobs = experience.logprobs + 0.01 * experience.mask
+    experience.logprobs = experience.logprobs + within(0.01, "caught gap") * experience.mask
     with pytest.raises(InvariantError, match="on the first pass the importance ratio must be 1"):
         setup.run(experience)
 
@@ -221,7 +224,7 @@ def test_a_tensor_that_the_loss_does_not_reach_is_caught(policy_dir: Path, capsy
 
 def test_a_frozen_model_that_moves_is_caught(policy_dir: Path) -> None:
     for dtype in ("float32", "bfloat16"):
-        model = load_causal_lm(str(policy_dir))
+        model = load_causal_lm(str(policy_dir), dtype=DTYPE)
         check = FirstStepCheck({"reference": Engine("reference", model.astype(dtype), World())}, Guard())
         check.frozen_tensors()
         weight = next(iter(model.parameters()))
