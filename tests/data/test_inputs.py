@@ -215,6 +215,15 @@ PAIRS = [
     ),
     ("sharegpt", {"conversations": [said("human", "q")], "chosen": said("gpt", "a"), "rejected": said("gpt", "b")}, []),
     ("argilla", {"instruction": "q", "chosen_response": "a", "rejected_response": "b"}, []),
+    (
+        "openai",
+        {
+            "input": {"messages": [Q], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [A],
+            "non_preferred_output": [B],
+        },
+        ["parallel_tool_calls"],
+    ),
     ("stack, paired", {"qid": 1, "question": "q", "response_j": "a", "response_k": "b"}, ["qid"]),
     (
         "pku",

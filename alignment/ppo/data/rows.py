@@ -24,7 +24,8 @@ the answer                                              is
 ``response_1 response_2 preference_strength``,
 ``response1 response2 overall_preference`` (HelpSteer),
 ``human_ref_A human_ref_B labels history`` (SHP),
-``response_j response_k``, ``src tgt response sort``
+``response_j response_k``, ``src tgt response sort``,
+``preferred_output non_preferred_output`` (OpenAI)
 ``completions`` / ``responses`` / ``answers`` /         a pair: the best and the worst; those between them
 ``candidates``: objects with a text and a rank or       are not read
 score, or texts beside ``scores`` or ``ranks``
@@ -55,7 +56,12 @@ _TOOLS = ("tools", "functions")
 _ANSWERS = ("answer", "output", "response", "completion", "solution", "tgt")
 _LABELS = ("label", "kto_tag")
 _RANKED = ("completions", "responses", "answers", "candidates")
-_CHOSEN = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("response_j", "response_k"))
+_CHOSEN = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"),
+    ("response_j", "response_k"),
+)
 _STRENGTHS = (
     ("response_1", "response_2", "preference_strength"),
     ("response1", "response2", "overall_preference"),
@@ -75,6 +81,8 @@ class _Columns:
     """The columns of a row that are not null, and which of them nothing has read yet."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
+        if isinstance(row.get("input"), Mapping) and "messages" in row["input"]:  # OpenAI's pairs
+            row = {name: value for name, value in row.items() if name != "input"} | dict(row["input"])
         self.row = {name: value for name, value in row.items() if value is not None}
         self.source = row
         self.left = {name: None for name, value in self.row.items() if not is_empty(value)}  # a set in order
