@@ -110,7 +110,7 @@ def ordinary_folder(path: str | os.PathLike, *, role: str = "model") -> Path:
 
     state = file.stat()
     cache = cache_folder() / "models"
-    target = cache / f"{file.stem}-{_sha256(file.resolve(), state.st_size, state.st_mtime_ns)[:16]}-{_VERSION}"
+    target = cache / f"gguf-{_sha256(file.resolve(), state.st_size, state.st_mtime_ns)[:16]}-{_VERSION}"
     if target.is_dir():
         return target
     try:
