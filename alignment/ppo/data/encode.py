@@ -133,33 +133,43 @@ class Encoder:
         Raises:
             DataError: it holds half a surrogate pair (an emoji cut in two), which no encoding can write.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as err:
-            around = text[max(err.start - 20, 0) : err.start + 20].encode("ascii", "backslashreplace").decode()
-            raise DataError(
-                f"the text holds half a surrogate pair (an emoji or rare character that was cut in two): '{around}'; "
-                "remove it"
-            ) from None
+        _check_unicode(text)
         return _ids(self.tokenizer, text, add_special_tokens=False) if text else []
 
-    def segment_ids(self, segments: Sequence[Segment], opens: bool = True) -> tuple[list[int], list[bool]]:
-        """Return the ids of segments and, for each id, whether it belongs to an answer.
+    def segment_pieces(self, segments: Sequence[Segment]) -> list[tuple[list[int], list[bool]]]:
+        """Return the ids of each segment and, for each id, whether it is learnt; see
+        :meth:`~alignment.ppo.models.json_tokenizer.JsonTokenizer.encode_pieces` for how they meet.
 
-        Args:
-            segments: see :meth:`PromptTemplate.format_turns`.
-            opens: whether they open a conversation. Then exactly one beginning-of-sequence token comes first if the
-                tokenizer adds one, whether or not the template writes it too.
+        Raises:
+            DataError: see :meth:`text_ids`.
         """
-        ids: list[int] = []
-        trained: list[bool] = []
-        for segment in segments:
-            piece = self.text_ids(segment.text)
-            if segment.add_eos and piece[-1:] != [self.eos_id]:
-                piece = [*piece, self.eos_id]
-            ids += piece
-            trained += [segment.is_answer] * len(piece)
-        if opens and self.bos_id is not None and ids[:1] != [self.bos_id]:
+        together = getattr(self.tokenizer, "encode_pieces", None)
+        texts = [segment.text for segment in segments]
+        if together is None:
+            found = [self.text_ids(text) for text in texts]
+        else:
+            eos = str(self.tokenizer.eos_token)
+            for text in texts:
+                _check_unicode(text)
+            found = together([s.text + eos * (s.add_eos and not s.text.endswith(eos)) for s in segments])
+        pieces = []
+        for segment, ids in zip(segments, found, strict=True):
+            if segment.add_eos and ids[-1:] != [self.eos_id]:
+                ids = [*ids, self.eos_id]
+            pieces.append((ids, [segment.is_answer] * len(ids)))
+        return pieces
+
+    def segment_ids(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
+        """Return the ids of the segments of a conversation and, for each id, whether it is learnt."""
+        return self._opened(self.segment_pieces(segments))
+
+    def _opened(self, pieces: Sequence[tuple[list[int], list[bool]]]) -> tuple[list[int], list[bool]]:
+        """Join the pieces that open a conversation. Exactly one beginning-of-sequence token comes first if the
+        tokenizer adds one, whether or not the template writes it too.
+        """
+        ids = [index for piece, _ in pieces for index in piece]
+        trained = [learnt for _, piece in pieces for learnt in piece]
+        if self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
             trained.insert(0, False)
         return ids, trained
@@ -171,6 +181,34 @@ class Encoder:
         the answer.
         """
         return self.segment_ids(self.template.format_messages(_conversation(turns, "input", system), tools))[0]
+
+    def answered(
+        self,
+        turns: Sequence[str] | Sequence[Message],
+        answer: str,
+        ended: bool,
+        system: str | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """Return the ids of a prompt and of an answer that was generated.
+
+        The answer is written as in a training row, up to its last character if it was cut; one that the template cannot
+        write (a policy may say anything) is its bare text.
+        """
+        messages = _conversation(turns, "input", system)
+        segments = self.template.format_messages(messages, tools)
+        last = Segment(answer, is_answer=True, add_eos=ended)
+        try:
+            whole = self.template.format_messages(
+                [*_untrained(messages), {"role": "assistant", "content": answer}], tools
+            )
+        except DataError:
+            whole = []
+        before, found, _ = whole[-1].text.rpartition(answer.rstrip()) if whole else ("", "", "")
+        if found:
+            segments, last = whole[:-1], whole[-1] if ended else Segment(before + answer, is_answer=True)
+        pieces = self.segment_pieces([*segments, last])
+        return self._opened(pieces[:-1])[0], pieces[-1][0]
 
     def cut_left(self, ids: list[Any], limit: int) -> list[Any]:
         """Shorten a prompt to ``limit`` from the left, keeping a beginning-of-sequence token that the tokenizer
@@ -216,8 +254,9 @@ class Encoder:
         if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
             return NOTHING_TRAINED
         segments = self.template.format_messages(messages, sample.get("tools"))
-        prompt, trained = self.segment_ids(segments[:-1])
-        answer, answer_trained = self.segment_ids(segments[-1:], opens=False)
+        pieces = self.segment_pieces(segments)
+        prompt, trained = self._opened(pieces[:-1])
+        answer, answer_trained = pieces[-1]
         limit = self._prompt_limit(len(answer))
         cuts = []
         if len(prompt) > limit:
@@ -287,8 +326,9 @@ class Encoder:
             raise DataError(
                 "the prompt template writes the prompt of the two answers differently; use another template"
             )
-        prompt, _ = self.segment_ids(both[0][:-1])
-        tails = [self.segment_ids(segments[-1:], opens=False)[0] for segments in both]
+        pieces = [self.segment_pieces(segments) for segments in both]
+        prompt, _ = self._opened(pieces[0][:-1])
+        tails = [found[-1][0] for found in pieces]
         if tails[0] == tails[1]:
             return IDENTICAL_ANSWERS
         limit = self._prompt_limit(max(map(len, tails)))
@@ -442,6 +482,17 @@ def _text(sample: Mapping[str, Any], name: str, needs: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"`{name}` must be text, not {type(value).__name__} {value!r:.80}")
     return value
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        around = text[max(err.start - 20, 0) : err.start + 20].encode("ascii", "backslashreplace").decode()
+        raise DataError(
+            f"the text holds half a surrogate pair (an emoji or rare character that was cut in two): '{around}'; "
+            "remove it"
+        ) from None
 
 
 def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:

@@ -205,6 +205,8 @@ class ChatRenderer:
         message = messages[index]
         other = [*messages[:index], {"role": "assistant", "content": _STAND_IN}, *messages[index + 1 :]]
         before, found, after = self.render(other, prompt=True, tools=tools, thinking=thinking).partition(_STAND_IN)
+        shape = _shape(self, thinking)
+        before = before.removesuffix(shape.lead)  # a turn of calls may have none
         start, end = len(before), len(prompt) - len(after)
         if not found or not prompt.startswith(before) or not prompt.endswith(after) or start > end:
             raise DataError(
@@ -212,9 +214,6 @@ class ChatRenderer:
                 "cannot be told apart; give it weight 0, or write one row per answer"
             )
         self._check_whole(prompt[start:end], message, number=index + 1)
-        shape = _shape(self, thinking)
-        if shape.lead and before.endswith(shape.lead):
-            start -= len(shape.lead)
         if after.startswith(shape.end):
             end += len(shape.end)
         return start, end

@@ -72,7 +72,7 @@ class JsonTokenizer:
         self.name_or_path = str(folder) if folder else ""
         self.padding_side = "right"
         self.model_max_length = int(min(config.get("model_max_length") or _UNLIMITED, _UNLIMITED))
-        if self._add_declared(where):
+        if self._add_declared(special or {}, where):
             self.content = self.backend.to_str(pretty=True).encode()
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -87,7 +87,7 @@ class JsonTokenizer:
         self._hidden = {index for index, token in self.backend.get_added_tokens_decoder().items() if token.special}
         self._vocabulary: dict[str, int] | None = None
 
-    def _add_declared(self, where: str) -> bool:
+    def _add_declared(self, special: Mapping[str, Any], where: str) -> bool:
         """Add the tokens that the configuration declares and the file lacks, as transformers does; returns whether any
         were.
         """
@@ -99,6 +99,12 @@ class JsonTokenizer:
                     value["content"], **{flag: value[flag] for flag in flags if flag in value}
                 )
         lacking = False
+        added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        roles = [_text_of(source.get(name)) for source in (self.config, special) for name in SPECIAL_NAMES]
+        for role in dict.fromkeys(filter(None, roles)):
+            if role not in added and self.backend.token_to_id(role) is not None:
+                self.backend.add_special_tokens([AddedToken(role, normalized=False, special=True)])
+                lacking = True
         for index, token in sorted(declared.items()):
             found = self.backend.token_to_id(token.content)
             if found is None:
@@ -146,6 +152,29 @@ class JsonTokenizer:
             if not isinstance(text, str):
                 raise
             raise DataError(f"the text {text!r:.60} is no valid Unicode and has no tokens") from error
+
+    def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts that follow each other, as they are in the whole text, none added.
+
+        A piece has the ids that it has behind the one before it, so that a tokenizer that begins every text with a
+        space begins the whole with one and not each piece. Where a token of the two would reach over their border, the
+        piece is taken by itself: a prompt has the same ids whatever answer follows.
+
+        Raises:
+            DataError: a text is no valid Unicode.
+        """
+        pieces: list[list[int]] = []
+        before, before_ids = "", []
+        for text in texts:
+            alone = ids = self._encode(text, add_special_tokens=False) if text else []
+            if before and text:
+                both = self._encode(before + text, add_special_tokens=False)
+                if both[: len(before_ids)] == before_ids:
+                    ids = both[len(before_ids) :]
+            pieces.append(ids)
+            if text:
+                before, before_ids = text, alone
+        return pieces
 
     def encode(self, text: str, add_special_tokens: bool = True) -> dict[str, Any]:
         """The same as calling it."""

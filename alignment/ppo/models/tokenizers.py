@@ -245,8 +245,8 @@ def build_reward_inputs(
     cut = np.zeros(len(prompts), dtype=bool)
     for index, (prompt, response, ended) in enumerate(zip(prompts, responses, finished, strict=True)):
         turns = [prompt] if isinstance(prompt, str) else list(prompt)
-        head = encoder.prompt_ids(turns, systems[index] if systems else None, tools[index] if tools else None)
-        answer = encoder.text_ids(response) + [encoder.eos_id] * bool(ended)
+        system, functions = systems[index] if systems else None, tools[index] if tools else None
+        head, answer = encoder.answered(turns, response, ended, system, functions)
         cut[index] = len(head) + len(answer) > max_length
         room = max_length - len(answer)
         rows.append((encoder.cut_left(head, room) if room > 0 else []) + answer[-max_length:])
