@@ -54,14 +54,14 @@ def main(argv: list[str]) -> int:
         raise ArgumentsError("--batch_size must be at least 1")
     with runtime.quiet_import():
         from alignment.ppo.data import RawDataset
-        from alignment.progress import Progress
+        from alignment.tally import Tally
 
     data = RawDataset.load("jsonl", path=options.file)
     scorer = Scorer(options)
     summary = Summary()
     with (
         _open(options.output) as out,
-        Progress("scoring", len(data), bar=not options.disable_tqdm) as progress,
+        Tally("scoring", len(data), bar=not options.disable_tqdm) as progress,
     ):
         for start in range(0, len(data), CHUNK):
             for record in scorer.score(data, range(start, min(start + CHUNK, len(data)))):

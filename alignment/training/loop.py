@@ -26,6 +26,7 @@ from paddle import Tensor
 from alignment.errors import ArgumentsError, CheckpointError, NonFiniteError
 from alignment.log import get_logger
 from alignment.parallel import World
+from alignment.tally import Tally
 from alignment.training.best import best_metric, is_better
 from alignment.training.checkpoint import CheckpointStore, write_json
 from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt, resume_command
@@ -202,16 +203,19 @@ class StageTrainer:
 
         def measure(hidden: Tensor, batch: Batch) -> Stats:
             loss_sum, stats = stage.loss(hidden, batch)
+            shown.add()
             return {"loss_sum": float(loss_sum), "count": float(stage.count(batch)), **stats}
 
         parts: list[Stats] = []
+        bar, main = not self.args.disable_tqdm, self.world.is_main
         try:
-            with engine.in_passes():
+            with engine.in_passes(), Tally("evaluation", len(groups), unit="batches", bar=bar, active=main) as shown:
                 # A few micro batches at a time: what they are collated to takes far more memory than the rows.
                 for start in range(0, most, EVALUATION_BATCHES):
                     taken = groups[start : start + EVALUATION_BATCHES]
                     batches = [stage.collate([self.eval_rows[int(i)] for i in rows]) for rows in taken]
                     parts += engine.infer_pass(batches, stage.rows, measure)  # no batch: other ranks may have more
+                    shown.add(start + len(taken) - shown.done)  # a pipeline's first stage measures nothing itself
         finally:
             if engine.trainable:
                 engine.model.train()

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from alignment.errors import ArgumentsError, CheckpointError, nearest
 from alignment.log import get_logger
 from alignment.parallel import World
-from alignment.progress import format_seconds
+from alignment.tally import format_seconds
 from alignment.training.checkpoint import disk_errors
 
 METRICS_FILE = "metrics.jsonl"

@@ -368,9 +368,16 @@ def test_eval_split_ratio(model_dir: Path, tmp_path: Path) -> None:
     ("changes", "error", "message"),
     [
         (
-            {"metric_for_best_model": "rouge", "evaluation_strategy": "steps", "eval_steps": 1},
+            {
+                "metric_for_best_model": "rouge",
+                "load_best_model_at_end": True,
+                "evaluation_strategy": "steps",
+                "save_strategy": "steps",
+                "save_steps": 1,
+                "eval_steps": 1,
+            },
             ArgumentsError,
-            "metric_for_best_model='rouge'.*perplexity",
+            "metric_for_best_model rouge.*perplexity",
         ),
         ({"max_length": 4096, "src_length": 100}, ArgumentsError, "context of 512"),
         ({"model_name_or_path": "/nowhere/model"}, AlignmentError, "/nowhere/model"),
@@ -485,3 +492,19 @@ def test_two_processes_give_the_losses_of_one(model_dir: Path, data_dir: Path, t
         **settings,
     )
     assert losses(more) == pytest.approx(losses(one), abs=within(1e-4, "loss"))
+
+
+def test_evaluation_shows_its_progress(
+    model_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Evaluation of a real model takes minutes: it says how far it is, how fast, and how long it will take."""
+    from alignment import tally
+
+    monkeypatch.setattr(tally, "EVERY", 0.0)
+    with caplog.at_level("INFO", "alignment"):
+        train(model_dir, data_dir, tmp_path / "run", do_eval=True, max_steps=1, per_device_eval_batch_size=8)
+    told = [line for line in caplog.messages if line.startswith("evaluation: ")]
+    assert [line.split(",")[0] for line in dict.fromkeys(told)][:3] == [
+        f"evaluation: {done} of 3 batches" for done in (1, 2, 3)
+    ]
+    assert all(" batches/s, " in line and line.endswith(" left") for line in told)

@@ -12,7 +12,7 @@ import pytest
 
 from alignment.errors import ArgumentsError
 from alignment.parallel import Topology, World
-from alignment.progress import format_seconds
+from alignment.tally import format_seconds
 from alignment.training.metrics import MetricWriter, backend_names, read_metrics
 
 

@@ -15,6 +15,7 @@ _MODULE_OF = {
     "ModelFolder": "folders",
     "SUPPORTED_MODEL_TYPES": "folders",
     "check_model_folder": "folders",
+    "local_folder": "folders",
     "model_context_length": "folders",
     "Weights": "hf_layout",
     "load_causal_lm": "loading",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from alignment.errors import ModelError, nearest
 from alignment.paths import leaves_folder
 
+from .config_keys import attention_window, check_keys, standard_form
 from .gguf import GGUF_FILE, SUFFIX, ordinary_folder
 from .safetensors_file import read_safetensors_header
 
@@ -26,6 +28,8 @@ SUPPORTED_MODEL_TYPES: dict[str, str] = {"llama": "Llama", "qwen2": "Qwen2", "mi
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
+#: The file that marks an adapter of Hugging Face's peft.
+PEFT_CONFIG_FILE = "adapter_config.json"
 LORA_CONFIG_FILE = "lora_config.json"
 LORA_WEIGHT_FILES = ("lora_model_state.pdparams", "peft_model.safetensors.index.json")
 
@@ -37,6 +41,18 @@ WEIGHT_FILES: tuple[tuple[str, str], ...] = (
     ("model_state.pdparams", "paddle"),
     ("pytorch_model.bin.index.json", "torch"),
     ("pytorch_model.bin", "torch"),
+)
+
+
+_LFS_POINTER = "version https://git-lfs.github.com/spec"
+_LFS_ADVICE = (
+    "is a Git LFS pointer, not the file that it stands for; run 'git lfs pull' where it was cloned, or download the "
+    "file itself"
+)
+#: Ends of tensors' names that only quantised weights have.
+_QUANTISED = (
+    *(".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".nested_absmax", ".quant_map", ".SCB", ".weight_format"),
+    *(".weight_scale", ".weight_scale_inv", ".weight_packed", ".weight_quantizer", ".quant_scale"),
 )
 
 
@@ -93,19 +109,38 @@ def check_model_folder(path: str | os.PathLike, *, role: str = "model") -> Model
         raise ModelError(
             f"{role}: {path} is a file; give the folder that holds config.json and the weights, or a {SUFFIX} file"
         )
+    _check_not_peft(folder, role=role)
     config = read_config(folder, role=role)
     model_type = model_type_of(config, folder, role=role)
+    check_keys(config, model_type, where=f"{role}: {folder / CONFIG_FILE}")
     kind, weight_files = _find_weights(folder, role=role)
     for file in weight_files:
         _check_weight_file(file, kind, role=role)
     return ModelFolder(folder, config, model_type, kind, weight_files)
 
 
-def read_config(folder: Path, *, role: str = "model") -> dict[str, Any]:
-    """Return the content of ``folder/config.json``.
+def local_folder(path: str | os.PathLike, *, role: str = "model") -> Path:
+    """Return the folder that a path means: itself, the unpacked copy of a GGUF file, or that of a hub's model, whose
+    files (but for the weights, which loading fetches) are fetched the first time.
 
     Raises:
-        ModelError: the file is missing, empty, not JSON or not an object.
+        ModelError: there is no such folder, or the hub cannot be reached.
+    """
+    folder = ordinary_folder(path, role=role)
+    if folder.is_dir():
+        return folder
+    if not looks_like_hub_name(path):
+        raise ModelError(f"{role}: no such folder: {path}{_sibling_hint(folder)}")
+    from .upstream import fetch_from_hub  # imports paddlenlp, which takes seconds
+
+    return fetch_from_hub(str(path), role=role, weights=False)
+
+
+def read_config(folder: Path, *, role: str = "model") -> dict[str, Any]:
+    """Return the content of ``folder/config.json`` in :func:`~alignment.ppo.models.config_keys.standard_form`.
+
+    Raises:
+        ModelError: the file is missing, empty, not JSON or not an object, or contradicts itself.
     """
     file = folder / CONFIG_FILE
     if not file.is_file():
@@ -115,7 +150,7 @@ def read_config(folder: Path, *, role: str = "model") -> dict[str, Any]:
     config = read_json(file, role=role)
     if not isinstance(config, dict) or not config:
         raise ModelError(f"{role}: {file} is empty; it must be a JSON object that describes the model")
-    return config
+    return standard_form(config, where=f"{role}: {file}")
 
 
 def read_json(file: Path, *, role: str = "model") -> Any:
@@ -124,6 +159,8 @@ def read_json(file: Path, *, role: str = "model") -> Any:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{role}: cannot read {file}: {error}") from error
+    if text.startswith(_LFS_POINTER):
+        raise ModelError(f"{role}: {file} {_LFS_ADVICE}")
     if not text.strip():
         raise ModelError(f"{role}: {file} is empty; it must hold JSON")
     try:
@@ -146,8 +183,7 @@ def model_type_of(config: dict[str, Any], folder: str | os.PathLike, *, role: st
         return model_type
     if model_type:
         raise ModelError(
-            f"{role}: {folder}: model_type {model_type!r} in {CONFIG_FILE} is not supported"
-            f"{nearest(str(model_type), SUPPORTED_MODEL_TYPES)}; supported are {known}"
+            f"{role}: {folder}: model_type {model_type!r} in {CONFIG_FILE} is not supported; supported are {known}"
         )
     for architecture in config.get("architectures") or []:
         for name, title in SUPPORTED_MODEL_TYPES.items():
@@ -163,16 +199,17 @@ def model_context_length(path: str | os.PathLike) -> int | None:
     """Return the longest sequence a model's positions reach, from ``config.json`` alone.
 
     Returns:
-        ``max_position_embeddings``, or ``None`` if the folder is not local or the config does not say.
+        ``max_position_embeddings``, or the attention's window where that is shorter and is not computed here; ``None``
+        if the config does not say. Of a model on a hub, what is small is fetched for it.
 
     Raises:
-        ModelError: the folder is local but its config cannot be read.
+        ModelError: there is no such model, or its config cannot be read.
     """
-    folder = ordinary_folder(path)
-    if not folder.is_dir():
-        return None
-    value = read_config(folder).get("max_position_embeddings")
-    return int(value) if isinstance(value, int) and value > 0 else None
+    folder = local_folder(path)
+    config = read_config(folder)
+    window = attention_window(config, model_type_of(config, folder))
+    reaches = [n for n in (config.get("max_position_embeddings"), window) if isinstance(n, int) and n > 0]
+    return min(reaches, default=None)
 
 
 def _find_weights(folder: Path, *, role: str) -> tuple[str, tuple[Path, ...]]:
@@ -220,10 +257,40 @@ def shards_of(index_file: Path, *, role: str = "model") -> tuple[Path, ...]:
 def _check_weight_file(file: Path, kind: str, *, role: str) -> None:
     if file.stat().st_size == 0:
         raise ModelError(f"{role}: {file} is empty; copy it again")
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER.encode():
+            raise ModelError(f"{role}: {file} {_LFS_ADVICE}")
     if kind == "safetensors":
-        read_safetensors_header(file, role=role)
+        _, tensors, _ = read_safetensors_header(file, role=role)
+        refuse_quantised(tensors, file, role=role)
     elif kind == "torch":
         check_torch_zip(file, role=role)
+
+
+def refuse_quantised(names: Iterable[str], file: Path, *, role: str = "model") -> None:
+    """Refuse weights in the forms of GPTQ, AWQ, bitsandbytes, FP8 and their like, known by their tensors' names.
+
+    Raises:
+        ModelError: naming a tensor.
+    """
+    for name in names:
+        if name.endswith(_QUANTISED):
+            raise ModelError(
+                f"{role}: {file} holds quantised weights ({name}); training needs the original ones. Name the folder "
+                "of the model that this one was made from, or dequantise it and save it as bfloat16"
+            )
+
+
+def _check_not_peft(folder: Path, *, role: str) -> None:
+    file = folder / PEFT_CONFIG_FILE
+    if not file.is_file() or any((folder / name).is_file() for name, _ in WEIGHT_FILES):
+        return
+    settings = read_json(file, role=role)
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    raise ModelError(
+        f"{role}: {folder} is an adapter of the peft library (for {base or 'a model that it does not name'}), not a "
+        "whole model; merge it into its base with peft (merge_and_unload), save that model and name its folder here"
+    )
 
 
 def check_torch_zip(file: Path, *, role: str = "model") -> str:

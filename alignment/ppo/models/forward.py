@@ -22,6 +22,7 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from alignment.errors import ModelError
+from alignment.ppo.models.config_keys import attention_window
 
 Lengths = paddle.Tensor | np.ndarray | list[int]
 
@@ -361,6 +362,12 @@ def check_context(backbone: nn.Layer, seq: int) -> None:
     Raises:
         ModelError: they do not.
     """
+    window = attention_window(vars(backbone.config), backbone.config.model_type)
+    if window is not None and seq > window:
+        raise ModelError(
+            f"rows of {seq} tokens, but this model attends within a window of {window} (use_sliding_window), which is "
+            "computed for rows up to that length only"
+        )
     # paddlenlp's Llama keeps a table of rotary positions and reads beyond its end without complaint; the others
     # compute what they need.
     if backbone.config.model_type != "llama" or backbone.config.rope_scaling_type == "dynamic_ntk":

@@ -73,9 +73,8 @@ def hf_config(
         "use_cache": True,
     }
     if kind == "qwen2":
-        # paddlenlp's Qwen2 attends to everything, whatever the config says of windows.
-        result |= {"use_sliding_window": False}
-        result |= {n: getattr(config, n) for n in ("sliding_window", "max_window_layers") if hasattr(config, n)}
+        windows = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+        result |= {name: getattr(config, name) for name in windows if hasattr(config, name)}
     else:
         result["head_dim"] = head_size(config)
     if kind == "mistral":

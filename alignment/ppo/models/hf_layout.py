@@ -17,7 +17,7 @@ import numpy as np
 
 from alignment.errors import ModelError
 
-from .folders import ModelFolder
+from .folders import ModelFolder, refuse_quantised
 from .pickle_files import PaddleFile, TorchFile
 from .safetensors_file import FLOATS, SafetensorsFile
 
@@ -36,6 +36,7 @@ class Weights:
         self.folder = folder
         self._files = [_READERS[folder.kind](path) for path in folder.weight_files]
         stored = {name: shape for file in self._files for name, shape in file.shapes().items()}
+        refuse_quantised(stored, folder.weight_files[0])
         self.is_torch_layout = _is_torch_layout(stored, prefix, self._files[0].metadata, folder.kind)
         self._sources: dict[str, tuple[Any, str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}

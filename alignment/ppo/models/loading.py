@@ -7,6 +7,7 @@ looks like one that trains badly.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -188,11 +189,8 @@ def open_folder(path: str | os.PathLike, *, role: str = "model") -> ModelFolder:
     Raises:
         ModelError: see :func:`alignment.ppo.models.folders.check_model_folder`; or the hub cannot be reached.
     """
-    folder = check_model_folder(path, role=role)
-    if folder is None:
-        folder = check_model_folder(fetch_from_hub(str(path), role=role), role=role)
-    if folder is None:
-        raise ModelError(f"{role}: no such folder: {path}")
+    folder = check_model_folder(path, role=role) or check_model_folder(fetch_from_hub(str(path), role=role), role=role)
+    assert folder is not None  # what was fetched is a local folder
     return folder
 
 
@@ -206,7 +204,7 @@ def load_config(
             would silently ignore.
     """
     try:
-        config = CONFIGS[folder.model_type].from_pretrained(str(folder.path))
+        config = CONFIGS[folder.model_type].from_dict(copy.deepcopy(folder.config))
     except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
         raise ModelError(f"{role}: {folder.path / CONFIG_FILE} cannot be used: {error}") from error
     for name, value in (overrides or {}).items():
@@ -266,11 +264,6 @@ def _check_config(config: PretrainedConfig, folder: ModelFolder, *, role: str) -
             f"{where}: head_dim {head_dim} differs from hidden_size / num_attention_heads = "
             f"{config.hidden_size // heads}; "
             f"paddlenlp's {folder.model_type} cannot do that"
-        )
-    activation = folder.config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ModelError(
-            f"{where}: hidden_act {activation!r} is not supported for {folder.model_type}; it must be 'silu'"
         )
 
 

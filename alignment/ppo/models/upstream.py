@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import warnings
@@ -17,10 +18,18 @@ from paddlenlp.utils.log import logger as paddlenlp_logger
 from alignment.errors import ModelError
 from alignment.log import get_logger
 
-from .folders import CONFIG_FILE, WEIGHT_FILES, read_json
+from .folders import CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHT_FILES, read_json
 
 _LEVEL_VARIABLE = "PADDLENLP_LOG_LEVEL"
 _ROPE_TYPES = {"linear": "linear", "dynamic": "dynamic_ntk"}
+
+
+#: What a model's folder may hold beside config and weights: all of it decides how texts are read and written.
+_SMALL_FILES = (
+    *(GENERATION_CONFIG_FILE, "prompt_template.json", "chat_template.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model"),
+)
 
 
 def quiet_paddlenlp() -> None:
@@ -37,8 +46,14 @@ def quiet_paddlenlp() -> None:
     warnings.filterwarnings("ignore", message=r"(?s).*paddle\.incubate\.nn\.functional\.swiglu")
 
 
-def fetch_from_hub(name: str, *, role: str = "model") -> Path:
+@functools.cache
+def fetch_from_hub(name: str, *, role: str = "model", weights: bool = True) -> Path:
     """Fetch a model by name through paddlenlp's download code and return the local folder that holds it.
+
+    Args:
+        name: ``name`` or ``owner/name``.
+        role: what the model is for, for messages.
+        weights: fetch them too, or only config, tokenizer and templates.
 
     Raises:
         ModelError: the name is unknown or the hub cannot be reached; the message says how to give a local folder
@@ -49,12 +64,16 @@ def fetch_from_hub(name: str, *, role: str = "model") -> Path:
         config_file = resolve_file_path(name, [CONFIG_FILE])
         if config_file is None:
             raise FileNotFoundError(f"{name} has no {CONFIG_FILE} there, or the hub did not answer")
-        weights = resolve_file_path(name, [file for file, _ in WEIGHT_FILES])
-        if weights is None:
-            raise FileNotFoundError(f"{name} has no weights there")
-        if str(weights).endswith(".index.json"):
-            for shard in dict.fromkeys(read_json(Path(weights), role=role)["weight_map"].values()):
-                resolve_file_path(name, [shard])
+        for file in _SMALL_FILES:
+            with contextlib.suppress(OSError):  # it has none
+                resolve_file_path(name, [file])
+        if weights:
+            found = resolve_file_path(name, [file for file, _ in WEIGHT_FILES])
+            if found is None:
+                raise FileNotFoundError(f"{name} has no weights there")
+            if str(found).endswith(".index.json"):
+                for shard in dict.fromkeys(read_json(Path(found), role=role)["weight_map"].values()):
+                    resolve_file_path(name, [shard])
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError, json.JSONDecodeError) as error:
         raise ModelError(
             f"{role}: there is no folder {name!r}, and fetching a model of that name failed "

@@ -6,15 +6,15 @@ import logging
 
 import pytest
 
-from alignment import progress
-from alignment.progress import Progress
+from alignment import tally
+from alignment.tally import Tally
 
 
 def test_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Without a bar a line comes every half minute, with rate and remaining time; a short pass says nothing."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with caplog.at_level(logging.INFO, "alignment"), Progress("evaluation", 100, bar=False) as shown:
+    monkeypatch.setattr(tally.time, "monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO, "alignment"), Tally("evaluation", 100, bar=False) as shown:
         now[0] += 10
         shown.add(10)
         assert not caplog.messages
@@ -24,9 +24,9 @@ def test_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 
 
 def test_bar(capsys: pytest.CaptureFixture) -> None:
-    with Progress("scoring", 4) as shown:
+    with Tally("scoring", 4) as shown:
         shown.add(4)
     assert "scoring" in capsys.readouterr().err
-    with Progress("scoring", 4, active=False) as shown:
+    with Tally("scoring", 4, active=False) as shown:
         shown.add(4)
     assert not capsys.readouterr().err

@@ -11,19 +11,19 @@ from alignment.log import get_logger
 EVERY = 30.0  # seconds between two lines where there is no bar
 
 
-class Progress:
+class Tally:
     """Counts what has been done.
 
     Args:
         what: "evaluation", "scoring", ...
         total: how many there are.
-        unit: what is counted.
+        unit: what is counted, in the plural.
         bar: a bar on standard error (tqdm's), which vanishes when it is full; False: a log line every :data:`EVERY`
             seconds, so that short passes say nothing.
         active: False shows nothing (processes other than the main one).
     """
 
-    def __init__(self, what: str, total: int, *, unit: str = "row", bar: bool = True, active: bool = True) -> None:
+    def __init__(self, what: str, total: int, *, unit: str = "rows", bar: bool = True, active: bool = True) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, 0
         self._active = active
         self._begin = self._told = time.monotonic()
@@ -31,7 +31,7 @@ class Progress:
         if active and bar:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=what, unit=unit, leave=False, dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(total=total, desc=what, unit=f" {unit}", leave=False, dynamic_ncols=True, file=sys.stderr)
 
     def add(self, count: int = 1) -> None:
         """Tell that ``count`` more are done."""
@@ -50,9 +50,9 @@ class Progress:
         """What is said after ``elapsed`` seconds."""
         rate = self.done / max(elapsed, 1e-9)
         left = format_seconds((self.total - self.done) / rate) if rate > 0 else "?"
-        return f"{self.what}: {self.done} of {self.total} {self.unit}s, {rate:.3g} {self.unit}s/s, {left} left"
+        return f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left} left"
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Tally:
         return self
 
     def __exit__(self, *exception: object) -> None:
