@@ -5,12 +5,17 @@ A row is shown as text: ``[...]`` is trained, ``$`` is the end of an answer; of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from alignment.errors import DataError
-from alignment.ppo.data import PreferenceDataset, PromptOnlyDataset, SupervisedDataset
+from alignment.ppo.data import Encoder, Limits, PreferenceDataset, PromptOnlyDataset, PromptTemplate, SupervisedDataset
+from alignment.ppo.data.encode import Encoded, prompt_key
+from alignment.ppo.data.rows import sample_from_row
 
 from .test_datasets import make, warnings_said  # noqa: F401  (a fixture)
 
@@ -554,3 +559,57 @@ def test_the_assistant_first(chat_tokenizer, write_rows):
         DataError, match="a.jsonl, line 1: message 1: in the Beaver template a conversation begins with"
     ):
         make(SupervisedDataset, f"jsonl::{path}", chat_tokenizer, template="beaver")
+
+
+TEXT = st.one_of(st.sampled_from(["", "q", "a", " ", "\n\nHuman: q\n\nAssistant: a"]), st.text(max_size=3))
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-2, 2), st.floats(-2, 2), TEXT)
+MESSAGES = st.dictionaries(
+    st.sampled_from(["role", "from", "content", "value", "weight", "tool_calls", "reasoning_content", "name", "train"]),
+    st.one_of(SCALARS, st.sampled_from(["user", "assistant", "system", "tool", "function_call"]), st.lists(SCALARS)),
+)
+VALUES = st.one_of(SCALARS, st.lists(st.one_of(SCALARS, MESSAGES, st.lists(SCALARS, max_size=2)), max_size=3), MESSAGES)
+NAMES = (
+    "messages conversations dialogue context prompt instruction input src question problem system history tools "
+    "functions chosen rejected response_0 response_1 response_2 better_response_id preference_strength sort response "
+    "human_ref_A human_ref_B labels completions answers scores ranks output completion solution answer tgt label text x"
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(NAMES.split()), VALUES, max_size=5))
+def test_whatever_a_row_holds_it_is_read_or_refused(tokenizer, row):
+    """D12-D17, D25: no row ends in a traceback."""
+    coder = Encoder(tokenizer, PromptTemplate(), Limits(200))
+    try:
+        sample = sample_from_row(row)
+    except DataError:
+        return
+    assert sample["extra"] == row
+    for encode in (coder.supervised, coder.preference, coder.prompt, prompt_key):
+        with contextlib.suppress(DataError):
+            assert isinstance(encode(sample), (Encoded, str))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sets(st.sampled_from([*NAMES.split(), "query", "system_prompt", "kto_tag"]), max_size=6), st.data())
+def test_every_column_is_read_or_named(names, data):
+    """P1, P2, D16: whatever columns come together, each one's text is in the sample, or its name among the unread."""
+    row = {}
+    for name in names:
+        word = f"<{name}>"
+        forms = [
+            word,
+            [[word, "x"]],
+            [msg("user", word), msg("assistant", word)],
+            [msg("assistant", word)],
+            [msg("user", word)],
+        ]
+        row[name] = data.draw(st.sampled_from(forms))
+    try:
+        sample = sample_from_row(row)
+    except DataError:
+        return
+    unread = sample.get("unread", [])
+    read = json.dumps({key: value for key, value in sample.items() if key not in ("extra", "unread")})
+    if "unusable" not in sample:
+        assert [name for name in names if name not in unread and f"<{name}>" not in read] == []
