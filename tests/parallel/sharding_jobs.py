@@ -1,8 +1,10 @@
-"""A job of forked ranks: what a rank holds of a model under sharding stage 3."""
+"""Jobs of forked ranks under sharding."""
 
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 import numpy as np
 
@@ -60,3 +62,21 @@ def held(folder: str) -> dict[str, float]:
     }
     world.close()
     return seen
+
+
+def train_two_tensors(folder: str, stage: str, *more: str) -> int:
+    """A run of SFT with LoRA on one matrix: two trained tensors for all ranks."""
+    from alignment.sft.run_sft import main
+    from tests.training.disk_jobs import write_arguments
+
+    ready = Path(folder, "ready")
+    if os.environ["PADDLE_TRAINER_ID"] == "0" and not ready.exists():
+        write_arguments("sft", Path(folder))
+        ready.write_text("")
+    while not ready.exists():
+        time.sleep(0.05)
+    words = [
+        str(Path(folder, "sft.json")), "lora=true", "lora_target_modules=.*layers.0.*q_proj.*", f"sharding={stage}",
+        "num_train_epochs=4", "learning_rate=0.01", *more,
+    ]  # fmt: skip
+    return main(words)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import paddle
 import pytest
 
 from alignment.ppo.models import final_hidden_states, load_causal_lm
+from alignment.ppo.models.safetensors_file import SafetensorsFile
+from alignment.training.metrics import read_metrics
 from tests.parallel import sharding_jobs
 from tests.parallel.forked import run_ranks
 from tests.tiny import tiny_model_dir
@@ -28,3 +31,15 @@ def test_a_rank_holds_its_own_parameters_and_the_layer_that_runs(tmp_path: Path)
     square = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
     assert square > 0
     assert sum(seen["gradients"] for seen in ranks) == pytest.approx(square, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_more_ranks_than_trained_tensors(tmp_path: Path, stage: str) -> None:
+    """A7: a rank that owns none takes part all the same, also when the run is resumed."""
+    job, folder = sharding_jobs.train_two_tensors, str(tmp_path)
+    assert run_ranks(3, job, folder, stage, "max_steps=2") == [0, 0, 0]
+    assert run_ranks(3, job, folder, stage, "max_steps=4", "resume_from_checkpoint=true") == [0, 0, 0]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    state = SafetensorsFile(tmp_path / "run" / "checkpoint-4" / "trainer" / "optimizer.safetensors")
+    moments = [name for name in state.shapes() if "moment1" in name]
+    assert len(moments) == 2 and all(np.any(state.read(name)) for name in moments)
