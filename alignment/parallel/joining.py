@@ -26,9 +26,9 @@ from types import TracebackType
 from alignment.parallel.control import RankFailure
 from alignment.parallel.cpu_backend.rendezvous import master_endpoint
 from alignment.parallel.monitor import EXIT_FAILURE, say
+from alignment.parallel.world import FOR_EVER
 
 POLL = 0.5  # seconds between two looks
-FOR_EVER = 1e6
 _HELLO = struct.Struct("!14sI")  # a word of this toolkit's, the rank
 _WORD = b"alignment/join"
 _ANSWER = struct.Struct("!I")  # bytes of the text that follows: why not; 0 for "all are here"

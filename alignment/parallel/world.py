@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 JOIN_TIMEOUT = 300.0  # seconds
+FOR_EVER = 1e6  # seconds; what a socket can still count
 
 
 @dataclass(eq=False)

@@ -86,8 +86,8 @@ def resume_command(argv: list[str] | None = None, *, world_size: int = 1) -> str
         words = _launcher_words(script) or _launch_options(world_size)
         start = [python, "-m", "paddle.distributed.launch", *words, script]
         if _hosts(world_size) > 1:
-            own_rank = ", each with its own --rank" if any(word.split("=")[0] == "--rank" for word in words) else ""
-            comment = f"  # on every host{own_rank}"
+            own = [name for name in ("--host", "--rank") if name in {word.split("=")[0] for word in words}]
+            comment = "  # on every host" + (f", each with its own {' and '.join(own)}" if own else "")
     elif script.endswith("__main__.py"):
         start = [python, "-m", os.path.basename(os.path.dirname(script))]
     else:

@@ -15,6 +15,7 @@ from alignment.arguments import Arguments
 from alignment.log import get_logger, say_once
 from alignment.parallel import World, init_world
 from alignment.parallel.monitor import Monitor
+from alignment.parallel.world import FOR_EVER
 from alignment.ppo.data import PromptTemplate, check_same
 from alignment.training.checkpoint import write_json
 from alignment.training.output import claimed
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LOG_WIDTH = 160
-FOR_EVER = 1e6  # seconds; what a socket can still count
 
 
 @dataclass

@@ -104,14 +104,15 @@ def test_resume_command_repeats_the_launchers_own_words(tmp_path: Path) -> None:
     package.mkdir(parents=True)
     (package / "__main__.py").write_text(LAUNCHER)
     (tmp_path / "run_it.py").write_text(RANK)
-    words = ["--nnodes", "2", "--master", "a host:6000", "--rank=1", "--devices", "0,3"]
+    words = ["--nnodes", "2", "--master", "a host:6000", "--host", "b", "--rank=1", "--devices", "0,3"]
     done = subprocess.run(
         [sys.executable, str(package / "__main__.py"), *words, "run_it.py", "a.json"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == (
-        f"{os.path.basename(sys.executable)} -m paddle.distributed.launch --nnodes 2 --master 'a host:6000' --rank=1 "
-        "--devices 0,3 run_it.py a.json resume_from_checkpoint=true  # on every host, each with its own --rank"
+        f"{os.path.basename(sys.executable)} -m paddle.distributed.launch --nnodes 2 --master 'a host:6000' --host b "
+        "--rank=1 --devices 0,3 run_it.py a.json resume_from_checkpoint=true  # on every host, each with its own "
+        "--host and --rank"
     )
 
 
