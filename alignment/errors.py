@@ -47,6 +47,12 @@ class InvariantError(AlignmentError):
     """
 
 
+def some_of(names: Iterable[str], limit: int = 4) -> str:
+    """The first ``limit`` names in alphabetical order, and whether there are more: ``"a, b, ..."``."""
+    listed = sorted(names)
+    return ", ".join(listed[:limit]) + (", ..." if len(listed) > limit else "")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name nearest to ``name``, or an empty string.
 

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alignment.parallel.control import RankFailure
-from alignment.parallel.topology import Topology
+from alignment.parallel.topology import BUCKET_ELEMENTS, Topology
 
 if TYPE_CHECKING:
     import paddle
 
     from alignment.parallel.pipeline import Pipeline
-
-BUCKET_ELEMENTS = 16 * 1024 * 1024  # float32 elements of one bucket: 64 MiB
 
 
 class Groups:

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 from alignment.errors import ArgumentsError
 
+#: float32 elements of one bucket in which gradients and parameters travel: 64 MiB.
+BUCKET_ELEMENTS = 16 * 1024 * 1024
+
 
 @dataclass(frozen=True)
 class Topology:

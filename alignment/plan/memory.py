@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 
 from alignment.parallel.offload import LEVELS
 from alignment.parallel.owners import assign_owners
-from alignment.parallel.topology import Topology, layers_of_stage
+from alignment.parallel.topology import BUCKET_ELEMENTS, Topology, layers_of_stage
 from alignment.plan.activations import ChunkedHead, PlainLayer, WholeHead, layer_kind
 from alignment.plan.kernels import FLOAT, FusedHead, FusedLayer, stack_buffers
 from alignment.plan.rollout import rollout_memory
@@ -22,8 +22,6 @@ from alignment.plan.setting import RolePlan, Setting
 from alignment.plan.shapes import PartTensor, buffer_bytes, layer_of, lora_tensors, part_tensors
 from alignment.ppo.dataflow import PPO_ITERATION, optimizer_of
 
-#: float32 elements of one bucket in which gradients and parameters travel (alignment.parallel.groups).
-BUCKET_ELEMENTS = 16 * 1024 * 1024
 #: Columns of the report, in its order.
 KINDS = ("parameters", "optimizer", "gradients", "activations", "kv_cache", "workspace", "buffers", "other")
 

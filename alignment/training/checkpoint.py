@@ -357,8 +357,14 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Say in a :class:`CheckpointError` what to do when the disk refuses ``path``; other errors pass."""
+def disk_errors(path: Path, *, doing: str = "write", place: str = "output_dir") -> Iterator[None]:
+    """Say in a :class:`CheckpointError` what to do when the disk refuses ``path``; other errors pass.
+
+    Args:
+        path: what was to be written.
+        doing: "write", "export to", ...: what was done to it.
+        place: what the user may choose elsewhere.
+    """
     try:
         yield
     except CheckpointError:
@@ -367,17 +373,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         error = _refusal(problem)
         if error is None:
             raise
+        keep_fewer = ", or lower save_total_limit" if place == "output_dir" else ""
         cures = {
-            errno.ENOSPC: "the disk is full: free some space, choose another output_dir, or lower save_total_limit",
-            errno.EDQUOT: "your disk quota is used up: free some space or choose another output_dir",
-            errno.EROFS: "the file system is read-only: choose an output_dir that can be written",
-            errno.EACCES: "permission denied: choose an output_dir that you may write to",
-            errno.EPERM: "permission denied: choose an output_dir that you may write to",
+            errno.ENOSPC: f"the disk is full: free some space or choose another {place}" + keep_fewer,
+            errno.EDQUOT: f"your disk quota is used up: free some space or choose another {place}",
+            errno.EROFS: f"the file system is read-only: choose an {place} that can be written",
+            errno.EACCES: f"permission denied: choose an {place} that you may write to",
+            errno.EPERM: f"permission denied: choose an {place} that you may write to",
             errno.EFBIG: "the file is larger than allowed: raise `ulimit -f`, or choose another file system",
-            errno.ENOTDIR: "a part of the path is a file: choose another output_dir",
+            errno.ENOTDIR: f"a part of the path is a file: choose another {place}",
         }
         cure = cures.get(error.errno or 0, "check the disk")
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {cure}") from problem
+        raise CheckpointError(f"cannot {doing} {path}: {error.strerror or error}; {cure}") from problem
 
 
 def _refusal(problem: BaseException | None) -> OSError | None:

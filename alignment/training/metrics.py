@@ -18,18 +18,17 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from alignment.errors import ArgumentsError, CheckpointError, nearest
+from alignment.errors import ArgumentsError, CheckpointError
 from alignment.log import get_logger
 from alignment.parallel import World
 from alignment.tally import format_seconds
 from alignment.training.checkpoint import disk_errors
 
 METRICS_FILE = "metrics.jsonl"
-BACKENDS = ("visualdl", "tensorboard", "wandb", "none", "all")
 
 
 class Backend(Protocol):
@@ -102,30 +101,14 @@ class WandbBackend:
         self._run.finish()
 
 
-def backend_names(report_to: object) -> list[str]:
-    """Normalise ``report_to`` (None, "all", a name, a comma list or a list) to names of backends; "all" means VisualDL
-    and what is installed.
+def backend_names(report_to: Sequence[str]) -> list[str]:
+    """The backends that ``report_to`` means, as the parser reads it: "all" is every one that is installed."""
+    if "all" not in report_to:
+        return list(report_to)
+    from importlib.util import find_spec
 
-    Raises:
-        ArgumentsError: for an unknown name.
-    """
-    if report_to is None:
-        return ["visualdl"]
-    names = report_to.split(",") if isinstance(report_to, str) else list(report_to)  # type: ignore[call-overload]
-    names = [str(name).strip().lower() for name in names if str(name).strip()]
-    for name in names:
-        if name not in BACKENDS:
-            raise ArgumentsError(
-                f"report_to: {name!r} is not known{nearest(name, BACKENDS)}; use one of {', '.join(BACKENDS)}"
-            )
-    if "none" in names:
-        return []
-    if "all" in names:
-        from importlib.util import find_spec
-
-        modules = {"visualdl": "visualdl", "tensorboard": "tensorboardX", "wandb": "wandb"}
-        return [name for name, module in modules.items() if find_spec(module)]
-    return list(dict.fromkeys(names))
+    modules = {"visualdl": "visualdl", "tensorboard": "tensorboardX", "wandb": "wandb"}
+    return [name for name, module in modules.items() if find_spec(module)]
 
 
 class MetricWriter:
@@ -145,7 +128,7 @@ class MetricWriter:
         unit: what one step is called in the bar.
 
     Raises:
-        ArgumentsError: a backend in ``report_to`` is unknown or not installed.
+        ArgumentsError: a backend in ``report_to`` is not installed.
         CheckpointError: the file cannot be written.
     """
 
@@ -170,7 +153,7 @@ class MetricWriter:
         self._paused = 0.0
         self._tokens = 0
         self._step = start_step
-        names = backend_names(getattr(args, "report_to", None))
+        names = backend_names(getattr(args, "report_to", None) or [])
         if not self._active:
             return
         try:

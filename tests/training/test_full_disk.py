@@ -74,7 +74,7 @@ def test_metrics_on_a_full_disk(tmp_path: Path) -> None:
     from alignment.parallel import World
 
     class Arguments:
-        report_to, disable_tqdm = "none", True
+        report_to, disable_tqdm = (), True
 
     writer = MetricWriter(tmp_path, Arguments(), World(), 10)
     writer.log(1, {"train/loss": 1.0})

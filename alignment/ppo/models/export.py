@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.errors import AlignmentError, ArgumentsError, CheckpointError, ModelError, nearest
+from alignment.errors import ArgumentsError, CheckpointError, ModelError, nearest
 from alignment.log import get_logger
-from alignment.training.checkpoint import MANIFEST, verify
+from alignment.training.checkpoint import MANIFEST, disk_errors, verify
 
 from .export_weights import export_tensors, parse_size
 from .folders import (
@@ -270,7 +269,7 @@ def _check_output(target: Path, source: Path, checkpoint: Path, overwrite: bool)
     for read in (source.resolve(), checkpoint.resolve()):
         if place == read or place in read.parents:
             raise ArgumentsError(f"output {target} is where the model is read from; give another folder")
-    with _disk_errors(target):
+    with disk_errors(target, doing="export to", place="output"):
         if target.is_dir() and any(target.iterdir()) and not overwrite:
             raise ArgumentsError(f"output {target} is not empty; give another folder, or --overwrite to replace it")
 
@@ -278,7 +277,7 @@ def _check_output(target: Path, source: Path, checkpoint: Path, overwrite: bool)
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """Give an empty folder beside ``target``; when the body ends well it takes ``target``'s place."""
-    with _disk_errors(target):
+    with disk_errors(target, doing="export to", place="output"):
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".exporting-{target.name}-", dir=target.absolute().parent))
         try:
@@ -295,23 +294,3 @@ def _replacing(target: Path) -> Iterator[Path]:
                 raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except AlignmentError:
-        raise
-    except OSError as error:
-        cures = {
-            errno.ENOSPC: "the disk is full: free some space or choose another output",
-            errno.EDQUOT: "your disk quota is used up: free some space or choose another output",
-            errno.EROFS: "the file system is read-only: choose an output that can be written",
-            errno.EACCES: "permission denied: choose an output that you may write to",
-            errno.EPERM: "permission denied: choose an output that you may write to",
-            errno.ENOTDIR: "a part of the path is a file: choose another output",
-        }
-        where = f" ({error.filename})" if error.filename else ""
-        cure = cures.get(error.errno or 0, "check the disk")
-        raise CheckpointError(f"cannot export to {target}: {error.strerror or error}{where}; {cure}") from error

@@ -6,10 +6,9 @@ Tensors are read, turned and written one at a time: exporting a model needs memo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
-from alignment.errors import ArgumentsError, ModelError
+from alignment.errors import ArgumentsError, ModelError, some_of
 
 from .folders import CONFIG_FILE
 from .hf_layout import Weights
@@ -133,13 +132,13 @@ def _check(weights: Weights, wanted: dict[str, tuple[int, ...]]) -> None:
     if missing:
         raise ModelError(
             f"{folder} lacks {len(missing)} of the {len(wanted)} tensors that its {CONFIG_FILE} asks for: "
-            f"{_some(missing)}; the config belongs to another model, or the weights are incomplete"
+            f"{some_of(missing)}; the config belongs to another model, or the weights are incomplete"
         )
     extra = [n for n in weights if n not in wanted and not n.endswith("rotary_emb.inv_freq") and not _is_lm_head(n)]
     if extra:
         raise ModelError(
             f"{folder} has {len(extra)} tensors that its {CONFIG_FILE} has no place for: "
-            f"{_some([weights.stored_name(name) for name in extra])}"
+            f"{some_of([weights.stored_name(name) for name in extra])}"
         )
     for name, shape in wanted.items():
         if weights.shape(name) != shape:
@@ -161,8 +160,3 @@ def _code(weights: Weights, name: str, dtype: str | None) -> str:
     if name in _NORMALIZER:
         return "F32"  # statistics decide on rewards; they are a few bytes
     return DTYPE_CODES[dtype] if dtype else ("F32" if own == "F64" else own)
-
-
-def _some(names: Iterable[str], limit: int = 4) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:limit]) + (", ..." if len(listed) > limit else "")

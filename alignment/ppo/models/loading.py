@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import paddle
@@ -29,7 +28,7 @@ from paddlenlp.transformers import (
 )
 
 from alignment import runtime
-from alignment.errors import ModelError
+from alignment.errors import ModelError, some_of
 from alignment.log import get_logger, say_once
 from alignment.parallel.topology import Topology
 
@@ -313,13 +312,13 @@ def _fill(
     if missing:
         raise ModelError(
             f"{role}: {folder} lacks {len(missing)} of the {len(state)} tensors that its config asks for: "
-            f"{_some(sorted(missing))}; "
+            f"{some_of(sorted(missing))}; "
             "the config belongs to another model, or the weights are incomplete"
         )
     if unexpected:
         raise ModelError(
             f"{role}: {folder} has {len(unexpected)} tensors that its config has no place for: "
-            f"{_some(unexpected, weights.stored_name)}; the config belongs to another model, or paddlenlp's "
+            f"{some_of(map(weights.stored_name, unexpected))}; the config belongs to another model, or paddlenlp's "
             f"{weights.folder.model_type} lacks a "
             "feature that this model uses"
         )
@@ -375,8 +374,3 @@ def _say_what_differs(weights: Weights) -> None:
             f"{weights.folder.path}: paddlenlp's gemma computes GELU exactly where Hugging Face's takes its tanh "
             "approximation; logits differ by about one part in a thousand"
         )
-
-
-def _some(names: Iterable[str], shown: Callable[[str], str] = str, limit: int = 4) -> str:
-    listed = sorted(names)
-    return ", ".join(shown(name) for name in listed[:limit]) + (", ..." if len(listed) > limit else "")
