@@ -17,7 +17,7 @@ from paddle.autograd import PyLayer
 
 from alignment.kernels.ops import kernels
 from alignment.ppo.algorithms.logprobs import Shard, TokenScores, score_labels
-from alignment.ppo.models import head_is_tied, lm_logits, unwrap
+from alignment.ppo.models import head_is_tied, kept_tokens, lm_logits, unwrap
 
 #: Labels whose logits exist at a time where no kernel computes them: 512 rows of a vocabulary of 152,000 are 311 MB in
 #: float32. Products of 512 rows are large enough to keep a GPU busy.
@@ -50,7 +50,7 @@ def label_scores(
     head = unwrap(model).lm_head
     if operators is not None and shard is None and states.dtype == head.weight.dtype == paddle.float32:
         weight, tied = head.weight, head_is_tied(head)
-        settings = (operators, float(temperature), tied, entropy or entropy_grad, entropy_grad)
+        settings = (operators, float(temperature), tied, kept_tokens(model), entropy or entropy_grad, entropy_grad)
         parts = _LabelScores.apply(states, weight, labels, settings)
         return _scores(parts, entropy_grad)
 
@@ -93,16 +93,23 @@ def _made_twice(compute: Any, states: Tensor, labels: Tensor) -> tuple[Tensor, T
     return recompute(compute, states, labels, preserve_rng_state=False, use_reentrant=True)
 
 
+def _columns(weight: Tensor, kept: int | None, tied: bool) -> Tensor:
+    """The head's weight of the tokens that are kept; of a tied one without a copy."""
+    if kept is None:
+        return weight
+    return weight._slice(0, kept) if tied else weight[:, :kept].contiguous()
+
+
 class _LabelScores(PyLayer):
     """``(states [N, hidden], head, labels [N]) -> (logprobs, entropy, greedy)``, each ``[N]`` float32."""
 
     @staticmethod
     def forward(ctx, states, weight, labels, settings):  # type: ignore[no-untyped-def]
-        operators, temperature, tied, entropy, _ = settings
+        operators, temperature, tied, kept, entropy, _ = settings
         ctx.wanted = not states.stop_gradient, not weight.stop_gradient
         states = states.contiguous()
         logprobs, spread, log_norm, greedy = operators.label_logprobs(
-            states, weight, labels, temperature, tied=tied, entropy=entropy
+            states, _columns(weight, kept, tied), labels, temperature, tied=tied, entropy=entropy
         )
         ctx.settings = settings
         ctx.save_for_backward(states, weight, labels, log_norm, spread)
@@ -110,10 +117,15 @@ class _LabelScores(PyLayer):
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy, grad_greedy):  # type: ignore[no-untyped-def]
-        operators, temperature, tied, _, entropy_grad = ctx.settings
+        operators, temperature, tied, kept, _, entropy_grad = ctx.settings
         states, weight, labels, log_norm, spread = ctx.saved_tensor()
         grads = (grad_logprobs.contiguous(), grad_entropy.contiguous() if entropy_grad else None)
+        columns = _columns(weight, kept, tied)
         of_states, of_weight = operators.label_logprobs_backward(
-            states, weight, labels, log_norm, spread, grads, temperature, tied=tied, of_weight=ctx.wanted[1]
+            states, columns, labels, log_norm, spread, grads, temperature, tied=tied, of_weight=ctx.wanted[1]
         )
+        if of_weight is not None and kept is not None:
+            axis, missing = (0, 1)[not tied], list(weight.shape)
+            missing[axis] -= kept
+            of_weight = paddle.concat([of_weight, paddle.zeros(missing, dtype=of_weight.dtype)], axis=axis)
         return of_states if ctx.wanted[0] else None, of_weight, None

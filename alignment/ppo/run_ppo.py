@@ -244,7 +244,14 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     from alignment.ppo.generation.engine import GenerationEngine
     from alignment.ppo.generation.layouts import RolloutEngine
     from alignment.ppo.generation.stopping import eos_token_ids
-    from alignment.ppo.models import load_causal_lm, load_score_model, model_context_length, save_tokenizer
+    from alignment.ppo.models import (
+        keep_tokens,
+        load_causal_lm,
+        load_score_model,
+        model_context_length,
+        save_tokenizer,
+        vocabulary_size,
+    )
     from alignment.ppo.phases import Roles
     from alignment.ppo.ppo_trainer import PPOTrainer
     from alignment.ppo.rewards import RewardBatch, RewardResult, resolve_rewards, uses_model
@@ -291,11 +298,18 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
         # the actor's schedule has the steps in which the actor learns
         own_steps = max(1, sizes.total_steps - args.critic_warmup_steps)
         actor_settings = OptimizerSettings(**args.policy_optimizer(own_steps))
-    actor_model = load_causal_lm(actor_path, role="actor", **model_options)
+    tokens = vocabulary_size(data.tokenizer)
+
+    def policy_model(role: str) -> Any:
+        model = load_causal_lm(actor_path, role=role, **model_options)
+        keep_tokens(model, tokens)
+        return model
+
+    actor_model = policy_model("actor")
     actor = offloaded(Engine("actor", actor_model, world, actor_settings, recompute=bool(args.recompute)))
     reference = critic = None
     if args.do_train:
-        reference = offloaded(Engine("reference", load_causal_lm(actor_path, role="reference", **model_options), world))
+        reference = offloaded(Engine("reference", policy_model("reference"), world))
         critic_settings = OptimizerSettings(**args.critic_optimizer(sizes.total_steps))
         critic_model = load_score_model(
             args.reward_critic_model_name_or_path, score_type="critic", role="critic", **model_options
@@ -332,6 +346,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
             fused=args.use_fusemt,
             token_budget=args.rollout_token_budget,
             most_rows=most_rows,
+            tokens=tokens,
         ),
     )
 

@@ -448,3 +448,35 @@ def test_what_top_k_and_top_p_leave_of_the_policy_is_looked_at(llama: paddle.nn.
     engine = engine_for(llama, way)
     engine.generate(make_prompts([3, 5]), SamplingSettings(12, min_new_tokens=12, top_p=0.8))
     assert engine.kept.mean >= 0.8
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_row_of_the_model_that_is_no_token_is_never_sampled(tied: bool, way: str) -> None:
+    """P7: the answers are those of a model without such rows, sampled, greedy and with a repetition penalty."""
+    cut, padded = make_model("llama", tie_word_embeddings=tied), make_model("llama", tie_word_embeddings=tied, **WIDE)
+    state, wide = cut.state_dict(), padded.state_dict()
+    for name, tensor in wide.items():
+        values = tensor.numpy()
+        values[tuple(slice(0, size) for size in state[name].shape)] = state[name].numpy()
+        tensor.set_value(values)
+    prompts = make_prompts([3, 5, 2])
+    for how in (
+        SamplingSettings(20, seed=3, temperature=2.0),
+        SamplingSettings(20, seed=3, temperature=2.0, top_p=0.9, repetition_penalty=1.2),
+        SamplingSettings(20).as_greedy(),
+    ):
+        mine = engine_for(padded, way, tokens=64).generate(prompts, how, 4)
+        theirs = engine_for(cut, way).generate(prompts, how, 4)
+        assert responses(mine) == responses(theirs)
+        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-5)
+    with pytest.raises(ModelError, match="prompt 9 has the token 70, and the model knows 64 tokens"):
+        engine_for(padded, way, tokens=64).generate([GenerationPrompt(np.array([70]), 9, "", {})], SamplingSettings(3))
+
+
+WIDE = {"vocab_size": 83}
+
+
+def test_an_end_token_that_the_model_does_not_have_is_refused() -> None:
+    """rl 8: no answer could end, and the kernel would write behind its buffer."""
+    with pytest.raises(ModelError, match="ends answers with token 64, and the model predicts 64 tokens"):
+        GenerationEngine(make_model("llama"), IdTokenizer(), [64], 64, 8)

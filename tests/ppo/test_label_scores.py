@@ -7,16 +7,16 @@ import paddle
 import pytest
 
 from alignment.ppo import label_scores as module
-from alignment.ppo.algorithms.logprobs import score_labels
-from alignment.ppo.models import lm_logits
+from alignment.ppo.algorithms.logprobs import _Whole, score_labels
+from alignment.ppo.models import keep_tokens, lm_logits
 from alignment.ppo.models.loading import CAUSAL_MODELS, CONFIGS
 
 VOCAB, HIDDEN = 45, 24
 
 
-def make_model(family="qwen2", tied=False):
+def make_model(family="qwen2", tied=False, vocab=VOCAB):
     config = CONFIGS[family](
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=HIDDEN,
         intermediate_size=8,
         num_hidden_layers=1,
@@ -125,3 +125,30 @@ def test_no_labels(monkeypatch):
         assert list(scores.logprobs.shape) == [0]
         scores.logprobs.sum().backward()
         monkeypatch.setattr(module, "kernels", lambda: None)
+
+
+@pytest.mark.parametrize("way", ["kernel", "chunks", "shard"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_beyond_the_tokenizer_count_for_nothing(monkeypatch, tied, way):
+    """P7: the figures are those of a model without such rows, and they get no gradient; likewise where tensor ranks
+    have columns of their own (here the one rank has all of them).
+    """
+    if way == "chunks":
+        monkeypatch.setattr(module, "kernels", lambda: None)
+        monkeypatch.setattr(module, "LABELS_AT_ONCE", 10)
+    kept, axis = VOCAB, int(not tied)
+    cut, padded = make_model(tied=tied), make_model(tied=tied, vocab=VOCAB + 19)
+    weight = np.random.default_rng(5).standard_normal(padded.lm_head.weight.shape).astype(np.float32) * 3
+    weight[(slice(None), slice(0, VOCAB)) if axis else slice(0, VOCAB)] = cut.lm_head.weight.numpy()
+    padded.lm_head.weight.set_value(weight)
+    keep_tokens(padded, kept)
+    more = {"shard": _Whole(VOCAB + 19)} if way == "shard" else {}
+    mine = outcome(padded, lambda *a, **k: module.label_scores(padded, *a, **k, **more), 23, True)
+    theirs = outcome(cut, lambda *a, **k: module.label_scores(cut, *a, **k), 23, True)
+    beyond = np.split(mine[4], [kept], axis=axis)[1]
+    mine[4] = np.split(mine[4], [kept], axis=axis)[0]
+    assert not beyond.any()
+    for a, b in zip(mine, theirs, strict=True):
+        if way == "kernel":
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, atol=3e-5 * max(1.0, np.abs(b).max()))

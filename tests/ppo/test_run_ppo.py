@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -475,3 +476,43 @@ def test_a_reward_that_hangs_ends_the_run_with_a_clear_error(
     file.write_text("import time\ndef judge(prompts, responses):\n    time.sleep(600)\n")
     assert main(["ppo", str(ppo_json(reward=f"{file}:judge", reward_timeout=0.2))]) == 2
     assert "reward 'judge' has not come back within reward_timeout" in capsys.readouterr().err
+
+
+def test_an_actor_with_more_rows_than_its_tokenizer_has_tokens(
+    ppo_json: Callable[..., Path], tmp_path: Path, policy_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """P7: the run is that of the same actor without the rows, with a reward model and a critic that do not have them
+    (the 7B actor with the 0.5B reward model of one family), and the saved policy still has them all.
+    """
+    from alignment.ppo.models import load_causal_lm, load_score_model, load_tokenizer, save_model, save_tokenizer
+
+    tokenizer, reward, padded = load_tokenizer(policy_dir), tmp_path / "reward", tmp_path / "padded"
+    save_model(load_score_model(str(policy_dir), score_type="reward"), reward)
+    model = load_causal_lm(str(policy_dir))
+    rows = int(model.config.vocab_size)
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    config = copy.deepcopy(model.config)
+    config.vocab_size = rows + 40
+    wide = type(model)(config)
+    for name, tensor in wide.state_dict().items():
+        values = np.full(tensor.shape, 0.5, dtype=np.float32)
+        values[tuple(slice(0, size) for size in state[name].shape)] = state[name]
+        tensor.set_value(values)
+    save_model(wide, padded)
+    for folder in (reward, padded):
+        save_tokenizer(tokenizer, folder)
+    common = {
+        "reward": None, "reward_model_name_or_path": str(reward), "num_train_epochs": 1, "max_grad_norm": 0.0,
+        "ptx_datasets": None, "ptx_coeff": 0.0, "learning_rate": 1e-4,
+    }  # fmt: skip
+    assert main(["ppo", str(ppo_json("whole", **common))]) == 0
+    assert "never sampled" not in capsys.readouterr().err
+    assert main(["ppo", str(ppo_json("wide", actor_model_name_or_path=str(padded), **common))]) == 0
+    assert "has 344 rows, its tokenizer 304 tokens; the others are never sampled" in capsys.readouterr().err
+    assert_same_metrics(metric_rows(tmp_path / "whole"), metric_rows(tmp_path / "wide"), 1e-5)
+    texts = [(tmp_path / name / "eval_samples.jsonl").read_text() for name in ("whole", "wide")]
+    assert [json.loads(line)["response"] for line in texts[0].splitlines()] == [
+        json.loads(line)["response"] for line in texts[1].splitlines()
+    ]
+    saved = read_weights(tmp_path / "wide" / "policy")
+    assert saved["qwen2.embed_tokens.weight"].shape[0] == rows + 40

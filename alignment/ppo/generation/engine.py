@@ -24,6 +24,7 @@ from alignment.ppo.generation.plain_decoder import PlainDecoder
 from alignment.ppo.generation.rows import GenerationPrompt, RowTable
 from alignment.ppo.generation.sampler import KeptMass, SamplingSettings
 from alignment.ppo.generation.stopping import StopRule
+from alignment.ppo.models import keep_tokens, predicted_tokens
 from alignment.ppo.models.decoder import decoder_of
 from alignment.ppo.rollout import Rollout, join_rollouts
 
@@ -47,6 +48,10 @@ class GenerationEngine:
         fused: whether to use the rollout engine where it can be used.
         token_budget: tokens that the rollout engine's cache holds; 0 for as many as :func:`cache_bytes` hold.
         most_rows: answers that are under way at once; None for as many as there is room for.
+        tokens: of the tokenizer; rows of the model beyond them are never sampled. None: all rows are tokens.
+
+    Raises:
+        ModelError: the model has no row for a token that ends answers.
 
     Attributes:
         ops: the rollout engine's layers; None where the plain way is taken.
@@ -66,9 +71,18 @@ class GenerationEngine:
         fused: bool = True,
         token_budget: int = 0,
         most_rows: int | None = None,
+        tokens: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.schedule = model, tokenizer, schedule
         self.eos_ids = tuple(int(i) for i in eos_ids)
+        if tokens is not None:
+            keep_tokens(model, tokens)
+        unknown = [i for i in self.eos_ids if not 0 <= i < predicted_tokens(model)]
+        if unknown:
+            raise ModelError(
+                f"the tokenizer ends answers with token {unknown[0]}, and the model predicts {predicted_tokens(model)} "
+                "tokens: no answer could end. Does the tokenizer belong to it?"
+            )
         self.context_length, self.token_budget, self.most_rows = context_length, token_budget, most_rows
         self.batch_size = max(1, most_rows or batch_size)
         self.ops: LayerOps | None = None
@@ -150,7 +164,7 @@ class GenerationEngine:
         return int(pad if pad is not None else self.eos_ids[0])
 
     def _check(self, prompts: Sequence[GenerationPrompt]) -> None:
-        vocabulary = int(self.model.config.vocab_size)
+        vocabulary = predicted_tokens(self.model)
         for prompt in prompts:
             length = len(prompt.input_ids)
             if length == 0:

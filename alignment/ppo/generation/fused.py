@@ -23,6 +23,7 @@ from alignment.ppo.generation.layers import CachedBatch, LayerOps, PackedBatch
 from alignment.ppo.generation.random_numbers import token_uniforms
 from alignment.ppo.generation.rows import RowTable
 from alignment.ppo.generation.sampler import KeptMass, SamplingSettings
+from alignment.ppo.models import predicted_tokens
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class ContinuousBatch:
 
     def _marks(self) -> Tensor:
         """``[N, V]`` uint8: the tokens that stand in each row."""
-        seen = np.zeros((len(self.table), int(self.ops.model.config.vocab_size)), dtype=np.uint8)
+        seen = np.zeros((len(self.table), predicted_tokens(self.ops.model)), dtype=np.uint8)
         for row in range(len(self.table)):
             seen[row, self.table.prompts[row // self.table.copies].input_ids] = 1
         return paddle.to_tensor(seen)

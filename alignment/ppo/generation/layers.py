@@ -19,7 +19,7 @@ from alignment.kernels.ops import ATTENTION, MLP, Kernels
 from alignment.ppo.generation.arena import BLOCK
 from alignment.ppo.generation.sampler import SamplingSettings, choose_tokens
 from alignment.ppo.models.decoder import Decoder, head_weight
-from alignment.ppo.models.forward import lm_logits
+from alignment.ppo.models.forward import kept_tokens, lm_logits
 from alignment.ppo.models.precision import rounded
 
 
@@ -357,7 +357,8 @@ class CpuKernelOps(LayerOps):
         if self.decoder.tensor_group is not None:
             return super().logits(hidden)
         weight, tied = head_weight(self.model)
-        return self.kernels.project(hidden, weight, tied=tied)
+        logits, kept = self.kernels.project(hidden, weight, tied=tied), kept_tokens(self.model)
+        return logits if kept is None else logits[:, :kept].contiguous()
 
     def choose(
         self,

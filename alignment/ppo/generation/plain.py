@@ -18,6 +18,7 @@ from alignment.ppo.generation.plain_decoder import PlainDecoder
 from alignment.ppo.generation.random_numbers import token_uniforms
 from alignment.ppo.generation.rows import RowTable
 from alignment.ppo.generation.sampler import KeptMass, SamplingSettings, choose_tokens
+from alignment.ppo.models import predicted_tokens
 
 # A smaller batch pays for copying the caches of the rows that stay once a quarter of the rows have finished.
 _COMPACT_BELOW = 0.75
@@ -55,7 +56,7 @@ class PlainBatch:
             visible[i, width - len(prompt) :] = 1
         visible = visible[repeat]
         active, growing = np.arange(len(repeat)), np.ones(len(repeat), dtype=bool)
-        vocabulary = int(self.decoder.model.config.vocab_size)
+        vocabulary = predicted_tokens(self.decoder.model)
         seen = _seen(prompts, repeat, vocabulary) if settings.repetition_penalty != 1.0 else None
         position = 0
         while True:

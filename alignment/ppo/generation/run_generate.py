@@ -92,7 +92,14 @@ class Answerer:
         from alignment.ppo.generation.engine import GenerationEngine
         from alignment.ppo.generation.sampler import SamplingSettings
         from alignment.ppo.generation.stopping import eos_token_ids
-        from alignment.ppo.models import check_model_folder, load_causal_lm, load_tokenizer, model_context_length
+        from alignment.ppo.models import (
+            check_model_folder,
+            keep_tokens,
+            load_causal_lm,
+            load_tokenizer,
+            model_context_length,
+            vocabulary_size,
+        )
 
         check_model_folder(options.model, role="--model")
         tokenizer = load_tokenizer(options.model, role="--model")
@@ -108,6 +115,7 @@ class Answerer:
         limit = (context or 1 << 20) - 1
         self.encoder = Encoder(tokenizer, template, Limits(max_length=limit, max_src_len=limit))
         model = load_causal_lm(options.model, role="--model")
+        keep_tokens(model, vocabulary_size(tokenizer))  # rows of the model that are no tokens have no text
         rows = options.batch_size
         eos_ids = eos_token_ids(model, tokenizer)
         self.engine = GenerationEngine(model, tokenizer, eos_ids, context, rows or 16, most_rows=rows)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from alignment.ppo.models import predicted_tokens
+
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """The tokenizer's eos first, then any others that the model's generation config names (Llama 3 has several).
@@ -20,7 +22,7 @@ def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     for item in configured if isinstance(configured, (list, tuple)) else [configured]:
         # a config that was copied from a larger model may name ids that this one does not have
-        if item is not None and int(item) not in found and int(item) < model.config.vocab_size:
+        if item is not None and int(item) not in found and int(item) < predicted_tokens(model):
             found.append(int(item))
     return tuple(found)
 

@@ -144,8 +144,28 @@ def gather_sequence(hidden: paddle.Tensor, rows: int, length: int) -> paddle.Ten
     return GatherOp.apply(hidden).reshape([rows, length, hidden.shape[-1]])
 
 
+def keep_tokens(model: nn.Layer, tokens: int) -> None:
+    """Let a causal model predict its first ``tokens`` tokens only, wherever its head is applied here: models are padded
+    to round numbers of rows, and a row that is no token of the tokenizer must neither be sampled nor count in a
+    distribution. The weights, and what is saved of them, stay whole.
+    """
+    inner = unwrap(model)
+    inner.kept_tokens = tokens if tokens < int(inner.config.vocab_size) else None
+
+
+def kept_tokens(model: nn.Layer) -> int | None:
+    """What :func:`keep_tokens` was told, where that is fewer than the model has rows; else None."""
+    return getattr(unwrap(model), "kept_tokens", None)
+
+
+def predicted_tokens(model: nn.Layer) -> int:
+    """How many tokens a causal model predicts: those that are kept, else all of its rows."""
+    return kept_tokens(model) or int(unwrap(model).config.vocab_size)
+
+
 def lm_logits(model: nn.Layer, hidden_states: paddle.Tensor, *, own_columns: bool = False) -> paddle.Tensor:
-    """Apply the LM head in float32: ``[..., hidden]`` of any dtype -> ``[..., vocab]`` float32.
+    """Apply the LM head in float32: ``[..., hidden]`` of any dtype -> ``[..., vocab]`` float32, or the columns of
+    :func:`keep_tokens`.
 
     Half-precision products would be rounded to eighths at the size of logits (16 to 32). The head's weight is widened
     for the call, so callers bound the number of rows, not the memory of the weight.
@@ -153,8 +173,20 @@ def lm_logits(model: nn.Layer, hidden_states: paddle.Tensor, *, own_columns: boo
     Args:
         model: a causal model, or its last pipeline stage.
         hidden_states: after the final norm.
-        own_columns: with tensor parallelism return this rank's columns only, see :func:`divides_vocabulary`.
+        own_columns: with tensor parallelism return this rank's columns only, see :func:`divides_vocabulary`; of those
+            that are not kept, logits of -1e30.
     """
+    kept, logits = kept_tokens(model), _head_logits(model, hidden_states, own_columns)
+    if kept is None:
+        return logits
+    if not own_columns:
+        return logits[..., :kept]
+    size, rank = int(logits.shape[-1]), int(unwrap(model).config.tensor_parallel_rank)
+    column = paddle.arange(size * rank, size * (rank + 1))
+    return paddle.where(column < kept, logits, paddle.full([], -1e30, dtype=logits.dtype))
+
+
+def _head_logits(model: nn.Layer, hidden_states: paddle.Tensor, own_columns: bool) -> paddle.Tensor:
     head = unwrap(model).lm_head
     if head.weight.dtype == paddle.float32:
         return head(hidden_states, tensor_parallel_output=True) if own_columns else head(hidden_states)

@@ -147,6 +147,11 @@ def copy_tokenizer_files(source: str | os.PathLike, target: str | os.PathLike) -
     return copied
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """Rows of a model that a tokenizer has tokens for: one more than its largest id."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def check_tokenizer_fits(tokenizer: Any, model: str | os.PathLike, *, role: str) -> None:
     """Check that every id the tokenizer can give has a row in the model's embedding; that the model has more rows is
     normal, and said once.
@@ -174,7 +179,7 @@ def check_tokenizer_fits(tokenizer: Any, model: str | os.PathLike, *, role: str)
                 "(vocab_size); the tokenizer belongs to another model"
             )
     if 0 <= largest + 1 < rows:
-        say_once(f"{role}: {model} has {rows} rows, its tokenizer {largest + 1} tokens; no text has the others")
+        say_once(f"{role}: {model} has {rows} rows, its tokenizer {largest + 1} tokens; the others are never sampled")
 
 
 def tokenizer_differs(a: Any, b: Any) -> bool:
