@@ -8,6 +8,7 @@ from pathlib import Path
 
 from alignment.errors import ModelError, nearest
 from alignment.plan.shapes import ModelShape, shape_of_config
+from alignment.ppo.models.gguf import ordinary_folder
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int = 0, vocab: int = 32000, positions: int = 4096):
@@ -61,7 +62,7 @@ def find_shape(path: str, role: str, config_file: str | None = None) -> ModelSha
     """The shape of a role's model: a file that was named, else the folder's ``config.json``, else the table.
 
     Args:
-        path: what the argument file says: a folder or a name.
+        path: what the argument file says: a folder, a GGUF file or a name.
         role: the key in the argument file, for messages.
         config_file: a ``config.json`` (or a folder with one, or a name of the table) to use instead.
 
@@ -71,7 +72,7 @@ def find_shape(path: str, role: str, config_file: str | None = None) -> ModelSha
     if config_file is not None:
         known = known_shape(config_file) if not Path(config_file).expanduser().exists() else None
         return known or _shape_of_file(Path(config_file).expanduser(), role)
-    folder = Path(path).expanduser()
+    folder = ordinary_folder(path, role=role)
     if (folder / "config.json").is_file():
         return _shape_of_file(folder, role)
     known = known_shape(path)

@@ -16,6 +16,7 @@ import sentencepiece
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from alignment.errors import ModelError
+from alignment.plan.known import find_shape
 from alignment.ppo.models import (
     causal_logits,
     check_model_folder,
@@ -340,6 +341,12 @@ def test_a_cache_that_cannot_be_written(kit: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "occupied"))
     with pytest.raises(ModelError, match="cannot be written.*ALIGNMENT_CACHE"):
         check_model_folder(make(kit, tmp_path / "m.gguf"))
+
+
+def test_a_run_can_be_planned(kit: Any, tmp_path: Path) -> None:
+    make(kit, tmp_path / "base" / "model.gguf")
+    for path in (tmp_path / "base", tmp_path / "base" / "model.gguf"):
+        assert find_shape(str(path), "model_name_or_path").layers == 2
 
 
 def test_export_writes_an_ordinary_folder(kit: Any, tmp_path: Path) -> None:
