@@ -5,6 +5,7 @@ Each is refused with the numbers and a way out, before any model is loaded.
 
 from __future__ import annotations
 
+import glob
 import math
 from pathlib import Path
 from typing import Any
@@ -311,7 +312,7 @@ def _check_data_folder(args: SFTArguments, name: str, problems: Problems) -> Non
 
     folder = Path(name).expanduser()
     if not folder.exists():
-        if name.startswith((".", "/", "~")):
+        if name.startswith((".", "/", "~")) and not glob.glob(str(folder), recursive=True):
             problems.add(
                 f"dataset_name_or_path: {name} does not exist (looked in {Path.cwd()})", "dataset_name_or_path"
             )

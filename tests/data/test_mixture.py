@@ -97,6 +97,8 @@ def test_a_path_in_place_of_a_name_is_read(write_rows, tmp_path, monkeypatch, fo
         (source,) = parse_mixture(form(place))
         assert source.name == "jsonl" and Path(source.kwargs["path"]).resolve() == place.resolve()
         assert len(source.load()) == 1
+    (source,) = parse_mixture(form(Path("*.jsonl")))
+    assert source.kwargs["path"] == "*.jsonl" and len(source.load()) == 1
 
 
 @pytest.mark.parametrize("name", ["./none.jsonl", "data/none.parquet", "/none"])

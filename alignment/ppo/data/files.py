@@ -260,6 +260,7 @@ def _choose_split(folder: Path, found: list[_Found], wanted: str) -> list[_Found
         counts[label] = counts.get(label, 0) + 1
     held = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
     names = sorted({one.name for one in found if one.split})
+    held += "; eval_split_ratio would hold out some of the training rows" if wanted == EVALUATION and names else ""
     cure = f". To read one of these: {_choosing(folder, names[0])}" if names else ", which are read without a `split`"
     raise DataError(f"the folder {folder} holds no file of split {wanted!r}; it holds: {held}{cure}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import inspect
 import math
 import os
@@ -136,7 +137,7 @@ def parse_mixture(names_and_attrs: Any, evaluation: bool = False) -> list[Source
         names_and_attrs: a dataset string; a dict of name -> proportion, ``"proportion:path"`` or dict (``proportion``,
             ``path`` and further arguments of the data set); or an iterable of dataset strings and pairs like the items
             of such a dict. The same name may come several times with different paths. In place of a name, the path of a
-            file or folder that exists is read as ``jsonl``.
+            file or folder that exists, or a pattern that matches, is read as ``jsonl``.
         evaluation: ask data sets with a ``split`` for their validation or test part, where none is given.
 
     Raises:
@@ -174,7 +175,7 @@ def _class_of(name: Any, attrs: dict[str, Any]) -> type[RawDataset]:
         return find_class(name)
     except DataError as err:
         path = Path(name).expanduser() if isinstance(name, str) and name.strip() and "path" not in attrs else None
-        if path is not None and path.exists():
+        if path is not None and (path.exists() or glob.glob(str(path), recursive=True)):
             attrs["path"] = str(path)
             return find_class("jsonl")
         if path is not None and (path.suffix or name.startswith(("/", ".", "~"))):

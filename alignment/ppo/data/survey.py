@@ -21,6 +21,7 @@ from alignment.ppo.data.rows import unread_prompt_columns
 _TEXT_FIELDS = ("input", "answer", "other_answer", "dialogue", "text", "better", "good", "system", "tools", "unusable")
 _ANSWERS = ("answer", "other_answer")
 _LABELS = ("better", "good")
+_dump = json.JSONEncoder(sort_keys=True, default=str).encode  # json.dumps would make an encoder for every call
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,13 @@ def survey(samples: Iterable[Mapping[str, Any] | BadRow], origin: Sequence[int],
         else:
             facts = {name: sample[name] for name in _TEXT_FIELDS if name in sample}
             prompts[number] = _short_hash(_first_prompt(sample, kind))
-            contents[number] = _short_hash(_content(facts))
+            answers = [_dump(facts.pop(name)) for name in _ANSWERS if name in facts]
+            labels = [facts.pop(name, None) for name in _LABELS]
+            context = _dump(facts)
+            contents[number] = _short_hash([context, *sorted(answers)])
+            facts = {"context": context, "answers": answers, "labels": labels}
             unread[source].update(_unread(sample, kind))
-        digest.update(json.dumps(facts, sort_keys=True, default=str).encode() + b"\n")
+        digest.update(_dump(facts).encode() + b"\n")
     return Survey(digest.hexdigest(), prompts, contents, [dict(count.most_common()) for count in unread])
 
 
@@ -84,14 +89,8 @@ def _first_prompt(sample: Mapping[str, Any], kind: str) -> Any:
     return [messages, sample.get("tools") or []]
 
 
-def _content(facts: Mapping[str, Any]) -> Any:
-    context = {name: value for name, value in facts.items() if name not in (*_ANSWERS, *_LABELS)}
-    return [context, sorted(json.dumps(facts[name], default=str) for name in _ANSWERS if name in facts)]
-
-
 def _short_hash(value: Any) -> int:
-    text = json.dumps(value, sort_keys=True, default=str).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(_dump(value).encode(), digest_size=8).digest(), "little")
 
 
 def _unread(sample: Mapping[str, Any], kind: str) -> list[str]:
