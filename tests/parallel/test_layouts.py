@@ -38,6 +38,12 @@ def llama_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_files(tmp_path_factory.mktemp("layouts"), "llama", **shape)
 
 
+@pytest.fixture(scope="module")
+def wide_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models with twice as many rows as their tokenizer has tokens."""
+    return make_files(tmp_path_factory.mktemp("layouts"), vocab_size=700)
+
+
 @cache
 def single(files: Path, stage: str) -> Trace:
     """The run of one process."""
@@ -68,6 +74,14 @@ def test_ppo_with_a_rollout_layout(name: str, files: Path) -> None:
     assert difference.worst[0] <= 1e-4, difference.worst
     moved = [row["reshard/bytes"] for row in trace.rows if "reshard/bytes" in row]
     assert len(moved) == 3 and sum(moved) > 0
+
+
+@pytest.mark.parametrize("name", ["TP2", "PP2", "TP2, eval_mode single"])
+def test_ppo_with_more_rows_than_tokens(name: str, wide_files: Path) -> None:
+    """P7: with tensor parallelism the second rank has no token at all; the rows are neither sampled nor counted."""
+    difference = compare(single(wide_files, "ppo"), run(wide_files, "ppo", (LAYOUTS | ROLLOUT_LAYOUTS)[name]))
+    assert difference.same_answers
+    assert difference.worst[0] <= 1e-4, difference.worst
 
 
 @pytest.mark.parametrize("name", ["1 process", "TP2 x PP2"])

@@ -149,7 +149,8 @@ def copy_tokenizer_files(source: str | os.PathLike, target: str | os.PathLike) -
 
 def vocabulary_size(tokenizer: Any) -> int:
     """Rows of a model that a tokenizer has tokens for: one more than its largest id."""
-    return max(tokenizer.get_vocab().values(), default=-1) + 1
+    unused = getattr(tokenizer, "unused_pad_id", None)
+    return max((index for index in tokenizer.get_vocab().values() if index != unused), default=-1) + 1
 
 
 def check_tokenizer_fits(tokenizer: Any, model: str | os.PathLike, *, role: str) -> None:
@@ -169,9 +170,8 @@ def check_tokenizer_fits(tokenizer: Any, model: str | os.PathLike, *, role: str)
     rows = open_folder(model, role=role).config.get("vocab_size")
     if not isinstance(rows, int):
         return
-    eos, pad, unused = tokenizer.eos_token_id, tokenizer.pad_token_id, getattr(tokenizer, "unused_pad_id", None)
-    ids = [index for index in tokenizer.get_vocab().values() if index != unused]
-    largest = max(ids, default=-1)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    largest = vocabulary_size(tokenizer) - 1
     for what, index in (("largest id", largest), ("end-of-sequence id", eos), ("padding id", pad)):
         if index >= rows:
             raise ModelError(
