@@ -480,3 +480,15 @@ def test_an_end_token_that_the_model_does_not_have_is_refused() -> None:
     """rl 8: no answer could end, and the kernel would write behind its buffer."""
     with pytest.raises(ModelError, match="ends answers with token 64, and the model predicts 64 tokens"):
         GenerationEngine(make_model("llama"), IdTokenizer(), [64], 64, 8)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_an_unknown_context_is_the_models_own(model_of: ModelOf, name: str, way: str) -> None:
+    """rl 17: without a limit, rows went on behind llama's table of positions (NaN from the kernels)."""
+    model = model_of(name)
+    reach = model.config.max_position_embeddings
+    engine = engine_for(model, way, context=None)
+    rollout = engine.generate(make_prompts([3, reach - 5]), SamplingSettings(reach + 50, min_new_tokens=reach + 50))
+    assert rollout.lengths.tolist() == [reach, reach]
+    with pytest.raises(ModelError, match="no room for an answer"):
+        engine.generate(make_prompts([reach]), SamplingSettings(4))

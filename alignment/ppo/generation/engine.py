@@ -26,6 +26,7 @@ from alignment.ppo.generation.sampler import KeptMass, SamplingSettings
 from alignment.ppo.generation.stopping import StopRule
 from alignment.ppo.models import keep_tokens, predicted_tokens
 from alignment.ppo.models.decoder import decoder_of
+from alignment.ppo.models.forward import backbone_of, longest_row
 from alignment.ppo.rollout import Rollout, join_rollouts
 
 __all__ = ["GenerationEngine", "GenerationPrompt"]
@@ -42,7 +43,7 @@ class GenerationEngine:
         model: a paddlenlp causal language model; its parameters are used as they are, nothing is copied.
         tokenizer: for decoding and for the pad id.
         eos_ids: tokens that end an answer.
-        context_length: the longest row that the model can take, or ``None`` for no limit.
+        context_length: the longest row that the model can take; ``None``: as its config says.
         batch_size: answers that the plain way generates together (with ``most_rows`` so many).
         schedule: of the pipeline, where ``model`` is a stage; every process of it makes the same calls.
         fused: whether to use the rollout engine where it can be used.
@@ -83,7 +84,8 @@ class GenerationEngine:
                 f"the tokenizer ends answers with token {unknown[0]}, and the model predicts {predicted_tokens(model)} "
                 "tokens: no answer could end. Does the tokenizer belong to it?"
             )
-        self.context_length, self.token_budget, self.most_rows = context_length, token_budget, most_rows
+        self.context_length = longest_row(backbone_of(model), context_length)
+        self.token_budget, self.most_rows = token_budget, most_rows
         self.batch_size = max(1, most_rows or batch_size)
         self.ops: LayerOps | None = None
         self.figures: BatchFigures | None = None
@@ -169,7 +171,7 @@ class GenerationEngine:
             length = len(prompt.input_ids)
             if length == 0:
                 raise ModelError(f"prompt {prompt.prompt_index} has no token: {prompt.prompt[:80]!r}")
-            if self.context_length is not None and length >= self.context_length:
+            if length >= self.context_length:
                 raise ModelError(
                     f"prompt {prompt.prompt_index} has {length} tokens, and the model's context is "
                     f"{self.context_length}: no room for an answer (lower max_src_len): {prompt.prompt[:80]!r}"

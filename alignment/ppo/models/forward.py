@@ -389,24 +389,40 @@ def checked_lengths(lengths: Lengths, shape: list[int]) -> np.ndarray:
 
 
 def check_context(backbone: nn.Layer, seq: int) -> None:
-    """Check that the model's positions reach as far as rows of ``seq`` tokens.
+    """Check that rows of ``seq`` tokens can be computed rightly.
 
     Raises:
-        ModelError: they do not.
+        ModelError: they are beyond the model's positions, or beyond a window that is not computed.
     """
-    window = attention_window(vars(backbone.config), backbone.config.model_type)
+    window, table = _reaches(backbone)
     if window is not None and seq > window:
         raise ModelError(
             f"rows of {seq} tokens, but this model attends within a window of {window} (use_sliding_window), which is "
             "computed for rows up to that length only"
         )
+    if table is not None and seq > table:
+        raise ModelError(f"rows of {seq} tokens, but the model's positions reach {table} (max_position_embeddings)")
+
+
+def longest_row(backbone: nn.Layer, context_length: int | None) -> int:
+    """The longest row that may be generated: ``context_length``, the config's if that is None, or less where
+    :func:`check_context` would refuse it.
+    """
+    own = int(backbone.config.max_position_embeddings) if context_length is None else context_length
+    return min([own, *(reach for reach in _reaches(backbone) if reach is not None)])
+
+
+def _reaches(backbone: nn.Layer) -> tuple[int | None, int | None]:
+    """Rows' length up to which a window is not felt that is not computed, and up to which the table of positions goes;
+    None where there is no such limit.
+    """
+    config = backbone.config
+    window = attention_window(vars(config), config.model_type)
     # paddlenlp's Llama keeps a table of rotary positions and reads beyond its end without complaint; the others
     # compute what they need.
-    if backbone.config.model_type != "llama" or backbone.config.rope_scaling_type == "dynamic_ntk":
-        return
-    reach = int(backbone.layers[0].self_attn.rotary_emb.max_seq_len_cached)
-    if seq > reach:
-        raise ModelError(f"rows of {seq} tokens, but the model's positions reach {reach} (max_position_embeddings)")
+    if config.model_type != "llama" or config.rope_scaling_type == "dynamic_ntk":
+        return window, None
+    return window, int(backbone.layers[0].self_attn.rotary_emb.max_seq_len_cached)
 
 
 def _window_of(backbone: nn.Layer) -> int | None:
