@@ -36,18 +36,20 @@ class BuildError(Exception):
     """The kernels cannot be had; the message says why, for a log line."""
 
 
-def compiler() -> str:
-    """Path of the C++ compiler: ``$CXX``, else g++, c++ or clang++.
+def compilers() -> list[list[str]]:
+    """The C++ compilers to try, each as the words of a command: ``$CXX`` (which may have several, ``ccache g++``), then
+    g++, c++ and clang++.
 
     Raises:
         BuildError: there is none.
     """
     named = os.environ.get("CXX", "").split()
-    for name in named[:1] or ("g++", "c++", "clang++"):
-        found = shutil.which(name)
-        if found:
-            return found
-    raise BuildError(f"no C++ compiler ({'$CXX is ' + named[0] if named else 'g++, c++ or clang++'}) is installed")
+    wanted = [named] if named else []
+    wanted += [[name] for name in ("g++", "c++", "clang++") if [name] != named]
+    found = [[path, *words[1:]] for words in wanted if (path := shutil.which(words[0]))]
+    if not found:
+        raise BuildError(f"no C++ compiler ({', '.join(' '.join(words) for words in wanted)}) is installed")
+    return found
 
 
 def library() -> Path:
@@ -62,17 +64,27 @@ def library() -> Path:
     target = folder / f"alignment-kernels-{_fingerprint()}.so"
     if target.exists():  # also where the compiler is gone by now
         return target
-    program = compiler()
+    programs = compilers()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         from filelock import FileLock
 
         with FileLock(str(target) + ".lock"):  # the processes of a run start together
             if not target.exists():
-                _compile(program, target)
+                _compile_with_one(programs, target)
     except OSError as error:
         raise BuildError(f"cannot write to the cache {folder}: {error} (set {CACHE} to another folder)") from error
     return target
+
+
+def _compile_with_one(programs: list[list[str]], target: Path) -> None:
+    problems = []
+    for program in programs:
+        try:
+            return _compile(program, target)
+        except BuildError as error:
+            problems.append(str(error))
+    raise BuildError("; ".join(problems))
 
 
 def cache_folder() -> Path:
@@ -102,25 +114,28 @@ def _instructions() -> str:
     return platform.processor()
 
 
-def _compile(program: str, target: Path) -> None:
+def _compile(program: list[str], target: Path) -> None:
     import paddle
 
     root = Path(paddle.__file__).parent
     includes = [root / "include", root / "include/third_party", Path(sysconfig.get_paths()["include"])]
     # Paddle's own OpenMP library where it ships one: two thread pools would fight over the cores.
-    openmp = "-l:libiomp5.so" if (root / "libs/libiomp5.so").exists() else "-lgomp"
+    openmp = "-lomp" if "clang" in Path(program[-1]).name else "-lgomp"
+    if (root / "libs/libiomp5.so").exists():
+        openmp = "-l:libiomp5.so"
+    shown = " ".join([Path(program[0]).name, *program[1:]])
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         unit = Path(folder) / "ops.o"
         headers = [f"-I{path}" for path in includes]
         libraries = [f"-L{root / 'base'}", f"-L{root / 'libs'}", "-l:libpaddle.so", "-l:libphi_core.so", openmp]
         commands = [
-            [program, *FLAGS, *headers, "-c", str(SOURCES / "ops.cc"), "-o", str(unit)],
-            [program, "-shared", str(unit), "-o", str(made), *libraries],
+            [*program, *FLAGS, *headers, "-c", str(SOURCES / "ops.cc"), "-o", str(unit)],
+            [*program, "-shared", str(unit), "-o", str(made), *libraries],
         ]
         for command in commands:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-                raise BuildError(f"{Path(program).name} failed: {lines[0] if lines else 'no message'}")
+                raise BuildError(f"{shown} failed: {lines[0] if lines else 'no message'}")
         os.replace(made, target)  # complete or not there

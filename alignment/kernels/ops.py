@@ -1,4 +1,8 @@
-"""The CPU kernels for Python: one method for each operator of ``csrc/ops.cc``, with the checks and the shapes."""
+"""The CPU kernels for Python: one method for each operator of ``csrc/ops.cc``, with the shapes that it takes.
+
+The operators check what they are given: sizes, and the ids, positions and places that say where memory is read. What
+does not fit is a ``ValueError`` that names it.
+"""
 
 from __future__ import annotations
 
@@ -242,9 +246,19 @@ class Kernels:
 
 
 def _run(name: str, *inputs: object) -> list[Tensor]:
+    """Call an operator.
+
+    Raises:
+        ValueError: sizes do not fit, or a number says to read where there is nothing.
+        MemoryError: there is not enough for what it computes.
+    """
     from paddle import _C_ops
 
-    return _C_ops._run_custom_op(name, *inputs)
+    try:
+        return _C_ops._run_custom_op(name, *inputs)
+    except OSError as error:  # what Paddle makes of an operator's exception
+        text = str(error).partition("\n")[0]
+        raise (MemoryError if "no memory for" in text else ValueError)(f"{name}: {text}") from None
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 // window - 1 tokens before it (Mistral).
 #pragma once
 
+#include <initializer_list>
+
 #include "gemm.h"
 #include "pointwise.h"
 

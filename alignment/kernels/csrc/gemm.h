@@ -121,18 +121,13 @@ inline void panel_packing(int64_t rows, int64_t depth, View a, const float* b, i
 
 // Rows become columns: kLanes vectors, by repeated perfect shuffles of the first half with the second.
 inline void transpose(Vec* rows) {
-  IntVec low, high;
-  for (int i = 0; i < kLanes; i++) {
-    low[i] = i / 2 + (i % 2) * kLanes;
-    high[i] = low[i] + kLanes / 2;
-  }
   Vec turned[kLanes];
 #pragma GCC unroll 4
   for (int round = 1; round < kLanes; round *= 2) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes / 2; i++) {
-      turned[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      turned[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+      turned[2 * i] = first_halves(rows[i], rows[i + kLanes / 2]);
+      turned[2 * i + 1] = second_halves(rows[i], rows[i + kLanes / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) rows[i] = turned[i];

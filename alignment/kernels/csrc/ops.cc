@@ -1,8 +1,6 @@
-// The kernels as Paddle operators. Every tensor is float32 and contiguous on the CPU but for the int64 plans; shapes are
-// checked by the Python side (alignment/kernels/ops.py), which documents each operator.
-#include <stdexcept>
-#include <string>
-
+// The kernels as Paddle operators, which alignment/kernels/ops.py documents. Every tensor is float32 on the CPU but for
+// the int64 plans (data<T>() refuses others), and contiguous (Paddle sees to it); all else is checked here.
+#include "checks.h"
 #include "layer.h"
 #include "optimizer.h"
 #include "paddle/extension.h"
@@ -29,6 +27,7 @@ Tensor made(const Dims& dims) { return paddle::empty(dims, paddle::DataType::FLO
 
 // shape: hidden, intermediate, query heads, key heads, dim, window, activation, biases, rounded
 Shape shape_of(const Dims& shape, float epsilon, float norm_offset) {
+  alignment::need_shape(shape);
   Shape s;
   s.hidden = shape[0];
   s.intermediate = shape[1];
@@ -54,12 +53,25 @@ Tensors Stack(const Tensor& x, const Tensors& weights, const Tensor& cosine, con
               int64_t part, int64_t first_layer) {
   const Shape s = shape_of(shape, epsilon, norm_offset);
   const bool biases = shape[7] != 0;
-  const int64_t rows = x.shape()[0], h = s.hidden, each = kLayerWeights + (biases ? kLayerBiases : 0);
-  const int64_t layers = static_cast<int64_t>(weights.size()) / each;
+  const int64_t h = s.hidden, each = kLayerWeights + (biases ? kLayerBiases : 0);
+  const int64_t layers = alignment::need_layers(weights, s, biases, "stack"), rows = alignment::need_rows(x, h, "x");
+  ALIGNMENT_NEED(part == kWhole || (layers == 1 && (part == kAttention || part == kMlp)), "there is no part ", part,
+                 " of ", layers, " layers");
+  ALIGNMENT_NEED(cached || sequences >= 0, "there are ", sequences, " sequences");
+  alignment::need_size(plan, cached ? 6 * rows : 2 * rows + sequences + 1, "the plan");
   const int64_t* numbers = plan.data<int64_t>();
   const int64_t *places = numbers + rows, *more = places + rows;
   const alignment::Angles angles{floats(cosine), floats(sine)};
-  const int64_t half = cache.numel() ? cache.numel() / cache.shape()[0] / 2 : 0;
+  const int64_t half = cache.numel() ? cache.numel() / cache.shape()[0] / 2 : 0, tokens = half / s.key_width();
+  if (part != kMlp) {
+    alignment::need_angles(cosine, sine, s, numbers, rows);
+    ALIGNMENT_NEED(half % (s.key_width() * alignment::kCacheBlock) == 0, "the cache is no whole blocks of tokens");
+    ALIGNMENT_NEED(!half || (first_layer >= 0 && first_layer + layers <= cache.shape()[0]), "layers ", first_layer,
+                   " to ", first_layer + layers, " have no place in a cache of ", cache.shape()[0]);
+    alignment::need_below(places, rows, cached ? 0 : -1, half ? tokens : 0, "place");
+    if (cached) alignment::need_spans(reinterpret_cast<const Span*>(more), 2 * rows, tokens);
+  }
+  if (!cached) alignment::need_starts(more, sequences, rows);
   Tensor y = made({rows, h});
   float* out = written(y);
   // Packed sequences go through all layers in groups of about this many tokens, which stay near the cores.
@@ -86,7 +98,7 @@ Tensors Stack(const Tensor& x, const Tensors& weights, const Tensor& cosine, con
       if (half) {
         mine.keys = written(cache) + (first_layer + i) * 2 * half;
         mine.values = mine.keys + half;
-        mine.tokens = half / s.key_width();
+        mine.tokens = tokens;
       }
       const bool whole = part == kWhole;
       if (part != kMlp)
@@ -100,8 +112,10 @@ Tensors Stack(const Tensor& x, const Tensors& weights, const Tensor& cosine, con
 }
 
 Tensors Embed(const Tensor& ids, const Tensor& weight, float scale) {
+  ALIGNMENT_NEED(weight.shape().size() == 2, "an embedding is [ids, width]");
   const int64_t rows = ids.numel(), width = weight.shape()[1];
   const int64_t* at = ids.data<int64_t>();
+  alignment::need_below(at, rows, 0, weight.shape()[0], "id");
   const float* table = floats(weight);
   Tensor y = made({rows, width});
   float* out = written(y);
@@ -115,16 +129,31 @@ Tensors Embed(const Tensor& ids, const Tensor& weight, float scale) {
 }
 
 Tensors RmsNorm(const Tensor& x, const Tensor& weight, float epsilon, float norm_offset) {
-  const int64_t width = weight.shape()[0];
+  const int64_t width = weight.numel();
+  ALIGNMENT_NEED(!x.shape().empty() && x.shape().back() == width, "rows of ", x.shape().empty() ? 0 : x.shape().back(),
+                 " numbers and a norm of ", width);
   Tensor y = made(x.shape());
   alignment::rms_norm(floats(x), floats(weight), norm_offset, epsilon, written(y), nullptr, x.numel() / width, width);
   return {y};
 }
 
+// Checks what a layer over packed sequences is given; returns the number of tokens.
+int64_t need_layer(const Tensor& x, const Tensors& weights, const Tensor& cosine, const Tensor& sine, const Tensor& plan,
+                   const Shape& s, bool biases, int64_t sequences) {
+  const int64_t t = alignment::need_rows(x, s.hidden, "x");
+  const int64_t layers = alignment::need_layers(weights, s, biases, "layer");
+  ALIGNMENT_NEED(layers == 1 && sequences >= 0, layers, " layers and ", sequences, " sequences");
+  alignment::need_size(plan, t + sequences + 1, "the plan");
+  const int64_t* numbers = plan.data<int64_t>();
+  alignment::need_angles(cosine, sine, s, numbers, t);
+  alignment::need_starts(numbers + t, sequences, t);
+  return t;
+}
+
 Tensors LayerForward(const Tensor& x, const Tensors& weights, const Tensor& cosine, const Tensor& sine, const Tensor& plan,
                      const Dims& shape, float epsilon, float norm_offset, int64_t sequences) {
   const Shape s = shape_of(shape, epsilon, norm_offset);
-  const int64_t t = x.shape()[0];
+  const int64_t t = need_layer(x, weights, cosine, sine, plan, s, shape[7] != 0, sequences);
   Tensors outs = {made({t, s.hidden}), made({t}), made({t, s.query_width()}), made({t, s.key_width()}),
                   made({t, s.key_width()}), made({t, s.heads.query}), made({t, s.query_width()}), made({t, s.hidden}),
                   made({t}), made({t, s.intermediate}), made({t, s.intermediate})};
@@ -142,7 +171,14 @@ Tensors LayerBackward(const Tensor& x, const Tensors& weights, const Tensor& cos
                       float norm_offset, int64_t sequences) {
   const Shape s = shape_of(shape, epsilon, norm_offset);
   const bool biases = shape[7] != 0;
-  const int64_t t = x.shape()[0];
+  const int64_t t = need_layer(x, weights, cosine, sine, plan, s, biases, sequences);
+  alignment::need_layers(grads, s, biases, "gradients");
+  ALIGNMENT_NEED(grads.size() == weights.size(), grads.size(), " gradients of ", weights.size(), " weights");
+  alignment::need_size(dy, x.numel(), "the output's gradient");
+  const int64_t kept[10] = {t, t * s.query_width(), t * s.key_width(), t * s.key_width(), t * s.heads.query,
+                            t * s.query_width(), t * s.hidden, t, t * s.intermediate, t * s.intermediate};
+  ALIGNMENT_NEED(saved.size() == 10, saved.size(), " tensors were kept; 10 are wanted");
+  for (int i = 0; i < 10; i++) alignment::need_size(saved[i], kept[i], "what the forward kept");
   Tensor dx = made(x.shape());
   float* g[kLayerWeights + kLayerBiases] = {};
   for (size_t i = 0; i < grads.size(); i++) g[i] = written(grads[i]);
@@ -157,15 +193,25 @@ Tensors LayerBackward(const Tensor& x, const Tensors& weights, const Tensor& cos
 
 Head head_of(const Tensor& weight, bool tied) {
   const auto dims = weight.shape();
+  ALIGNMENT_NEED(dims.size() == 2, "an LM head has two dimensions, not ", dims.size());
   return {floats(weight), dims[tied ? 1 : 0], dims[tied ? 0 : 1], tied};
+}
+
+// Checks hidden states and labels against the head; returns the number of tokens.
+int64_t need_labels(const Tensor& x, const Head& head, const Tensor& labels) {
+  const int64_t n = alignment::need_rows(x, head.hidden, "x");
+  alignment::need_size(labels, n, "labels");
+  alignment::need_below(labels.data<int64_t>(), n, 0, head.vocabulary, "label");
+  return n;
 }
 
 Tensors LabelLogprobs(const Tensor& x, const Tensor& weight, const Tensor& labels, float temperature, bool tied,
                       bool want_entropy) {
-  const int64_t n = x.shape()[0];
+  const Head head = head_of(weight, tied);
+  const int64_t n = need_labels(x, head, labels);
   Tensors outs = {made({n}), made({n}), made({n}), made({n})};
   if (!want_entropy) std::memset(written(outs[1]), 0, n * sizeof(float));
-  alignment::label_logprobs(floats(x), head_of(weight, tied), labels.data<int64_t>(), temperature, n, written(outs[0]),
+  alignment::label_logprobs(floats(x), head, labels.data<int64_t>(), temperature, n, written(outs[0]),
                             want_entropy ? written(outs[1]) : nullptr, written(outs[2]), written(outs[3]));
   return outs;
 }
@@ -173,8 +219,11 @@ Tensors LabelLogprobs(const Tensor& x, const Tensor& weight, const Tensor& label
 Tensors LabelLogprobsBackward(const Tensor& x, const Tensor& weight, const Tensor& labels, const Tensor& log_norm,
                               const Tensor& entropy, const Tensor& dlogprob, const Tensor& dentropy, float temperature,
                               bool tied, bool through_entropy, bool of_weight) {
+  const Head head = head_of(weight, tied);
+  const int64_t n = need_labels(x, head, labels);
+  for (const Tensor* one : {&log_norm, &entropy, &dlogprob, &dentropy}) alignment::need_size(*one, n, "one number a token");
   Tensor dx = made(x.shape()), dweight = made(of_weight ? weight.shape() : Dims{0});
-  alignment::label_logprobs_backward(floats(x), head_of(weight, tied), labels.data<int64_t>(), temperature, x.shape()[0],
+  alignment::label_logprobs_backward(floats(x), head, labels.data<int64_t>(), temperature, n,
                                      floats(log_norm), floats(entropy), floats(dlogprob),
                                      through_entropy ? floats(dentropy) : nullptr, written(dx),
                                      of_weight ? written(dweight) : nullptr);
@@ -200,6 +249,17 @@ Tensors AdamW(const Tensors& weights, const Tensors& grads, const Tensors& first
               const std::vector<float>& decay) {
   std::vector<alignment::AdamTensor> tensors;
   Dims sizes;
+  const size_t count = weights.size();
+  for (const Tensors* list : {&grads, &first, &second, &power1, &power2})
+    ALIGNMENT_NEED(list->size() == count, "AdamW has ", count, " weights and ", list->size(), " of something else");
+  ALIGNMENT_NEED(settings.size() == 5 && decay.size() == count, "AdamW has ", settings.size(), " settings and ",
+                 decay.size(), " decays");
+  for (size_t i = 0; i < count; i++) {
+    for (const Tensor* one : {&grads[i], &first[i], &second[i]})
+      ALIGNMENT_NEED(one->numel() == weights[i].numel(), "weight ", i, " has ", weights[i].numel(),
+                     " numbers, its gradient or a moment ", one->numel());
+    ALIGNMENT_NEED(power1[i].numel() == 1 && power2[i].numel() == 1, "weight ", i, ": a power of beta is one number");
+  }
   for (size_t i = 0; i < weights.size(); i++) {
     tensors.push_back({written(weights[i]), written(first[i]), written(second[i]), floats(grads[i]), decay[i],
                        *floats(power1[i]), *floats(power2[i])});
@@ -215,7 +275,7 @@ Tensors AdamW(const Tensors& weights, const Tensors& grads, const Tensors& first
 
 Tensors Project(const Tensor& x, const Tensor& weight, bool tied) {
   const Head head = head_of(weight, tied);
-  const int64_t rows = x.shape()[0];
+  const int64_t rows = alignment::need_rows(x, head.hidden, "x");
   Tensor y = made({rows, head.vocabulary});
   alignment::gemm(alignment::plain(floats(x), head.hidden), rows, head.hidden, head.forward(0), head.vocabulary, written(y),
                   head.vocabulary);
@@ -225,7 +285,12 @@ Tensors Project(const Tensor& x, const Tensor& weight, bool tied) {
 // logits [B, V]; uniforms [B] float64; seen [B, V] uint8 or empty; banned [B] uint8: whether `banned_ids` have no chance.
 Tensors Choose(const Tensor& logits, const Tensor& uniforms, const Tensor& seen, const Tensor& banned, float temperature,
                int64_t top_k, double top_p, float penalty, bool greedy, const Dims& banned_ids) {
+  ALIGNMENT_NEED(logits.shape().size() == 2 && logits.shape()[1] > 0, "logits are [rows, vocabulary]");
   const int64_t rows = logits.shape()[0], vocabulary = logits.shape()[1];
+  alignment::need_size(uniforms, rows, "uniforms");
+  alignment::need_size(banned, rows, "banned");
+  if (seen.numel()) alignment::need_size(seen, rows * vocabulary, "seen");
+  alignment::need_below(banned_ids.data(), static_cast<int64_t>(banned_ids.size()), 0, vocabulary, "banned id");
   Tensor tokens = paddle::empty({rows}, paddle::DataType::INT64, paddle::CPUPlace()), logprobs = made({rows});
   const alignment::Sampling how{temperature, top_k, top_p, penalty, greedy};
   const float* z = floats(logits);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace alignment {
 
@@ -46,6 +47,30 @@ inline float largest(Vec v) {
   for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
   return best;
 }
+
+// The lanes of a and b in turn: of their first halves, and of their second halves. The masks are constants, which the
+// compilers want in forms of their own.
+#ifdef __clang__
+template <int64_t... kLane>
+inline Vec first_halves(Vec a, Vec b, std::integer_sequence<int64_t, kLane...>) {
+  return __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kLanes)...);
+}
+template <int64_t... kLane>
+inline Vec second_halves(Vec a, Vec b, std::integer_sequence<int64_t, kLane...>) {
+  return __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kLanes + kLanes / 2)...);
+}
+using Lanes = std::make_integer_sequence<int64_t, kLanes>;
+inline Vec first_halves(Vec a, Vec b) { return first_halves(a, b, Lanes{}); }
+inline Vec second_halves(Vec a, Vec b) { return second_halves(a, b, Lanes{}); }
+#else
+inline IntVec in_turn(int from) {
+  IntVec mask;
+  for (int i = 0; i < kLanes; i++) mask[i] = i / 2 + (i % 2) * kLanes + from;
+  return mask;
+}
+inline Vec first_halves(Vec a, Vec b) { return __builtin_shuffle(a, b, in_turn(0)); }
+inline Vec second_halves(Vec a, Vec b) { return __builtin_shuffle(a, b, in_turn(kLanes / 2)); }
+#endif
 
 // The nearest bfloat16 number, halves to even; a NaN stays one. A bfloat16 is the upper half of a float32.
 inline Vec nearest_bfloat16(Vec x) {

@@ -2,12 +2,16 @@
 // memory that each thread keeps.
 #pragma once
 
-#include <omp.h>
-
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <new>
+#include <exception>
+
+#include "paddle/common/exception.h"  // the only one that Paddle hands on; it ends the process on others
+
+// Of omp.h, which clang has only where its own OpenMP library is installed; Paddle's serves all compilers.
+extern "C" int omp_get_max_threads();
+extern "C" int omp_in_parallel();
 
 namespace alignment {
 
@@ -20,8 +24,17 @@ void parallel_for(int64_t n, const F& f) {
   }
   // no `omp for`: the loops of newer compilers go wrong in the OpenMP library that Paddle 3.3 ships
   std::atomic<int64_t> next{0};
+  // an exception (no memory) must not leave the threads, which would end the process
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr problem;
 #pragma omp parallel
-  for (int64_t i = next++; i < n; i = next++) f(i);
+  try {
+    for (int64_t i = next++; i < n; i = next++) f(i);
+  } catch (...) {
+    if (!failed.test_and_set()) problem = std::current_exception();
+    next = n;
+  }
+  if (problem) std::rethrow_exception(problem);
 }
 
 // f(begin, end) for pieces of at least `least` rows.
@@ -50,7 +63,7 @@ class Buffer {
       data_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
       if (data_ == nullptr) {
         size_ = 0;
-        throw std::bad_alloc();
+        PD_THROW("CPU kernels: no memory for ", floats * sizeof(float), " bytes");
       }
     }
     return data_;
