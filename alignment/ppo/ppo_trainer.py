@@ -421,7 +421,7 @@ class PPOTrainer:
         if self.saved_at != self.state.global_step:
             self.save_checkpoint(half_used=self.half_used)
         self._write_rows()  # those of an unfinished update; a resumed run writes them again
-        command = resume_command(self.argv, world_size=self.world.processes)
+        command = resume_command(self.argv, world_size=self.world.processes, overwrites=self.args.overwrite_output_dir)
         get_logger().warning("stopped at step %d and saved; go on with:\n  %s", self.state.global_step, command)
         return EXIT_INTERRUPTED
 

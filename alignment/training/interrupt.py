@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 
 EXIT_INTERRUPTED = 130
 RESUME_WORD = "resume_from_checkpoint"
+OVERWRITE_WORD = "overwrite_output_dir"
 _LAUNCHER = ("paddle.distributed.launch", "paddle/distributed/launch", "paddle/distributed/launch/__main__.py")
 
 
@@ -62,23 +63,30 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
-def resume_command(argv: list[str] | None = None, *, world_size: int = 1) -> str:
+def resume_command(argv: list[str] | None = None, *, world_size: int = 1, overwrites: bool = False) -> str:
     """The shell command that continues this run from its latest checkpoint; with several hosts, the one to give on
     each of them.
 
     Args:
         argv: the stage's arguments (JSON file and overrides); by default those of ``sys.argv``.
         world_size: number of processes, for the launcher's part of the line.
+        overwrites: whether this run was to start afresh (overwrite_output_dir), which a resumed one must not.
     """
     arguments = [a for a in (sys.argv[1:] if argv is None else argv)]
-    kept, skip = [], False
+    kept, former, changed = [], "", [f"{RESUME_WORD}=true"]
     for argument in arguments:
-        if skip:
-            skip = False
-        elif argument == "--" + RESUME_WORD:
-            skip = True
-        elif argument.removeprefix("--").split("=", 1)[0] != RESUME_WORD:
+        name, given, _ = argument.removeprefix("--").partition("=")
+        # Is it the value of the key before it? A bare --overwrite_output_dir has none.
+        is_value = former == RESUME_WORD or (former and not given and not argument.startswith("--"))
+        former = name if name in (RESUME_WORD, OVERWRITE_WORD) and argument == f"--{name}" and not is_value else ""
+        if is_value:
+            continue
+        if name == OVERWRITE_WORD:
+            overwrites = False
+        elif name != RESUME_WORD:
             kept.append(argument)
+    if overwrites:  # the argument file says so
+        changed.append(f"{OVERWRITE_WORD}=false")
     script = sys.argv[0]
     python = os.path.basename(sys.executable) or "python"
     comment = ""
@@ -96,7 +104,7 @@ def resume_command(argv: list[str] | None = None, *, world_size: int = 1) -> str
         # Called through `alignment STAGE ...`: the words before the stage's own arguments belong to the command.
         head = sys.argv[1 : len(sys.argv) - len(argv)] if sys.argv[1:][-len(argv) :] == argv else []
         start += head
-    return shlex.join([*start, *kept, f"{RESUME_WORD}=true"]) + comment
+    return shlex.join([*start, *kept, *changed]) + comment
 
 
 def _launcher_words(script: str) -> list[str]:

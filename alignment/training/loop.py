@@ -289,7 +289,9 @@ class StageTrainer:
         if self.progress.step > 0 and not self.store.path(self.progress.step).exists():
             self.save_checkpoint()
         if self.world.is_main:
-            command = resume_command(self.argv, world_size=self.world.processes)
+            command = resume_command(
+                self.argv, world_size=self.world.processes, overwrites=self.args.overwrite_output_dir
+            )
             if self.progress.step > 0:
                 saved = f"saved {self.store.path(self.progress.step)}"
                 self.writer.write(f"interrupted after step {self.progress.step}; {saved}. Continue with:\n  {command}")

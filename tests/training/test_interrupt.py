@@ -153,3 +153,21 @@ def test_resume_command(
     monkeypatch.setattr(sys, "argv", argv)
     python = os.path.basename(sys.executable)
     assert resume_command(stage_argv, world_size=world_size) == expected.format(python=python)
+
+
+@pytest.mark.parametrize(
+    ("argv", "overwrites", "expected"),
+    [
+        (["a.json", "overwrite_output_dir=true", "seed=1"], True, "a.json seed=1 resume_from_checkpoint=true"),
+        (["a.json", "--overwrite_output_dir", "--seed", "1"], True, "a.json --seed 1 resume_from_checkpoint=true"),
+        (["a.json", "--overwrite_output_dir", "true", "seed=1"], True, "a.json seed=1 resume_from_checkpoint=true"),
+        (["a.json", "--overwrite_output_dir", "seed=1"], True, "a.json seed=1 resume_from_checkpoint=true"),
+        (["a.json"], True, "a.json resume_from_checkpoint=true overwrite_output_dir=false"),
+    ],
+)
+def test_the_resume_command_of_a_run_that_overwrote_is_not_refused(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str], overwrites: bool, expected: str
+) -> None:
+    """The two keys exclude each other, so the printed command must not carry both."""
+    monkeypatch.setattr(sys, "argv", ["run_sft.py", *argv])
+    assert resume_command(argv, overwrites=overwrites).endswith(f"run_sft.py {expected}")
