@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from alignment.arguments import PPOArguments, RewardArguments, SFTArguments, from_dict, parse, parse_ppo
+from alignment.arguments.checks import evaluation_metrics
 from alignment.errors import ArgumentsError
 
 TUNE = {"output_dir": "out", "model_name_or_path": "m", "train_datasets": "a"}
@@ -357,3 +359,27 @@ def test_a_mixture_by_name_has_no_evaluation_data_of_its_own() -> None:
 def test_layouts_that_cannot_be(values: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
     assert text in message(PPOArguments, values)
+
+
+@pytest.mark.parametrize("cls", list(BASE))
+def test_a_metric_that_no_evaluation_gives_is_refused_where_it_is_needed(cls: type) -> None:
+    """rl 3: at the first evaluation it would cost all that was trained until then."""
+    evaluated = {"evaluation_strategy": "steps", "save_strategy": "steps", "eval_datasets": "b", "eval_steps": 500}
+    wrong = {**evaluated, "metric_for_best_model": "eval_acuracy", "load_best_model_at_end": True}
+    text = message(cls, wrong)
+    assert "metric_for_best_model eval_acuracy: no such metric" in text and "there are" in text
+    args = from_dict(cls, {**BASE[cls], **wrong, "load_best_model_at_end": False})
+    assert args.metric_for_best_model in evaluation_metrics(args)
+    assert any("no such metric" in note for note in args.notes)
+
+
+def test_the_metrics_that_may_be_named_are_those_of_evaluations() -> None:
+    """rl 3: the list that a wrong name is compared with is the one that evaluations give."""
+    from alignment.rm.metrics import pair_metrics
+
+    given = pair_metrics(np.arange(4.0), np.arange(4.0)[::-1])
+    reward = from_dict(RM, BASE[RM])
+    assert {name for name in given if "/" not in name} | {"loss"} == set(evaluation_metrics(reward))
+    greedy = from_dict(PPOArguments, {**BASE[PPOArguments], "eval_temperature": 0, "reward": {"words": 1, "model": 2}})
+    assert "reward_greedy/words" in evaluation_metrics(greedy) and "reward" not in evaluation_metrics(greedy)
+    assert greedy.metric_for_best_model == "reward_greedy" and greedy.greater_is_better

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -44,8 +46,6 @@ def test_the_limit_ends_a_reward_that_hangs(wait) -> None:
 
 
 def test_a_reward_in_time_is_left_alone_and_may_use_signals_itself() -> None:
-    import signal
-
     def alarm() -> None:
         before = signal.signal(signal.SIGALRM, signal.SIG_IGN)  # raises outside the main thread
         signal.signal(signal.SIGALRM, before)
@@ -75,3 +75,20 @@ def test_a_reward_that_no_signal_wakes_ends_the_process() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert "reward 'judge' has not come back within 0.2 s and cannot be woken" in result.stderr
+
+
+def test_a_second_signal_ends_a_run_inside_a_reward() -> None:
+    """P10: one SIGTERM is a wish to end after the step; the second does not wait for the judge."""
+    from alignment.training.interrupt import Interrupt
+
+    def judge() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        interrupt._when -= 2.0  # as if that had been two seconds ago
+        os.kill(os.getpid(), signal.SIGTERM)
+        stubborn()
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
+        WeightedRewards([("judge", 1.0, Judge(judge))]).score(BATCH)
+    assert time.monotonic() - began < 10
