@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.errors import ModelError
+from alignment.ppo.generation import layers
 from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt, cache_bytes
 from alignment.ppo.generation.layers import LayerOps, PackedBatch
 from alignment.ppo.generation.sampler import SamplingSettings, apply_repetition_penalty, truncated_probabilities
@@ -492,3 +493,32 @@ def test_an_unknown_context_is_the_models_own(model_of: ModelOf, name: str, way:
     assert rollout.lengths.tolist() == [reach, reach]
     with pytest.raises(ModelError, match="no room for an answer"):
         engine.generate(make_prompts([reach]), SamplingSettings(4))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    tokens=st.integers(1, 120),
+)
+def test_prompts_are_read_in_groups(lengths: list[int], tokens: int) -> None:
+    """rl 21: a prefill's memory grew with the number of prompts."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    batch = PackedBatch(positions, np.arange(starts[-1]) + 7, starts)
+    parts = list(batch.parts(tokens))
+    assert [first for _, first, _ in parts] == [0, *(last for *_, last in parts[:-1])] and parts[-1][2] == starts[-1]
+    np.testing.assert_array_equal(np.concatenate([part.places for part, *_ in parts]), batch.places)
+    np.testing.assert_array_equal(np.concatenate([part.positions for part, *_ in parts]), positions)
+    assert np.concatenate([np.diff(part.starts) for part, *_ in parts]).tolist() == lengths
+    for part, *_ in parts:
+        widths = np.diff(part.starts)
+        assert len(widths) == 1 or len(widths) * widths.max() <= tokens
+
+
+def test_groups_of_prompts_are_answered_as_one(model_of: ModelOf, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rl 21: the answers and their probabilities do not depend on the groups."""
+    prompts = make_prompts([3, 9, 5, 1, 21, 12, 7])
+    whole = engine_for(model_of("qwen2"), way).generate(prompts, SamplingSettings(10, seed=3))
+    monkeypatch.setattr(layers, "PREFILL_TOKENS", 20)
+    parts = engine_for(model_of("qwen2"), way).generate(prompts, SamplingSettings(10, seed=3))
+    assert responses(parts) == responses(whole)
+    np.testing.assert_allclose(parts.logprobs, whole.logprobs, atol=1e-5)

@@ -21,7 +21,7 @@ import paddle
 import pytest
 from paddle import Tensor
 
-from alignment.kernels.build import compiler
+from alignment.kernels.build import compilers
 from alignment.kernels.ops import LayerShape
 from alignment.ppo.generation.gpu_operators import BLOCK, KERNELS, CachedRows, GpuOperators
 from alignment.ppo.generation.gpu_ops import GpuOps
@@ -51,7 +51,7 @@ def kernel_names(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Path(paddle.__file__).parent
     includes = [f"-I{root / 'include'}", f"-I{root / 'include/third_party'}", "-DPADDLE_WITH_CUSTOM_KERNEL"]
     libraries = [f"-L{root / 'libs'}", "-l:libphi_core.so", "-l:libphi.so"]
-    command = [compiler(), "-std=c++17", "-shared", "-fPIC", *includes, str(source), "-o", str(made), *libraries]
+    command = [*compilers()[0], "-std=c++17", "-shared", "-fPIC", *includes, str(source), "-o", str(made), *libraries]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return made

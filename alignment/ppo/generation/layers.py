@@ -7,6 +7,7 @@ batch, so rows come and go without anything being moved.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,10 @@ from alignment.ppo.models.decoder import Decoder, head_weight
 from alignment.ppo.models.forward import kept_tokens, lm_logits
 from alignment.ppo.models.precision import rounded
 
+#: Prompts are read in groups of so many tokens: what a layer holds at once does not grow with the number of prompts.
+#: Larger groups are no faster.
+PREFILL_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -36,6 +41,20 @@ class PackedBatch:
     positions: np.ndarray
     places: np.ndarray
     starts: np.ndarray
+
+    def parts(self, tokens: int) -> Iterator[tuple[PackedBatch, int, int]]:
+        """Cut into batches of whole prompts, in order, of at most so many tokens each when padded to their longest (a
+        longer prompt is alone), with the tokens ``[first, last)`` that each has.
+        """
+        lengths, begin = np.diff(self.starts), 0
+        while begin < len(lengths):
+            widths = np.maximum.accumulate(lengths[begin:])
+            fits = np.flatnonzero(widths * np.arange(1, len(widths) + 1) > tokens)
+            end = begin + (max(1, int(fits[0])) if len(fits) else len(widths))
+            first, last = int(self.starts[begin]), int(self.starts[end])
+            starts = self.starts[begin : end + 1] - first
+            yield PackedBatch(self.positions[first:last], self.places[first:last], starts), first, last
+            begin = end
 
 
 @dataclass(frozen=True)
@@ -98,8 +117,11 @@ class LayerOps:
     def prefill(self, tokens: np.ndarray, batch: PackedBatch) -> Tensor:
         """Read whole prompts ``[T]`` and keep them; returns ``[S, hidden]``, behind each prompt's last token."""
         angles = self.decoder.angles(int(batch.positions.max()) + 1)
-        x = self.layers(self.embed(paddle.to_tensor(tokens)), batch, angles)
-        return self.final_norm(paddle.gather(x, paddle.to_tensor(batch.starts[1:] - 1)))
+        ends = []
+        for part, first, last in batch.parts(PREFILL_TOKENS):
+            x = self.layers(self.embed(paddle.to_tensor(tokens[first:last])), part, angles)
+            ends.append(paddle.gather(x, paddle.to_tensor(part.starts[1:] - 1)))
+        return self.final_norm(ends[0] if len(ends) == 1 else paddle.concat(ends))
 
     def decode(self, tokens: Tensor, batch: CachedBatch) -> Tensor:
         """Read one more token ``[B]`` of each row; returns ``[B, hidden]``."""
