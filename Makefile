@@ -1,4 +1,4 @@
-# make demo | real | test | test-slow | chaos | bench | lint | format | docs | lock | clean
+# make demo | real | test | test-slow | test-bf16 | nightly | chaos | bench | lint | format | docs | lock | clean
 # Each target sets up its own environment in $(VENV) the first time; later runs start at once.
 #   PYTHON=/path/to/python3.11   which Python to use (3.10-3.12; found by itself otherwise)
 #   ARGS="..."                   passed on: make demo ARGS="--seed 1", make test ARGS="-k kl"
@@ -25,7 +25,7 @@ ifeq ($(shell $(BENCH_VENV)/bin/python -c "print(1)" 2>/dev/null),)
 $(BENCH_READY): FORCE
 endif
 
-.PHONY: help setup demo real test test-slow chaos parallel bench bench-env lint format docs lock clean FORCE
+.PHONY: help setup demo real test test-slow test-bf16 nightly chaos parallel bench bench-env lint format docs lock clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -59,6 +59,16 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow $(ARGS)
+
+# The tests that run models, with every model in bfloat16 (tests/precision.py).
+BF16_TESTS := tests/sft tests/rm tests/ppo tests/generation/test_engine.py tests/generation/test_run_generate.py \
+	tests/training tests/e2e/test_shipped_files.py
+
+test-bf16: $(READY)
+	ALIGNMENT_TEST_PRECISION=bf16 $(RUN) -m pytest -m "not slow" $(BF16_TESTS) $(ARGS)
+
+# All that there is: what .ci/run has no time for too.
+nightly: test test-slow parallel chaos test-bf16
 
 # Kill a run thirty times on one process and thirty on TP2 x PP2, resume it each time, and compare it with an
 # uninterrupted one bit by bit (about 3 minutes).

@@ -12,6 +12,7 @@ from paddle import nn
 from alignment.errors import CheckpointError, NonFiniteError
 from alignment.parallel import World
 from alignment.ppo.engine import Engine, OptimizerSettings
+from tests.precision import DTYPE
 
 SETTINGS = OptimizerSettings(
     learning_rate=1e-2,
@@ -206,11 +207,11 @@ def test_a_model_with_a_tied_head_loads_what_it_saved(arch: str, tmp_path: Path)
     from tests.tiny import tiny_model_dir
 
     folder = tiny_model_dir(tmp_path / "model", arch, tie_word_embeddings=True)
-    engine = Engine("actor", load_causal_lm(folder), World(), SETTINGS)
+    engine = Engine("actor", load_causal_lm(folder, dtype=DTYPE), World(), SETTINGS)
     for parameter in engine.model.parameters():
         parameter.set_value(parameter * 2.0)
     engine.save_weights(tmp_path / "saved")
-    other = Engine("actor", load_causal_lm(folder), World(), SETTINGS)
+    other = Engine("actor", load_causal_lm(folder, dtype=DTYPE), World(), SETTINGS)
     assert other.parameter_fingerprints() != engine.parameter_fingerprints()
     other.load_weights(tmp_path / "saved")
     assert other.parameter_fingerprints() == engine.parameter_fingerprints()
