@@ -288,3 +288,18 @@ def render(family: str, messages: list[dict[str, Any]], **given: Any) -> str:
     kind = FAMILIES[family]
     settings = {"tools": None, "bos_token": kind.bos or "", "eos_token": kind.eos, "add_generation_prompt": False}
     return environment.from_string(kind.template).render(messages=messages, **(settings | given))
+
+
+def write_model(folder: Path, family: str, *, score: bool = False, more_rows: int = 24) -> Path:
+    """Write a tiny random model with a family's tokenizer into ``folder`` and return it: a reward model with ``score``,
+    with ``more_rows`` rows in its embedding than the tokenizer has tokens.
+    """
+    from alignment.ppo.models import load_tokenizer, save_model
+    from tests.models.conftest import ModelKit
+
+    write_tokenizer(folder, family)
+    rows = max(load_tokenizer(folder).get_vocab().values()) + 1 + more_rows
+    kinds = {"qwen2.5": "qwen2", "qwen3": "qwen2", "mistral": "mistral", "gemma": "gemma", "deepseek": "qwen2"}
+    make = ModelKit().score if score else ModelKit().causal
+    save_model(make(kinds.get(family, "llama"), vocab_size=rows, max_position_embeddings=1024), folder)
+    return folder

@@ -80,6 +80,8 @@ def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
     world.phase("data")
     data = main_first(world, lambda: load_data(args, show_progress=world.is_main, resume=resume_path))
     check_same_data(args, world, resume_path, data.sets)
+    if world.is_main:
+        show_samples(args, data)
     sizes = args.derive_sizes(len(data.train), world.size)
     if args.dry_run:
         if world.is_main:
@@ -194,6 +196,35 @@ def load_data(args: PPOArguments, show_progress: bool = True, resume: Path | Non
         count = len(held_out) if args.eval_num_samples is None else min(args.eval_num_samples, len(held_out))
         eval_prompts = [as_prompt(held_out[i], i) for i in range(count)]
     return RunData(tokenizer, template, train, eval_prompts, ptx, reward_tokenizer, reward_template, sets)
+
+
+def show_samples(args: PPOArguments, data: RunData) -> None:
+    """Show a row of the run as each of its models reads it.
+
+    Raises:
+        DataError: a tokenizer's own file gives other ids than were used.
+    """
+    from alignment.ppo.data.encode import Limits, prompt_messages
+    from alignment.ppo.rewards import uses_model
+    from alignment.training.sample import show_sample, show_scored
+
+    roles = ["actor"] + ["critic"] * bool(args.do_train)
+    own_reward = data.reward_tokenizer is not None
+    roles += ["reward model"] * (uses_model(args.reward) and not own_reward)
+    with_ids = args.show_sample_ids
+    show_sample(data.train, ", ".join(roles), with_ids=with_ids, what=" [[the actor's answer]]")
+    if data.ptx is not None:
+        show_sample(data.ptx, "actor (ptx)", with_ids=with_ids)
+    if own_reward:
+        sample = data.train.example
+        show_scored(
+            prompt_messages(sample),
+            sample.get("tools"),
+            data.reward_tokenizer,
+            data.reward_template,
+            Limits(max_length=args.max_src_len + 2 * args.max_dec_len),
+            with_ids=with_ids,
+        )
 
 
 def own_reward_format(args: PPOArguments, tokenizer: Any, template: Any) -> tuple[Any | None, Any | None]:

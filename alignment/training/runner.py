@@ -107,6 +107,7 @@ def train_stage(
     from alignment.training.loop import StageTrainer
     from alignment.training.output import prepare_output_dir
     from alignment.training.resume import check_resumable, check_same_data
+    from alignment.training.sample import show_sample
 
     store = CheckpointStore(args.output_dir, args.save_total_limit)
     resume = None if args.dry_run else prepare_output_dir(args, world, store)
@@ -122,6 +123,8 @@ def train_stage(
     world.phase("data")
     data = main_first(world, lambda: build_data(args, tokenizer, template, show_progress=world.is_main))
     check_same_data(args, world, resume, data.sets)
+    if world.is_main:
+        show_sample(next(iter(data.sets.values())), role, with_ids=args.show_sample_ids)
     sizes = args.derive_sizes(len(data.train), world.size) if data.train is not None else None
     if args.dry_run:
         if world.is_main:

@@ -128,6 +128,8 @@ class TokenizedDataset(ABC):
         self._samples = samples if self.DEDUPLICATE else None
         self._kept = np.flatnonzero(self._table.reasons[self._sample_of] == "")
         self._account(loaded)
+        #: The first kept sample, to be shown.
+        self.example: Any = samples[int(self._sample_of[self._kept[0]])]
         self._count_repeats(source_numbers)
         _say_unread(self._sources, self._survey.unread, self.KIND)
 
