@@ -236,3 +236,18 @@ def test_prompts_end_with_the_user():
         PromptTemplate().format_prompt(["a", "b"])
     with pytest.raises(DataError, match="without turns"):
         PromptTemplate().format_turns([])
+
+
+def test_a_resumed_run_keeps_its_day(tmp_path):
+    """D10: the tokens of a resumed run are those of the run that it goes on from, on whatever day it goes on."""
+    from alignment.training.runner import stage_template
+
+    source = "{{ strftime_now('%d') }}" + CHATML
+    folder = make_bpe(tmp_path / "model", eos="<|im_end|>", chat_template=source)
+    args = SimpleNamespace(prompt_template="auto", enable_thinking=None, allow_template_mismatch=False)
+    fresh = stage_template(args, load(folder), str(folder))
+    for place in ("checkpoint-1", "checkpoint-2/policy"):  # of SFT and reward models, of PPO
+        PromptTemplate("chat", source, date="2001-02-03").save(tmp_path / place)
+        resumed = stage_template(args, load(folder), str(folder), tmp_path / place.split("/")[0])
+        assert resumed.date == "2001-02-03" != fresh.date and resumed.source == fresh.source
+        assert resumed.to_dict() != fresh.to_dict()  # so the cache of another day is not read

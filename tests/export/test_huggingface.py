@@ -267,3 +267,32 @@ def test_ids_outside_the_vocabulary_are_not_passed_on(kit: Any, tmp_path: Path) 
     config = read(tmp_path / "hf" / "config.json")
     assert (config["eos_token_id"], config["pad_token_id"], config["bos_token_id"]) == (None, None, 5)
     assert report.notes == ["the source has no tokenizer, so none was exported"]
+
+
+def test_a_tokenizer_that_would_encode_otherwise_is_not_shipped(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """D2: an export refuses where it warned and went on."""
+    from alignment.errors import ModelError
+    from alignment.ppo.models.hf_tokenizer import write_hf_tokenizer
+
+    source = make_folder("qwen2")
+    tokenizer = load_tokenizer(source)
+    tokenizer.backend.add_tokens(["<think>"])  # training reads it as one token, the file does not
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(ModelError, match=r"would encode '<think>' otherwise than the tokenizer that the model was"):
+        write_hf_tokenizer(source, tmp_path / "hf", tokenizer)
+
+
+@pytest.mark.parametrize("format", ["paddle", "huggingface"])
+def test_every_exported_folder_has_the_chat_template(make_folder: MakeFolder, format: str, tmp_path: Path) -> None:
+    """D28: the trained template in both places where other programs look, also of a Beaver model."""
+    from alignment.ppo.data import PromptTemplate
+    from alignment.ppo.models.tokenizers import copy_tokenizer_files
+
+    source = make_folder("qwen2")
+    export_model(source, tmp_path / "out", format=format)
+    jinja = PromptTemplate().as_jinja()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8") == jinja
+    assert read(tmp_path / "out" / "tokenizer_config.json")["chat_template"] == jinja
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    (tmp_path / "merged").mkdir()  # what merge_lora does with the base's files
+    assert "chat_template.jinja" in copy_tokenizer_files(tmp_path / "out", tmp_path / "merged")
