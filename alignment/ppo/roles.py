@@ -76,14 +76,10 @@ class PolicyRole:
         self.engine, self.temperature = engine, temperature
         self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
 
-    def forward(self, rollout: Rollout, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-        """``(logprobs, entropy)``, both ``[B, R]`` float32, zero behind the ends; differentiable when the engine is
-        trainable. For a model on one pipeline stage; :meth:`train` is for all.
-        """
-        return self.of_hidden(self.engine.hidden_states(rows_of(rollout)), rollout, entropy_grad)
-
     def of_hidden(self, hidden: Tensor, rollout: Rollout, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`, from final hidden states ``[B, T, hidden]``."""
+        """``(logprobs, entropy)``, both ``[B, R]`` float32, zero behind the ends, from final hidden states
+        ``[B, T, hidden]``; differentiable when the engine is trainable.
+        """
         positions = ResponsePositions.of(rollout)
         if not len(positions.labels):
             zeros = paddle.zeros(positions.shape, dtype="float32")

@@ -308,8 +308,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
         assert scorer is not None
         return scorer(batch)
 
-    base_dir = Path(args.file).resolve().parent if args.file else None
-    rewards = resolve_rewards(args.reward, by_model, base_dir, args.reward_timeout)
+    rewards = resolve_rewards(args.reward, by_model, args.reward_timeout)
     rewards.settle_columns(dict.fromkeys(name for rows in data.prompt_sets for name in rows.columns()))
     get_logger().info("reward: %s", rewards)
     residency = build_residency(

@@ -58,7 +58,7 @@ def test_logprobs_are_those_of_each_row_alone(policy: PolicyRole, micro: int) ->
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected_logprobs(policy, rollout), atol=2e-5)
     with paddle.no_grad():
-        forward, entropy = role.forward(rollout)
+        forward, entropy = role.of_hidden(role.engine.hidden_states(rows_of(rollout)), rollout)
     np.testing.assert_allclose(forward.numpy(), got, atol=1e-5)
     assert (entropy.numpy()[rollout.mask > 0] > 0).all()
     assert not entropy.numpy()[rollout.mask == 0].any()
@@ -115,7 +115,7 @@ def test_rows_without_any_answer(policy: PolicyRole, critic: ValueRole) -> None:
     rollout = make_rollout([(3, 0), (2, 0)])
     assert policy.logprobs(rollout).tolist() == [[0.0], [0.0]]
     assert critic.values(rollout).tolist() == [[0.0], [0.0]]
-    logprobs, _ = policy.forward(rollout)
+    logprobs, _ = policy.of_hidden(policy.engine.hidden_states(rows_of(rollout)), rollout)
     assert logprobs.numpy().tolist() == [[0.0], [0.0]]
 
 

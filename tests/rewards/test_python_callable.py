@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from alignment.arguments import parse_ppo
 from alignment.errors import AlignmentError, RewardError
-from alignment.ppo.rewards import RewardBatch, resolve_rewards
+from alignment.ppo.rewards import RewardBatch, WeightedRewards, resolve_rewards
 from alignment.ppo.rewards.python_callable import PythonReward
 
 BATCH = RewardBatch(
@@ -307,10 +309,19 @@ def test_a_file_in_the_current_folder_then_beside_the_json(tmp_path: Path, monke
     beside.mkdir()
     (beside / "my_rewards.py").write_text(GOOD)
     monkeypatch.chdir(here)
-    rewards = resolve_rewards("my_rewards.py:helpfulness", base_dir=beside)
-    assert rewards.score(BATCH).parts["helpfulness"].tolist() == [14, 15, 14]
+    values = {
+        "output_dir": "out", "actor_model_name_or_path": "m", "train_datasets": "a",
+        "reward": "my_rewards.py:helpfulness",
+    }  # fmt: skip
+
+    (beside / "ppo.json").write_text(json.dumps(values))
+
+    def found() -> WeightedRewards:
+        return resolve_rewards(parse_ppo([str(beside / "ppo.json")]).reward)
+
+    assert found().score(BATCH).parts["helpfulness"].tolist() == [14, 15, 14]
     (here / "my_rewards.py").write_text(GOOD.replace("float(len(r))", "1.0"))
-    assert resolve_rewards("my_rewards.py:helpfulness", base_dir=beside).score(BATCH).total.tolist() == [1, 1, 1]
+    assert found().score(BATCH).total.tolist() == [1, 1, 1]
 
 
 def test_a_modules_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

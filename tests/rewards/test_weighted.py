@@ -53,11 +53,14 @@ def test_uses_model() -> None:
     assert not uses_model("words")
 
 
-def test_files_are_logged_by_function_unless_two_would_share_it(tmp_path: Path) -> None:
+def test_files_are_logged_by_function_unless_two_would_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.py").write_text("def f(prompts, responses):\n    return [1.0 for _ in responses]\n")
-    assert resolve_rewards("a.py:f", base_dir=tmp_path).names == ["f"]
-    assert resolve_rewards(["a.py:f", "b.py:f"], base_dir=tmp_path).names == ["a.py:f", "b.py:f"]
+    monkeypatch.chdir(tmp_path)
+    assert resolve_rewards("a.py:f").names == ["f"]
+    assert resolve_rewards(["a.py:f", "b.py:f"]).names == ["a.py:f", "b.py:f"]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class PythonReward(RewardSource):
             close = nearest(missing[0], columns)
             raise RewardError(
                 f"reward {self.NAME!r} needs the column{'s' * (len(missing) != 1)} {', '.join(map(repr, missing))}, "
-                f"which the prompts' rows do not have{close}; they have: {', '.join(map(repr, columns)) or 'none'}"
+                f"which the prompts' rows do not have; they have: {', '.join(map(repr, columns)) or 'none'}{close}"
             )
 
     def _arguments(self, batch: RewardBatch) -> tuple[list[Any], dict[str, Any]]:
@@ -135,12 +135,11 @@ def name_hint(function: Callable) -> str:
     return f"`def {getattr(function, '__name__', 'reward')}(prompts, responses, **row)`"
 
 
-def load_function(spec: str, base_dir: str | Path | None = None) -> Callable:
+def load_function(spec: str) -> Callable:
     """Load ``"file.py:function"`` or ``"package.module:function"``.
 
     Args:
-        spec: a relative file is looked for in the current folder, then in ``base_dir``.
-        base_dir: the folder of the JSON file that says it.
+        spec: the file as the arguments have found it, beside the JSON file or in the current folder.
 
     Raises:
         RewardError: there is no such file or the function's name is missing.
@@ -152,13 +151,10 @@ def load_function(spec: str, base_dir: str | Path | None = None) -> Callable:
     if not place or not name:
         raise RewardError(f'reward {spec!r}: name the function too, as in "{place or name}:my_reward"')
     if place.endswith(".py"):
-        folders = [Path.cwd(), *([Path(base_dir)] if base_dir else [])]
-        files = [folder / Path(place).expanduser() for folder in folders]
-        found = next((file for file in files if file.is_file()), None)
-        if found is None:
-            tried = ", ".join(dict.fromkeys(str(file) for file in files))
-            raise RewardError(f"reward {spec!r}: there is no such file (looked for {tried})")
-        place = str(found.resolve())
+        file = Path(place).expanduser().resolve()
+        if not file.is_file():
+            raise RewardError(f"reward {spec!r}: there is no such file (looked for {file})")
+        place = str(file)
     return load_object(f"{place}:{name}")
 
 

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,7 +91,6 @@ def uses_model(spec: Any) -> bool:
 def resolve_rewards(
     spec: Any,
     model_scorer: ModelScorer | None = None,
-    base_dir: str | Path | None = None,
     timeout: float = 0.0,
 ) -> WeightedRewards:
     """Make the sources that ``reward`` names.
@@ -101,7 +99,6 @@ def resolve_rewards(
         spec: ``None`` (the reward model alone), a NAME, a list of NAMEs (weight 1 each) or a mapping NAME -> weight. A
             NAME is ``"model"``, a registered name, ``"file.py:function"`` or ``"package.module:function"``.
         model_scorer: scores a batch with the reward model: ``[B]`` float32. Needed only for ``"model"``.
-        base_dir: where relative files are looked for when they are not in the current folder.
         timeout: see :class:`WeightedRewards`.
 
     Raises:
@@ -109,7 +106,7 @@ def resolve_rewards(
             ``"model"``.
     """
     weights = _weights(spec)
-    made = [(name, weight, _make(name, model_scorer, base_dir)) for name, weight in weights.items()]
+    made = [(name, weight, _make(name, model_scorer)) for name, weight in weights.items()]
     short = short_names(list(weights))
     return WeightedRewards(
         [(name, weight, source) for name, (_, weight, source) in zip(short, made, strict=True)], timeout
@@ -135,7 +132,7 @@ def _weights(spec: Any) -> dict[str, float]:
     return {name: float(weight) for name, weight in spec.items()}
 
 
-def _make(name: str, model_scorer: ModelScorer | None, base_dir: str | Path | None) -> RewardSource:
+def _make(name: str, model_scorer: ModelScorer | None) -> RewardSource:
     if name == MODEL:
         if model_scorer is None:
             raise RewardError(
@@ -144,7 +141,7 @@ def _make(name: str, model_scorer: ModelScorer | None, base_dir: str | Path | No
             )
         return ModelReward(model_scorer)
     from_file = ":" in name or name.endswith(".py")
-    reward = load_function(name, base_dir) if from_file else registered_reward(name)
+    reward = load_function(name) if from_file else registered_reward(name)
     if isinstance(reward, RewardSource):
         return reward
     if inspect.isclass(reward) and issubclass(reward, RewardSource):
