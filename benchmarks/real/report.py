@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.peers.run import cpu_name
 
 CURVES = (
     ("eval/reward_greedy", "right sums of held-out ones, greedy"),
@@ -169,15 +172,24 @@ def answers_table(rows: Sequence[tuple[str, str, str, float, float]]) -> str:
 def show(out: Path, seeds: Sequence[int]) -> None:
     """Print the tables and write ``results.json`` and, where PPO has run, ``curves.png``."""
     results = collect(out, seeds)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    seconds = sum(facts["seconds"] for facts in results.values())
+    peak = max((facts["peak_mib"] for facts in results.values()), default=0)
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS", "all cores")}
+    figures = {"machine": machine, "seconds": seconds, "peak_mib": peak, "stages": results}
+    (out / "results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     runs = [out / name for name in results if name.startswith("ppo-")]
     if runs:
         draw_curves(runs, out / "curves.png")
         print(f"\n{answers_table(answers(runs[0]))}")
     print(f"\n{figures_table(results)}")
+    print(
+        f"{seconds / 60:.0f} minutes and {peak / 1024:.1f} GiB at the peak, {machine['cores']} cores, {machine['cpu']}"
+    )
     for stage, facts in results.items():
         for difference in facts.get("different", []):
             print(f"{stage}: differs from transformers': {difference}")
+        if facts["resumed"]:
+            print(f"{stage}: was interrupted, so time and memory are those of its last part")
         if facts["quick"]:
             print(f"{stage}: a quick run of a few steps, so its figures say nothing")
     print(f"figures: {out / 'results.json'}" + (f"; curves: {out / 'curves.png'}" if runs else ""))

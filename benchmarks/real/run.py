@@ -135,6 +135,7 @@ def run_stage(name: str, out: Path, options: argparse.Namespace) -> int:
     else:
         command = ["-m", "alignment", stage, str(CONFIG / f"{stage}_argument.json"), *overrides(name, out, options)]
     print(f"\n== {name}: python {' '.join(command)}", flush=True)
+    resumes = interrupted(folder, options)
     began = time.monotonic()
     status, peak = watched([sys.executable, *command])
     seconds = time.monotonic() - began
@@ -144,6 +145,7 @@ def run_stage(name: str, out: Path, options: argparse.Namespace) -> int:
         shutil.rmtree(checkpoint)
     sources = {key: path.name if (path := getattr(options, key)) else "generated rows" for key in REAL_DATA}
     facts = {"seconds": round(seconds, 1), "peak_mib": round(peak), "quick": options.quick, "data": sources}
+    facts["resumed"] = resumes  # then time and memory are those of the last part
     done.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return 0
 
@@ -161,6 +163,11 @@ def watched(command: list[str]) -> tuple[int, float]:
     return abs(process.returncode), usage.ru_maxrss / 1024
 
 
+def interrupted(folder: Path, options: argparse.Namespace) -> bool:
+    """Whether a stage's folder holds a run to go on with."""
+    return not options.again and any(folder.glob("checkpoint-*"))
+
+
 def overrides(name: str, out: Path, options: argparse.Namespace) -> list[str]:
     """What changes in a stage's JSON file: the folder, the seed, and whether an interrupted run goes on."""
     stage, _, seed = name.partition("-")
@@ -173,8 +180,8 @@ def overrides(name: str, out: Path, options: argparse.Namespace) -> list[str]:
     }
     if seed:
         changed |= {"output_dir": str(out / name), "seed": seed}
-    interrupted = not options.again and any((out / name).glob("checkpoint-*"))
-    changed |= {"resume_from_checkpoint": "true"} if interrupted else {"overwrite_output_dir": "true"}
+    resumes = interrupted(out / name, options)
+    changed |= {"resume_from_checkpoint": "true"} if resumes else {"overwrite_output_dir": "true"}
     return [*(f"{key}={value}" for key, value in changed.items()), *(QUICK[stage] if options.quick else [])]
 
 

@@ -102,7 +102,13 @@ def test_wrong_options(argv: list[str], message: str) -> None:
 
 
 def test_the_report_of_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    facts = {"seconds": 61.2, "peak_mib": 2048, "quick": False, "data": {"gsm8k": "g.jsonl", "hh": "h.jsonl"}}
+    facts = {
+        "seconds": 61.2,
+        "peak_mib": 2048,
+        "quick": False,
+        "resumed": True,
+        "data": {"gsm8k": "g.jsonl", "hh": "h.jsonl"},
+    }
     for seed in (1, 2):
         folder = tmp_path / f"ppo-{seed}"
         folder.mkdir()
@@ -124,13 +130,22 @@ def test_the_report_of_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[s
     found = {"prompts": 20, "equal": 19, "ties": 1, "tokens": 578, "different": []}
     (tmp_path / "greedy" / "answers.json").write_text(json.dumps(found))
     report.show(tmp_path, [1, 2, 3])
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())["stages"]
     assert list(results) == ["greedy", "ppo-1", "ppo-2"]
     assert results["ppo-2"]["greedy"] == {"before": 0.3, "after": 0.7} and results["ppo-2"]["kl"] == 1.0
     assert results["ppo-1"]["seconds_of_phases"] == {"update": 4.0}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    for text in ("20 of 20", "five [wrong]", "4 [right]", "2.0 GiB", "61 s", "0.700"):
+    for text in (
+        "20 of 20",
+        "five [wrong]",
+        "4 [right]",
+        "2.0 GiB",
+        "61 s",
+        "0.700",
+        "was interrupted",
+        "3 minutes and 2.0 GiB",
+    ):
         assert text in shown
 
 
@@ -154,7 +169,7 @@ def test_a_quick_run_of_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/done.json")}
     assert run.main(argv) == 0
     assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/done.json")}
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["stages"]
     assert list(results) == ["greedy", "sft", "rm", "ppo-1"]
     assert results["sft"]["loss"]["before"] > 0 and results["ppo-1"]["optimizer_steps"] == 2
     assert all(facts["seconds"] > 0 and facts["peak_mib"] > 500 for facts in results.values())
