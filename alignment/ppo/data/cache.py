@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -38,10 +39,13 @@ _PROBES = ("Hello, world! 12345\n\n  two", "Привет, 世界 \U0001f600", ""
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return a hash of what decides a tokenizer's output: its class, vocabulary, special tokens, files, and some
-    probes.
+    """Return a hash of what decides a tokenizer's output: its class and that one's code, vocabulary, special tokens,
+    files, and some probes.
     """
     digest = hashlib.sha256()
+    module = sys.modules.get(type(tokenizer).__module__)
+    if getattr(module, "__file__", None):
+        digest.update(source_fingerprint(module).encode())
     facts = [
         type(tokenizer).__name__,
         _safe_len(tokenizer),
