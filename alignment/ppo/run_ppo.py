@@ -377,6 +377,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
             token_budget=args.rollout_token_budget,
             most_rows=most_rows,
             tokens=tokens,
+            progress=not args.disable_tqdm if world.is_main else None,
         ),
     )
 

@@ -516,3 +516,16 @@ def test_an_actor_with_more_rows_than_its_tokenizer_has_tokens(
     ]
     saved = read_weights(tmp_path / "wide" / "policy")
     assert saved["qwen2.embed_tokens.weight"].shape[0] == rows + 40
+
+
+def test_generating_shows_its_progress(
+    ppo_json: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rollout or evaluation of a real model takes a minute: it says how far it is, and how long it will take."""
+    from alignment import tally
+
+    monkeypatch.setattr(tally, "EVERY", 0.0)
+    with caplog.at_level("INFO", "alignment"):
+        main(["ppo", str(ppo_json(max_steps=1, disable_tqdm=True))])
+    told = [line for line in caplog.messages if line.startswith("generating: ")]
+    assert told and all(" answers/s, " in line and line.endswith(" left") for line in told)

@@ -28,6 +28,7 @@ from alignment.ppo.models import keep_tokens, predicted_tokens
 from alignment.ppo.models.decoder import decoder_of
 from alignment.ppo.models.forward import backbone_of, longest_row
 from alignment.ppo.rollout import Rollout, join_rollouts
+from alignment.tally import Tally
 
 __all__ = ["GenerationEngine", "GenerationPrompt"]
 
@@ -50,6 +51,7 @@ class GenerationEngine:
         token_budget: tokens that the rollout engine's cache holds; 0 for as many as :func:`cache_bytes` hold.
         most_rows: answers that are under way at once; None for as many as there is room for.
         tokens: of the tokenizer; rows of the model beyond them are never sampled. None: all rows are tokens.
+        progress: show how many answers have ended, by a bar (True) or by lines (False); None: show nothing.
 
     Raises:
         ModelError: the model has no row for a token that ends answers.
@@ -73,6 +75,7 @@ class GenerationEngine:
         token_budget: int = 0,
         most_rows: int | None = None,
         tokens: int | None = None,
+        progress: bool | None = None,
     ) -> None:
         self.model, self.tokenizer, self.schedule = model, tokenizer, schedule
         self.eos_ids = tuple(int(i) for i in eos_ids)
@@ -85,7 +88,7 @@ class GenerationEngine:
                 "tokens: no answer could end. Does the tokenizer belong to it?"
             )
         self.context_length = longest_row(backbone_of(model), context_length)
-        self.token_budget, self.most_rows = token_budget, most_rows
+        self.token_budget, self.most_rows, self.progress = token_budget, most_rows, progress
         self.batch_size = max(1, most_rows or batch_size)
         self.ops: LayerOps | None = None
         self.figures: BatchFigures | None = None
@@ -133,10 +136,15 @@ class GenerationEngine:
         stop = self.stop_rule(settings.stop)
         was_training = self.model.training
         self.model.eval()
+        answers, shown = len(prompts) * num_return_sequences, self.progress is not None
+        context = self.context_length
+        tally = Tally("generating", answers, unit="answers", bar=bool(self.progress), active=shown)
         try:
-            with paddle.no_grad():
+            with paddle.no_grad(), tally:
                 if self.ops is not None:
-                    table = RowTable.start(prompts, num_return_sequences, settings, stop, self.context_length)
+                    table = RowTable.start(
+                        prompts, num_return_sequences, settings, stop, self.context_length, tally.add
+                    )
                     budget = self.token_budget or cache_bytes() // self.ops.bytes_per_token
                     batch = ContinuousBatch(self.ops, table, settings, budget, self.most_rows, self.kept)
                     self.figures = batch.run()
@@ -145,7 +153,7 @@ class GenerationEngine:
                 per_batch = max(1, (batch_size or self.batch_size) // num_return_sequences)
                 for start in range(0, len(prompts), per_batch):
                     some = prompts[start : start + per_batch]
-                    table = RowTable.start(some, num_return_sequences, settings, stop, self.context_length)
+                    table = RowTable.start(some, num_return_sequences, settings, stop, context, tally.add)
                     self._plain.run(table, settings)
                     parts.append(table.rollout(self.pad_id))
                 return join_rollouts(parts, self.pad_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ class RowTable:
         finished: ``[N]`` bool, whether it ended by itself.
         tokens: ``[N, max limit]`` int64.
         logprobs: ``[N, max limit]`` float32.
+        ended: is told how many rows have just ended.
     """
 
     prompts: Sequence[GenerationPrompt]
@@ -58,6 +59,7 @@ class RowTable:
     finished: np.ndarray
     tokens: np.ndarray
     logprobs: np.ndarray
+    ended: Callable[[int], None] = lambda count: None
 
     @classmethod
     def start(
@@ -67,6 +69,7 @@ class RowTable:
         settings: SamplingSettings,
         stop: StopRule,
         context_length: int | None,
+        ended: Callable[[int], None] = lambda count: None,
     ) -> RowTable:
         """A table of empty answers."""
         repeat = np.repeat(np.arange(len(prompts)), copies)
@@ -88,6 +91,7 @@ class RowTable:
             finished=np.zeros(len(repeat), dtype=bool),
             tokens=np.zeros(shape, dtype=np.int64),
             logprobs=np.zeros(shape, dtype=np.float32),
+            ended=ended,
         )
 
     def __len__(self) -> int:
@@ -105,7 +109,9 @@ class RowTable:
         else:
             ended = np.isin(tokens, self.stop.eos_ids)
         self.finished[rows[ended]] = True
-        return ~ended & (place + 1 < self.limit[rows])
+        going = ~ended & (place + 1 < self.limit[rows])
+        self.ended(int(len(going) - going.sum()))
+        return going
 
     def rollout(self, pad_id: int) -> Rollout:
         """All rows, as they are now."""

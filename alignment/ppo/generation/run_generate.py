@@ -36,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
     parser.add_argument("--num_return_sequences", type=int, default=1, help="answers per prompt (1)")
     parser.add_argument("--batch_size", type=int, help="answers generated together (as many as fit the cache)")
+    parser.add_argument("--disable_tqdm", action="store_true", help="lines in place of the progress bar")
     parser.add_argument("--seed", type=int, default=42, help="of the sampling (42)")
     parser.add_argument(
         "--prompt_template",
@@ -118,7 +119,9 @@ class Answerer:
         keep_tokens(model, vocabulary_size(tokenizer))  # rows of the model that are no tokens have no text
         rows = options.batch_size
         eos_ids = eos_token_ids(model, tokenizer)
-        self.engine = GenerationEngine(model, tokenizer, eos_ids, context, rows or 16, most_rows=rows)
+        self.engine = GenerationEngine(
+            model, tokenizer, eos_ids, context, rows or 16, most_rows=rows, progress=not options.disable_tqdm
+        )
         self.settings = SamplingSettings(
             max_new_tokens=longest,
             temperature=options.temperature,
