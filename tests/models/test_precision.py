@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,21 @@ import paddle
 import pytest
 
 from alignment.parallel.gradients import add_up_in_float32, gradient, set_gradient
-from alignment.ppo.models import Rows, backbone_of, hidden_states, lm_logits, load_causal_lm
+from alignment.ppo.models import (
+    LoRASettings,
+    Rows,
+    backbone_of,
+    hidden_states,
+    lm_logits,
+    load_causal_lm,
+    merge_lora,
+    save_model,
+)
 from alignment.ppo.models.fused import FusedDecoder
 from alignment.ppo.models.precision import rounded, store_in_bfloat16
 from alignment.ppo.models.safetensors_file import bfloat16_to_float32, to_bfloat16
+from alignment.training.optimizer import OptimizerSettings, adamw_step, global_norm
+from tests.precision import read_weights, stored_codes
 
 Folder = Callable[[str], Path]
 
@@ -134,6 +146,53 @@ def test_gradients_of_bfloat16_tensors_add_up_in_float32() -> None:
     assert gradient(parameter).tolist() == [1.5, 1.5]
     set_gradient(parameter, None)
     assert gradient(parameter) is None
+
+
+def test_adamw_gets_the_main_gradients() -> None:
+    """B2: clipped in float32, and handed to Paddle's AdamW in place of the bfloat16 ones."""
+
+    class Optimizer:
+        _master_weights: dict[str, Any] = {}
+
+        def set_lr(self, rate: float) -> None:
+            self.rate = rate
+
+        def _apply_optimize(self, loss: Any, startup_program: Any, params_grads: list[tuple[Any, Any]]) -> None:
+            self.pairs = params_grads
+
+    one, untouched = (
+        paddle.base.framework.EagerParamBase.from_tensor(paddle.ones([2]).astype("bfloat16")) for _ in range(2)
+    )
+    add_up_in_float32([one, untouched])
+    set_gradient(one, paddle.to_tensor([3.0, 4.0]))
+    assert global_norm([one, untouched]) == 5.0
+    optimizer = Optimizer()
+    adamw_step(optimizer, [one, untouched], OptimizerSettings(1e-3), 1e-3, 0.001)
+    [(parameter, grad)] = optimizer.pairs
+    assert parameter is one and optimizer.rate == 1e-3
+    np.testing.assert_array_equal(grad.numpy(), np.array([3.0, 4.0], np.float32) * np.float32(0.001))
+
+
+def test_merged_adapters_of_a_bfloat16_run_are_rounded_once(kit: Any, causal_folder: Folder, tmp_path: Path) -> None:
+    """Merged in float32 and stored in bfloat16; an adapter of a GPU's bfloat16 run could not be merged on a CPU."""
+    base = causal_folder("qwen2")
+    model = load_causal_lm(base, dtype="bfloat16", lora=LoRASettings(rank=4))
+    draw = np.random.default_rng(0)
+    tensors = dict(model.model.named_parameters())
+    for name, tensor in tensors.items():
+        if "lora_" in name:
+            tensor.set_value(nearest(draw.standard_normal(tensor.shape).astype(np.float32) * 0.05))
+    save_model(model, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "lora_config.json").read_text())["dtype"] == "bfloat16"
+    kit.tokenizer_folder(tmp_path / "adapter")
+    merge_lora(tmp_path / "adapter", tmp_path / "merged")
+    assert stored_codes(tmp_path / "merged") == {"BF16"}
+    layer = "qwen2.layers.0.self_attn.q_proj"
+    plain = load_causal_lm(base).state_dict()[f"{layer}.weight"].numpy()
+    update = tensors[f"{layer}.lora_A"].numpy() @ tensors[f"{layer}.lora_B"].numpy() * 2.0  # alpha / rank
+    merged = read_weights(tmp_path / "merged")[f"{layer}.weight"]
+    np.testing.assert_array_equal(merged, nearest(merged))
+    np.testing.assert_allclose(merged, plain + update, rtol=2**-8, atol=1e-5)
 
 
 class Head(paddle.nn.Layer):
