@@ -134,10 +134,9 @@ def run_main(main: Callable[[list[str]], int | None], argv: Sequence[str] | None
     """Call ``main(argv)`` as the outermost frame of a program and return the exit status.
 
     An :class:`~alignment.errors.AlignmentError` is printed to standard error without a traceback (status 2), Ctrl-C
-    gives 130, and
-    anything else is a bug and keeps its traceback (status 1). A process of a multi-process run does not return: after
-    flushing, it ends at once with the status, because the teardown of gloo's threads may abort a process that has done
-    its work.
+    gives 130, and anything else is a bug and keeps its traceback (status 1). A process of a multi-process run does not
+    return: after flushing, it ends at once with the status, because the teardown of gloo's threads may abort a process
+    that has done its work.
 
     Args:
         main: takes the arguments behind the program's name; ``None`` counts as 0.

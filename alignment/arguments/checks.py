@@ -414,12 +414,10 @@ def _check_windows(args: PPOArguments, problems: Problems) -> None:
     unit = math.lcm(window, samples) // samples
     fix = math.ceil(prompts / unit) * unit
     problems.add(
-        f"the batch sizes do not divide: per_device_prompt_batch_size {prompts} x num_return_sequences {samples} "
-        f"= {rows} samples "
-        f"per rollout, per_device_train_batch_size {args.per_device_train_batch_size} x gradient_accumulation_steps "
-        f"{args.gradient_accumulation_steps} = {window} per optimizer step; one must be a multiple of the other, "
-        "for instance "
-        f"per_device_prompt_batch_size {fix}",
+        f"the batch sizes do not divide: per_device_prompt_batch_size {prompts} x num_return_sequences {samples} = "
+        f"{rows} samples per rollout, per_device_train_batch_size {args.per_device_train_batch_size} x "
+        f"gradient_accumulation_steps {args.gradient_accumulation_steps} = {window} per optimizer step; one must be a "
+        f"multiple of the other, for instance per_device_prompt_batch_size {fix}",
         "per_device_prompt_batch_size",
         "num_return_sequences",
         "per_device_train_batch_size",

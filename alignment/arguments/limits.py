@@ -42,9 +42,8 @@ def _fit_row(args: Arguments, context: int, where: str) -> list[str]:
     if prompt_limit is not None and prompt_limit >= context:
         if prompt_key in args.given:
             raise ArgumentsError(
-                f"{prompt_key} is {prompt_limit} tokens, but {where} has a context of {context}: no token is left "
-                "for the answer; "
-                f"set {prompt_key} below {context}"
+                f"{prompt_key} is {prompt_limit} tokens, but {where} has a context of {context}: no token is left for "
+                f"the answer; set {prompt_key} below {context}"
             )
         setattr(args, prompt_key, context // 2)
         notes.append(f"{prompt_key} is {context // 2} tokens, half of the context of {where}")

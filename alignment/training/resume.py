@@ -212,7 +212,7 @@ def compare_arguments(saved: dict[str, Any], args: Any) -> tuple[list[str], list
 
 
 def _same(key: str, then: Any, now: Any) -> bool:
-    if then == now:
+    if then == now or (key == "prompt_template" and then is None and now == "auto"):  # null: auto's older name
         return True
     is_path = key.endswith("_name_or_path") and isinstance(then, str) and isinstance(now, str)
     return is_path and os.path.realpath(then) == os.path.realpath(now)

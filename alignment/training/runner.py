@@ -202,7 +202,7 @@ def main_first(world: World, build: Callable[[], T]) -> T:
 
 def stage_template(args: Arguments, tokenizer: Any, model_folder: str, resume: Path | None = None) -> PromptTemplate:
     """The prompt template of this run: the given one, else the model's (see :meth:`PromptTemplate.choose`); one line
-    says which and why. A run that goes on keeps its day.
+    says which and why. A run that goes on keeps its day, and its template where none is given.
 
     Args:
         args: of any stage.
@@ -213,11 +213,18 @@ def stage_template(args: Arguments, tokenizer: Any, model_folder: str, resume: P
     Raises:
         DataError: it differs from the one that the model was trained with, and ``allow_template_mismatch`` is not set.
     """
-    template, saved, why = PromptTemplate.for_model(args.prompt_template, tokenizer, model_folder, args.enable_thinking)
-    check_same(saved, template, f"the model {model_folder}", "this run", args.allow_template_mismatch)
-    if resume is not None:
-        for folder in (resume, resume / "policy"):
-            template = template.with_choices_of(PromptTemplate.load(folder))
+    given = args.prompt_template
+    folders = (resume, resume / "policy") if resume is not None else ()
+    kept = next((found for folder in folders if (found := PromptTemplate.load(folder)) is not None), None)
+    goes_on = kept is not None and given == "auto"
+    template, saved, why = PromptTemplate.for_model(
+        kept if goes_on else given, tokenizer, model_folder, args.enable_thinking
+    )
+    template = template.with_choices_of(kept)
+    if goes_on:
+        why = "as the run began"
+    else:
+        check_same(saved, template, f"the model {model_folder}", "this run", args.allow_template_mismatch)
     say_once(f"prompt template: {template.describe()} ({why})")
     return template
 

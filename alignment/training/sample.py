@@ -61,7 +61,8 @@ def show_sample(dataset: Any, role: str, *, with_ids: bool = False, what: str = 
             lines.append(f"ids: {ids}")
     tokens = " and ".join(str(len(ids)) for ids in encoded.rows)
     text = "\n".join(lines)
-    get_logger().info("sample as the %s reads it (%s tokens; [[T: ...]] is trained):\n%s", role, tokens, text)
+    readers = f"{role} read it" if ", " in role else f"{role} reads it"
+    get_logger().info("sample as the %s (%s tokens; [[T: ...]] is trained):\n%s", readers, tokens, text)
 
 
 def show_scored(

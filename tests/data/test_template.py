@@ -251,3 +251,16 @@ def test_a_resumed_run_keeps_its_day(tmp_path):
         resumed = stage_template(args, load(folder), str(folder), tmp_path / place.split("/")[0])
         assert resumed.date == "2001-02-03" != fresh.date and resumed.source == fresh.source
         assert resumed.to_dict() != fresh.to_dict()  # so the cache of another day is not read
+
+
+def test_a_resumed_run_keeps_its_template_where_none_is_given(tmp_path):
+    """What `auto` finds may change between versions (one that wrote null took Beaver): the checkpoint knows better."""
+    from alignment.training.runner import stage_template
+
+    folder = make_bpe(tmp_path / "model", eos="<|im_end|>", chat_template=CHATML)
+    args = SimpleNamespace(prompt_template="auto", enable_thinking=None, allow_template_mismatch=False)
+    assert stage_template(args, load(folder), str(folder)).kind == "chat"
+    for place in ("checkpoint-1", "checkpoint-2/policy"):  # of SFT and reward models, of PPO
+        PromptTemplate().save(tmp_path / place)
+        resumed = stage_template(args, load(folder), str(folder), tmp_path / place.split("/")[0])
+        assert resumed.kind == "beaver" and resumed.eos_token == "<|im_end|>"

@@ -202,9 +202,11 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(kit: Any, tmp_path: P
     with pytest.raises(ModelError, match=r"actor: the tokenizer's largest id is \d+, but the embedding of .* 120 rows"):
         check_tokenizer_fits(tokenizer, tmp_path / "120", role="actor")
     check_tokenizer_fits(tokenizer, tmp_path / str(size), role="actor")
-    assert "the others are never sampled" not in said()
+    assert "the other rows" not in said()
     check_tokenizer_fits(tokenizer, tmp_path / str(size + 24), role="actor")
-    assert f"has {size + 24} rows, its tokenizer {size} tokens; the others are never sampled" in said()
+    assert f"has {size + 24} rows, its tokenizer {size} tokens; the other rows are never sampled" in said()
+    check_tokenizer_fits(tokenizer, tmp_path / str(size + 24), role="critic")  # nothing is sampled from it
+    assert said().endswith(f"has {size + 24} rows, its tokenizer {size} tokens; the other rows stay unused")
 
 
 def test_tokenizers_differ_by_vocabulary_and_special_tokens(kit: Any, tmp_path: Path) -> None:

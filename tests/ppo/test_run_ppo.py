@@ -508,7 +508,7 @@ def test_an_actor_with_more_rows_than_its_tokenizer_has_tokens(
     assert main(["ppo", str(ppo_json("whole", **common))]) == 0
     assert "never sampled" not in capsys.readouterr().err
     assert main(["ppo", str(ppo_json("wide", actor_model_name_or_path=str(padded), **common))]) == 0
-    assert "has 344 rows, its tokenizer 304 tokens; the others are never sampled" in capsys.readouterr().err
+    assert "has 344 rows, its tokenizer 304 tokens; the other rows are never sampled" in capsys.readouterr().err
     assert_same_metrics(metric_rows(tmp_path / "whole"), metric_rows(tmp_path / "wide"), 1e-5)
     texts = [(tmp_path / name / "eval_samples.jsonl").read_text() for name in ("whole", "wide")]
     assert [json.loads(line)["response"] for line in texts[0].splitlines()] == [

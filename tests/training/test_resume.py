@@ -161,6 +161,12 @@ def test_all_differences_are_told_at_once() -> None:
     assert set(changed) == {"learning_rate", "critic_learning_rate", "top_p"}
 
 
+def test_null_is_what_auto_was_called_before() -> None:
+    then = arguments().to_dict() | {"prompt_template": None}
+    assert compare_arguments(then, arguments()) == ([], [])
+    assert compare_arguments(then, arguments(prompt_template="chat")) == (["prompt_template"], [])
+
+
 def test_keys_of_another_version_are_not_compared() -> None:
     before = arguments().to_dict()
     del before["seed"]

@@ -120,7 +120,7 @@ def test_a_reward_model_of_another_family_reads_its_own_template(tmp_path: Path,
         return said()[before:]
 
     text = run()
-    assert "sample as the actor, critic reads it" in text and f"<|im_start|>user\n{QUESTION}<|im_end|>" in text
+    assert "sample as the actor, critic read it" in text and f"<|im_start|>user\n{QUESTION}<|im_end|>" in text
     scored = text.partition("sample as the reward model reads it")[2]
     assert f"<|start_header_id|>user<|end_header_id|>\n\n{QUESTION}<|eot_id|>" in scored and "im_start" not in scored
     assert scored.rstrip().endswith("(an answer)<|eot_id|>")

@@ -90,7 +90,7 @@ class RunningMoments:
     """Mean and standard deviation over everything seen, merged batch by batch.
 
     Source: Chan, Golub, LeVeque 1979, the pairwise update. The statistics are the population's (divide by n), so one
-        row is enough.
+    row is enough.
     """
 
     mean: float = 0.0

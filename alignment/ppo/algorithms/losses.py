@@ -85,9 +85,8 @@ def policy_loss(
     """PPO's clipped surrogate: ``max(-A rho, -A clip(rho, 1 - low, 1 + high))`` with
     ``rho = exp(logprobs - old_logprobs)``.
 
-    Source: Schulman et al. 2017, eq. 7. A different upper range is DAPO's clip-higher (Yu et al. 2025); ``dual_clip`` =
-        c > 1 bounds
-    the loss of negative advantages by ``-c A`` (Ye et al. 2020, eq. 5).
+    Source: Schulman et al. 2017, eq. 7. A different upper range is DAPO's clip-higher (Yu et al. 2025). ``dual_clip``
+    (c > 1) bounds the loss of negative advantages by ``-c A`` (Ye et al. 2020, eq. 5).
 
     Args:
         logprobs: ``[B, R]`` of the network in training, differentiable.

@@ -114,9 +114,8 @@ class Encoder:
         for name, limit in (("max_length", limits.max_length), ("max_src_len", limits.max_src_len)):
             if limit is not None and limit < header + 2:
                 raise DataError(
-                    f"{name}={limit} leaves no room for a prompt: the template's own "
-                    f"{template.assistant_header()!r} takes "
-                    f"{header} tokens; use at least {header + 2}"
+                    f"{name}={limit} leaves no room for a prompt: the template's own {template.assistant_header()!r} "
+                    f"takes {header} tokens; use at least {header + 2}"
                 )
 
     def _added_bos(self) -> int | None:

@@ -112,7 +112,11 @@ class PromptTemplate:
 
     @classmethod
     def for_model(
-        cls, given: str | None, tokenizer: Any, model: str | Path, enable_thinking: bool | None = None
+        cls,
+        given: str | PromptTemplate | None,
+        tokenizer: Any,
+        model: str | Path,
+        enable_thinking: bool | None = None,
     ) -> tuple[PromptTemplate, PromptTemplate | None, str]:
         """Settle the template for a model.
 
@@ -347,9 +351,8 @@ def check_same(
     if first.same_text(second):
         return
     message = (
-        f"the prompt templates differ: {where_first} has {first.describe()}, {where_second} has "
-        f"{second.describe()}. A model "
-        "that meets another template than it was trained on answers and scores badly"
+        f"the prompt templates differ: {where_first} has {first.describe()}, {where_second} has {second.describe()}. A "
+        "model that meets another template than it was trained on answers and scores badly"
     )
     if not allow:
         raise DataError(

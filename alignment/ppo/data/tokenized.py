@@ -273,9 +273,8 @@ class TokenizedDataset(ABC):
         if not len(self._kept):
             dropped = counts_text(Counter(reasons.tolist()))
             raise DataError(
-                f"no data is left of {self.name!r} ({self.KIND}) after filtering: {len(reasons)} rows taken, "
-                f"dropped: {dropped}"
-                f" (max_length={self.limits.max_length}, max_src_len={self.limits.max_src_len}){first}"
+                f"no data is left of {self.name!r} ({self.KIND}) after filtering: {len(reasons)} rows taken, dropped: "
+                f"{dropped} (max_length={self.limits.max_length}, max_src_len={self.limits.max_src_len}){first}"
             )
 
     # ---------------------------------------------------------------- tokenising

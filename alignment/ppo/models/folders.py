@@ -247,9 +247,8 @@ def shards_of(index_file: Path, *, role: str = "model") -> tuple[Path, ...]:
     missing = [name for name in names if not (index_file.parent / name).is_file()]
     if missing:
         raise ModelError(
-            f"{role}: {index_file.parent} lacks {len(missing)} of the {len(names)} weight files that "
-            f"{index_file.name} names: "
-            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+            f"{role}: {index_file.parent} lacks {len(missing)} of the {len(names)} weight files that {index_file.name} "
+            f"names: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
         )
     return tuple(index_file.parent / name for name in names)
 

@@ -261,8 +261,7 @@ def _check_config(config: PretrainedConfig, folder: ModelFolder, *, role: str) -
     if head_dim not in (None, config.hidden_size // heads):
         raise ModelError(
             f"{where}: head_dim {head_dim} differs from hidden_size / num_attention_heads = "
-            f"{config.hidden_size // heads}; "
-            f"paddlenlp's {folder.model_type} cannot do that"
+            f"{config.hidden_size // heads}; paddlenlp's {folder.model_type} cannot do that"
         )
 
 
@@ -312,15 +311,13 @@ def _fill(
     if missing:
         raise ModelError(
             f"{role}: {folder} lacks {len(missing)} of the {len(state)} tensors that its config asks for: "
-            f"{some_of(sorted(missing))}; "
-            "the config belongs to another model, or the weights are incomplete"
+            f"{some_of(sorted(missing))}; the config belongs to another model, or the weights are incomplete"
         )
     if unexpected:
         raise ModelError(
             f"{role}: {folder} has {len(unexpected)} tensors that its config has no place for: "
             f"{some_of(map(weights.stored_name, unexpected))}; the config belongs to another model, or paddlenlp's "
-            f"{weights.folder.model_type} lacks a "
-            "feature that this model uses"
+            f"{weights.folder.model_type} lacks a feature that this model uses"
         )
     for name, tensor in state.items():
         piece = pieces[name]
@@ -334,8 +331,7 @@ def _fill(
         if list(array.shape) != expected:
             raise ModelError(
                 f"{role}: {weights.file_of(whole)}: tensor {weights.stored_name(whole)} has shape {list(array.shape)} "
-                f"(as [in, out]); "
-                f"the config asks for {expected}"
+                f"(as [in, out]); the config asks for {expected}"
             )
         tensor.set_value(paddle.to_tensor(piece.cut(array, topology)).astype(tensor.dtype))
 

@@ -95,8 +95,7 @@ def add_lora(
         examples = [name for name, layer in model.named_sublayers() if isinstance(layer, nn.Linear)][:3]
         raise ModelError(
             f"LoRA: target_modules {config.target_modules} match no linear layer; they are regular expressions for "
-            f"whole names such as "
-            f"{', '.join(examples)}"
+            f"whole names such as {', '.join(examples)}"
         )
     if dtype is not None:
         adapted.lora_config.dtype = dtype  # tensors that are stored by rounding do not say it
@@ -188,8 +187,7 @@ def _apply_adapter(model: PretrainedModel, folder: Path) -> None:
     if wrong:
         raise ModelError(
             f"LoRA adapter {folder} does not fit its base: {len(wrong)} tensors differ in name or shape, such as "
-            f"{wrong[0]}; "
-            f"is the base in {folder / CONFIG_FILE} the one that was adapted?"
+            f"{wrong[0]}; is the base in {folder / CONFIG_FILE} the one that was adapted?"
         )
     for name, tensor in expected.items():
         tensor.set_value(paddle.to_tensor(saved[name][0].read(name)).astype(tensor.dtype))

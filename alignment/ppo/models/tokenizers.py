@@ -179,7 +179,8 @@ def check_tokenizer_fits(tokenizer: Any, model: str | os.PathLike, *, role: str)
                 "(vocab_size); the tokenizer belongs to another model"
             )
     if 0 <= largest + 1 < rows:
-        say_once(f"{role}: {model} has {rows} rows, its tokenizer {largest + 1} tokens; the others are never sampled")
+        others = "are never sampled" if role == "actor" else "stay unused"
+        say_once(f"{role}: {model} has {rows} rows, its tokenizer {largest + 1} tokens; the other rows {others}")
 
 
 def tokenizer_differs(a: Any, b: Any) -> bool:

@@ -76,11 +76,9 @@ def fetch_from_hub(name: str, *, role: str = "model", weights: bool = True) -> P
                     resolve_file_path(name, [shard])
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError, json.JSONDecodeError) as error:
         raise ModelError(
-            f"{role}: there is no folder {name!r}, and fetching a model of that name failed "
-            f"({type(error).__name__}: {_first_line(error)}). "
-            f"Give the path of a local folder that holds config.json, the tokenizer and the weights, or download "
-            f"{name} elsewhere and "
-            "copy it here"
+            f"{role}: there is no folder {name!r}, and fetching a model of that name failed ({type(error).__name__}: "
+            f"{_first_line(error)}). Give the path of a local folder that holds config.json, the tokenizer and the "
+            f"weights, or download {name} elsewhere and copy it here"
         ) from error
     return Path(config_file).parent
 
@@ -136,9 +134,8 @@ def translate_rope_scaling(config: PretrainedConfig, *, where: str) -> None:
     else:
         supported = "llama3, linear and dynamic" if config.model_type == "llama" else "none"
         raise ModelError(
-            f"{where}: rope_scaling of type {kind!r} is not supported by paddlenlp's {config.model_type} "
-            f"(supported: {supported}); "
-            "set rope_scaling to null if sequences stay within the original context"
+            f"{where}: rope_scaling of type {kind!r} is not supported by paddlenlp's {config.model_type} (supported: "
+            f"{supported}); set rope_scaling to null if sequences stay within the original context"
         )
 
 

@@ -65,8 +65,8 @@ def regex(prompts: list[str], responses: list[str], pattern: list[str]) -> list[
             scores.append(float(re.search(expression, response) is not None))
         except (re.error, TypeError) as error:
             raise RewardError(
-                f"reward 'regex': the row's \"pattern\" {expression!r} is not a regular expression: {error} "
-                f"(prompt: {prompt!r})"
+                f"reward 'regex': the row's \"pattern\" {expression!r} is not a regular expression: {error} (prompt: "
+                f"{prompt!r})"
             ) from error
     return scores
 
