@@ -123,6 +123,54 @@ def test_chat_template_beside_the_tokenizer_or_as_attribute(tmp_path):
     assert PromptTemplate.resolve("chat", SimpleNamespace(name_or_path=str(tmp_path), eos_token="e")).source == CHATML
 
 
+@pytest.mark.parametrize("place", ["config", "files"])
+def test_a_row_with_tools_takes_the_template_that_is_named_for_them(tmp_path, place):
+    """As transformers does, in both places where it keeps several; saved, they are one that other programs read."""
+    from alignment.ppo.models import load_tokenizer, save_tokenizer
+
+    with_tools = "{% for t in tools %}\n  <tool>{{ t.function.name }}</tool>{% endfor %}" + CHATML + "\n"
+    folder = make_bpe(tmp_path / "model", eos="<|im_end|>", chat_template=CHATML if place == "files" else None)
+    if place == "config":
+        file = folder / "tokenizer_config.json"
+        named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": with_tools}]
+        file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": named}))
+    else:
+        (folder / "chat_template.jinja").write_text(CHATML)
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(with_tools)
+    tokenizer = load_tokenizer(folder)
+    template = PromptTemplate.resolve("auto", tokenizer)
+    save_tokenizer(tokenizer, tmp_path / "saved", template)
+    row = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "3"}]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    for found in (template, PromptTemplate.resolve("chat", load_tokenizer(tmp_path / "saved"))):
+        plain = "".join(piece.text for piece in found.format_messages(row))
+        assert plain == "".join(piece.text for piece in make_chatml(tokenizer).format_messages(row))
+        text = "".join(piece.text for piece in found.format_messages(row, tools))
+        assert text == "  <tool>add</tool>" + plain
+
+
+def make_chatml(tokenizer):
+    return PromptTemplate.resolve(PromptTemplate("chat", CHATML), tokenizer)
+
+
+def test_a_templates_last_line_break_is_written_as_transformers_does(tmp_path):
+    """A file ends with a line break that is no part of the prompt; one that a user gave as text is."""
+    source = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{{ 'Answer:' if add_generation_prompt else '' }}\n"
+    for template in (
+        PromptTemplate.resolve("chat", SimpleNamespace(chat_template=source, eos_token="e")),
+        PromptTemplate.resolve(str(_written(tmp_path / "t.jinja", source)), FAKE),
+    ):
+        assert template.format_prompt("a") == "a\nAnswer:" and template.as_jinja() == source[:-1]
+    given = PromptTemplate.resolve(source, FAKE)
+    assert given.format_prompt("a") == "a\nAnswer:\n" and given.as_jinja() == source + "\n"
+
+
+def _written(path, text):
+    path.write_text(text)
+    return path
+
+
 def test_a_jinja_file(tmp_path):
     (tmp_path / "t.jinja").write_text(LLAMA2)
     assert PromptTemplate.resolve(str(tmp_path / "t.jinja"), FAKE) == PromptTemplate.resolve(LLAMA2, FAKE)

@@ -104,11 +104,12 @@ def _undefined() -> type[jinja2.Undefined]:
 def find_chat_source(tokenizer: Any) -> str | None:
     """Return the Jinja source of the tokenizer's chat template, None where it has none.
 
-    paddlenlp keeps only the compiled form in memory, so the source is read from the tokenizer's folder.
+    paddlenlp keeps only the compiled form in memory, so the source is read from the tokenizer's folder. Its last line
+    break is left out: transformers does not write it.
     """
     source = getattr(tokenizer, "chat_template", None)
     if isinstance(source, str) and ("{{" in source or "{%" in source):
-        return source
+        return source.removesuffix("\n")
     folder = tokenizer_folder(tokenizer)
     if folder is not None:
         if (folder / "chat_template.jinja").is_file():
@@ -116,7 +117,7 @@ def find_chat_source(tokenizer: Any) -> str | None:
         for name in ("tokenizer_config.json", "chat_template.json"):
             found = _source_in_json(folder / name)
             if found:
-                return found
+                return found.removesuffix("\n")
     return None
 
 
@@ -143,21 +144,24 @@ def chat_source(tokenizer: Any) -> str:
 
 
 def _source_in_json(path: Path) -> str | None:
+    from alignment.ppo.models.json_tokenizer import chat_template_of
+
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
         raise DataError(f"{path} cannot be read: {err}") from err
-    found = found.get("chat_template") if isinstance(found, dict) else None
-    if isinstance(found, list):  # several named templates
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) and found.strip() else None
+    return chat_template_of(found) if isinstance(found, dict) else None
 
 
 def read_text(path: Path) -> str:
+    """Return a template's file without its last line break, which editors write and transformers leaves out.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as err:
         raise DataError(f"the prompt template file {path} cannot be read: {err}") from err

@@ -225,7 +225,7 @@ class PromptTemplate:
     def as_jinja(self) -> str:
         """Return the template as the Jinja source of a tokenizer's chat template, which other programs read."""
         if self.kind != "beaver":
-            return self.source
+            return self.source + "\n" * self.source.endswith("\n")  # they leave out the last line break
         before, after = PROMPT_USER.split("{input}")
         after += PROMPT_ASSISTANT
         return (

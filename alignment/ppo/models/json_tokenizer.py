@@ -21,6 +21,7 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _UNLIMITED = 10**30  # how transformers writes "no longest sequence"
 #: How Qwen2's tokenizers cut text before byte pairs are merged.
@@ -301,17 +302,30 @@ def open_json_tokenizer(folder: Path, files: Sequence[str], *, where: str) -> Js
         return None
     own = (TOKENIZER_JSON, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
     kept = {name: (folder / name).read_bytes() for name in files if name not in own and (folder / name).is_file()}
+    if CHAT_TEMPLATE_FILE in kept and (folder / TOOL_TEMPLATE_FILE).is_file():
+        pair = kept[CHAT_TEMPLATE_FILE].decode("utf-8"), (folder / TOOL_TEMPLATE_FILE).read_text(encoding="utf-8")
+        kept[CHAT_TEMPLATE_FILE] = joined_template(*pair).encode()
     return JsonTokenizer(content, config, special, folder=folder, files=kept, where=where)
 
 
 def chat_template_of(config: Mapping[str, Any]) -> str | None:
-    """The chat template in ``tokenizer_config.json``: text, or the one of several that is named "default"."""
+    """The chat template in ``tokenizer_config.json``: text, or of several that have names those that
+    :func:`joined_template` takes.
+    """
     found = config.get("chat_template")
     if isinstance(found, list):
-        found = next(
-            (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), None
-        )
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = joined_template(named.get("default"), named.get("tool_use"))
     return found if isinstance(found, str) and found.strip() else None
+
+
+def joined_template(default: Any, tool_use: Any) -> Any:
+    """One template of two: transformers takes the one named "tool_use" for conversations with tools."""
+    if not isinstance(default, str) or not isinstance(tool_use, str):
+        return default
+    # The plus signs keep Jinja from trimming what stands beside them; a template's last line break is never written.
+    parts = default.removesuffix("\n"), tool_use.removesuffix("\n")
+    return "{{% if tools +%}}{1}{{%+ else +%}}{0}{{%+ endif %}}".format(*parts)
 
 
 def write_json_file(file: Path, content: Mapping[str, Any]) -> None:
