@@ -242,6 +242,11 @@ PAIRS = [
         ["domain"],
     ),
     ("shp", {"post_id": "1", "history": "q", "human_ref_A": "b", "human_ref_B": "a", "labels": 0}, ["post_id"]),
+    (
+        "lmsys, a battle",
+        {"model_a": "m", "winner": "model_b", "conversation_a": [Q, B], "conversation_b": [Q, A], "turn": 1},
+        ["model_a", "turn"],
+    ),
     ("paddlenlp", {"src": ["q"], "tgt": [], "response": ["b", "a"], "sort": [0, 1]}, []),
     (
         "ultrafeedback, the source",
@@ -387,6 +392,11 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         (SupervisedDataset, {"prompt": "q", "answer": ["a"]}, "`answer` must be text, not list"),
         (SupervisedDataset, {"prompt": "q"}, "`answer` is missing"),
         (SupervisedDataset, {"prompt": "q", "answer": None}, r"`answer` is missing.*null in this row: 'answer'"),
+        (
+            SupervisedDataset,
+            {"kind": "x", "input": "q", "target": "a"},
+            r"`answer` is missing.*not read in this row: kind, target",
+        ),
         (SupervisedDataset, {"prompt": None, "response": "a"}, "the column 'prompt' is null"),
         (SupervisedDataset, {"messages": [Q, A, Q2]}, "the conversation ends with the user and has no answer to train"),
         (SupervisedDataset, {"messages": None, "tools": None}, "the column 'messages' is null"),

@@ -160,6 +160,15 @@ def test_json_means_the_same_on_one_line_and_on_many(
     assert list(open_rows(tmp_path / "a.json")) == expected
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_of_json_lines_is_a_row_also_where_it_is_the_only_one(tmp_path: Path, name: str) -> None:
+    """A row that holds a list of objects (OpenAI's summaries) was taken for a table of them."""
+    row = {"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
+    line = json.dumps(row).encode()
+    (tmp_path / name).write_bytes(gzip.compress(line) if name.endswith(".gz") else line)
+    assert list(open_rows(tmp_path / name)) == [row]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

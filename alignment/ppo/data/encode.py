@@ -452,6 +452,8 @@ def _answer(sample: Mapping[str, Any], name: str, needs: str) -> list[Message]:
         raise DataError(f"`{name}` must begin and end with the assistant's turn")
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
+    if value is None and sample.get("unread"):
+        needs += f" (not read in this row: {', '.join(sample['unread'])})"
     return [{"role": "assistant", "content": _text({name: value}, name, needs)}]
 
 

@@ -202,7 +202,8 @@ def _open_json(file: Path, source: Path | bytes) -> Rows:
         first = first.removeprefix(b"\xef\xbb\xbf").strip()
         value, parses = _parsed(first)
         if parses and isinstance(value, dict):
-            single = not any(line.strip() for line in stream)  # a row, or a table written on one line
+            # One line is a row, or a table written on one line; in a file that calls itself JSON lines it is a row.
+            single = ".jsonl" not in file.suffixes and not any(line.strip() for line in stream)
             return _Whole(_table_of(value)) if single and _table_of(value) != [value] else _Lines(source)
         if not first.startswith((b"[", b"{")):
             return _Lines(source)

@@ -25,7 +25,8 @@ the answer                                              is
 ``response1 response2 overall_preference`` (HelpSteer),
 ``human_ref_A human_ref_B labels history`` (SHP),
 ``response_j response_k``, ``src tgt response sort``,
-``preferred_output non_preferred_output`` (OpenAI)
+``preferred_output non_preferred_output`` (OpenAI),
+``conversation_a conversation_b winner`` (arena)
 ``completions`` / ``responses`` / ``answers`` /         a pair: the best and the worst; those between them
 ``candidates``: objects with a text and a rank or       are not read
 score, or texts beside ``scores`` or ``ranks``
@@ -217,6 +218,8 @@ def _sample(columns: _Columns) -> RawSample:
     for chosen, rejected in _CHOSEN:
         if columns.has(chosen) or columns.has(rejected):
             return _chosen_and_rejected(columns, chosen, rejected)
+    if columns.has("conversation_a", "conversation_b", "winner"):
+        return _arena(columns)
     if columns.has("src", "response", "sort"):
         return _sorted_responses(columns)
     if columns.has("human_ref_A", "human_ref_B"):
@@ -360,6 +363,14 @@ def _chosen_and_rejected(columns: _Columns, one: str, other: str) -> RawSample:
             raise DataError(f"{name!r} must end with the assistant's answer, but ends with the user")
     _check_same_prompt(both[0][:-1], both[1][:-1], one, other)
     return _pair(columns, both[0][:-1], _plain_answer(both[0][-1:]), _plain_answer(both[1][-1:]), True)
+
+
+def _arena(columns: _Columns) -> RawSample:
+    """lmsys's battles: two conversations, and who won (``model_a``, ``model_b``, else nobody)."""
+    pair = _chosen_and_rejected(columns, "conversation_a", "conversation_b")
+    winner = columns.text("winner")
+    pair["better"] = winner == "model_a" if winner in ("model_a", "model_b") else None
+    return pair
 
 
 def _pair_of_texts(columns: _Columns, one: str, other: str) -> RawSample:
