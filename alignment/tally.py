@@ -18,8 +18,8 @@ class Tally:
         what: "evaluation", "scoring", ...
         total: how many there are.
         unit: what is counted, in the plural.
-        bar: a bar on standard error (tqdm's), which vanishes when it is full; False: a log line every :data:`EVERY`
-            seconds, so that short passes say nothing.
+        bar: a bar on standard error (tqdm's), which vanishes when it is full. False, and where standard error is no
+            terminal: a log line every :data:`EVERY` seconds, so that short passes say nothing and log files stay short.
         active: False shows nothing (processes other than the main one).
     """
 
@@ -28,7 +28,7 @@ class Tally:
         self._active = active
         self._begin = self._told = time.monotonic()
         self._bar: Any = None
-        if active and bar:
+        if active and bar and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=what, unit=f" {unit}", leave=False, dynamic_ncols=True, file=sys.stderr)

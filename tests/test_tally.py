@@ -22,7 +22,11 @@ def test_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -
     assert said.endswith("evaluation: 25 of 100 rows, 0.5 rows/s, 02:30 left\n") and said.count("\n") == 1
 
 
-def test_bar(capsys: pytest.CaptureFixture) -> None:
+def test_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    with Tally("scoring", 4) as shown:  # into a file: a bar there is a line for each time that it moves
+        shown.add(4)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(tally.sys.stderr, "isatty", lambda: True)
     with Tally("scoring", 4) as shown:
         shown.add(4)
     assert "scoring" in capsys.readouterr().err

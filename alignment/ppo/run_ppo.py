@@ -352,7 +352,9 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     running_normalization = bool(args.normalize_reward)
     if uses_model(args.reward):
         reward_path = args.reward_model_name_or_path
-        model = load_score_model(reward_path, score_type="reward", do_normalize=False, role="reward", **model_options)
+        model = load_score_model(
+            reward_path, score_type="reward", do_normalize=False, new_head="used", role="reward model", **model_options
+        )
         if args.normalize_reward and int(model.normalizer.count) > 0:
             get_logger().info("normalize_reward: by the statistics that are stored with the reward model")
             model.config.do_normalize, running_normalization = True, False

@@ -49,6 +49,7 @@ def _run(args: RewardArguments, world: Any, argv: list[str]) -> int:
             lora=lora_settings(args),
             topology=world.topology,
             seed=args.seed,
+            new_head="trained" if args.do_train else "used",
             role="reward model",
         ),
         make_stage=lambda engine, tokenizer, save: RewardStage(

@@ -97,7 +97,7 @@ class Scorer:
             raise ArgumentsError(f"--max_length {options.max_length}: the context of {options.model} is {context}")
         self.encoder = Encoder(tokenizer, template, Limits(max_length=options.max_length or context or 1 << 20))
         self.pad_id, self.size, self.skip = tokenizer.pad_token_id, options.batch_size, options.skip_bad_rows
-        model = load_score_model(options.model, score_type=None, do_normalize=None, role="--model")
+        model = load_score_model(options.model, score_type=None, do_normalize=None, new_head="refused", role="--model")
         self.engine = Engine("reward model", model, init_world())
 
     def score(self, data: Any, rows: Sequence[int]) -> Iterator[dict[str, Any]]:

@@ -171,6 +171,20 @@ def test_a_causal_folder_gets_a_new_head_and_says_so(model_type: str, causal_fol
     assert_same_weights(load_causal_lm(folder).base_model, first.backbone)
 
 
+def test_a_new_head_that_nobody_trains_is_a_warning_or_refused(
+    causal_folder: Folder, said: Said, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PPO was run against random scores, and `alignment score` printed them, with no more than a line that said so."""
+    folder = causal_folder("llama")
+    load_score_model(folder, role="critic")
+    assert "random" not in said() and not [r for r in caplog.records if r.levelname == "WARNING"]
+    load_score_model(folder, new_head="used", role="reward model")
+    assert "as it is not trained here, its scores are random numbers" in caplog.records[-1].getMessage()
+    assert caplog.records[-1].levelname == "WARNING"
+    with pytest.raises(ModelError, match="--model: .* has no score head.*train one from it with `alignment rm`"):
+        load_score_model(folder, new_head="refused", role="--model")
+
+
 def test_a_new_head_has_the_stated_spread(kit: Any) -> None:
     model = AutoModelForScore.from_config(
         kit.config("llama", hidden_size=1024, score_dim=8, num_hidden_layers=1, bias=True)

@@ -8,6 +8,7 @@ looks like one that trains badly.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from typing import Any
 
@@ -115,6 +116,7 @@ def load_score_model(
     config_overrides: dict[str, Any] | None = None,
     lora: LoRASettings | None = None,
     seed: int = 42,
+    new_head: str = "trained",
     topology: Topology = WHOLE,
     role: str = "score model",
 ) -> nn.Layer:
@@ -130,12 +132,15 @@ def load_score_model(
         dtype, config_overrides, lora, topology, role: as for :func:`load_causal_lm`. With LoRA the head is trained
             whole.
         seed: of a new head.
+        new_head: what is to become of a new head: it is ``"trained"``; it is ``"used"`` as it is, which is a warning;
+            or it is ``"refused"``.
 
     Returns:
         A score model, or a ``paddlenlp.peft.LoRAModel`` around it.
 
     Raises:
-        ModelError: as for :func:`load_causal_lm`, or an unknown score or normaliser type.
+        ModelError: as for :func:`load_causal_lm`, an unknown score or normaliser type, or no head where a new one is
+            refused.
     """
     quiet_paddlenlp()
     folder = open_folder(path, role=role)
@@ -152,6 +157,11 @@ def load_score_model(
         if value is not None:
             setattr(config, name, value)
     has_head = "score_head.weight" in weights
+    if not has_head and new_head == "refused":
+        raise ModelError(
+            f"{role}: {folder.path} has no score head, so it is no reward model, and its scores would be random "
+            "numbers; train one from it with `alignment rm`"
+        )
     if has_head:
         config.bias = "score_head.bias" in weights
         config.score_dim = weights.shape("score_head.weight")[-1]
@@ -164,12 +174,14 @@ def load_score_model(
         _fill(model, weights, topology, role=role, ignore=("lm_head.",), may_lack=("normalizer.", "score_head."))
         if topology.last_stage:
             model.reset_head(seed)
-        get_logger().info(
-            "%s: %s has no score head; a new one is drawn from normal(0, 1/sqrt(%d + 1)) with seed %d",
+        get_logger().log(
+            logging.WARNING if new_head == "used" else logging.INFO,
+            "%s: %s has no score head; a new one is drawn from normal(0, 1/sqrt(%d + 1)) with seed %d%s",
             role,
             folder.path,
             config.hidden_size,
             seed,
+            ", and as it is not trained here, its scores are random numbers" if new_head == "used" else "",
         )
     _say_what_differs(weights)
     return _finished(model, folder, lora, dtype)
