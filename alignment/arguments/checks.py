@@ -245,6 +245,7 @@ def _check_folders(args: Arguments, problems: Problems) -> None:
         problems.add(f"output_dir {output} is a file, not a folder", "output_dir")
     # Only the first process looks: by the time the others do, it may have begun to write.
     elif output.is_dir() and args.do_train and not resume and not args.overwrite_output_dir and device.rank() == 0:
+        from alignment.training.lock import LOCK
         from alignment.training.metrics import METRICS_FILE, last_step
 
         logs = Path(args.logging_dir or "")
@@ -266,7 +267,7 @@ def _check_folders(args: Arguments, problems: Problems) -> None:
             )
             if args.dry_run:
                 args.notes.append(message)
-            else:
+            elif not (output / LOCK).exists():  # else that run may be at work: the lock is asked next, and says it
                 problems.add(message, "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 
 

@@ -292,6 +292,17 @@ def test_metrics_of_a_trained_step_are_an_earlier_run(tmp_path: Path) -> None:
     assert "it holds metrics.jsonl" in message(PPOArguments, {})
 
 
+def test_a_folder_that_a_run_may_be_using_is_left_to_its_lock(tmp_path: Path) -> None:
+    """A second start was told to overwrite the first one's folder, and only then that it is in use."""
+    from alignment.training.lock import LOCK
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "policy").mkdir()
+    assert "overwrite_output_dir=true" in message(PPOArguments, {})
+    (tmp_path / "out" / LOCK).write_text("{}")
+    from_dict(PPOArguments, PPO)
+
+
 def test_only_the_first_process_judges_the_output_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out" / "policy").mkdir(parents=True)
     monkeypatch.setenv("PADDLE_TRAINER_ID", "1")

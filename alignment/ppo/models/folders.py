@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -224,7 +225,8 @@ def _find_weights(folder: Path, *, role: str) -> tuple[str, tuple[Path, ...]]:
     if (folder / LORA_CONFIG_FILE).is_file():
         raise ModelError(
             f"{role}: {folder} is a LoRA adapter, not a whole model; merge it into its base first: "
-            f"python -m alignment merge_lora --lora_path {folder} --output_path {folder}-merged"
+            f"python -m alignment merge_lora --lora_path {shlex.quote(str(folder))} --output_path "
+            f"{shlex.quote(f'{folder}-merged')}"
         )
     names = ", ".join((*(name for name, _ in WEIGHT_FILES), GGUF_FILE))
     raise ModelError(f"{role}: {folder} has no weights (looked for {names}; it holds: {_listing(folder)})")
