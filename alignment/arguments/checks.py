@@ -167,7 +167,7 @@ def _check_best_metric(args: Arguments, problems: Problems) -> None:
     name, known = wanted.removeprefix("eval_").removeprefix("eval/"), evaluation_metrics(args)
     if name in known:
         return
-    message = f"metric_for_best_model {wanted}: no such metric{nearest(name, known)}; there are {', '.join(known)}"
+    message = f"metric_for_best_model {wanted}: no such metric (there are {', '.join(known)}){nearest(name, known)}"
     if args.load_best_model_at_end:
         problems.add(message, "metric_for_best_model")
         return

@@ -68,6 +68,7 @@ def main(argv: list[str]) -> int:
 
 def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
     from alignment import runtime
+    from alignment.ppo.rewards import resolve_rewards
     from alignment.training.checkpoint import CheckpointStore
     from alignment.training.output import prepare_output_dir
     from alignment.training.resume import check_resumable, check_same_data
@@ -77,6 +78,8 @@ def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
     store = CheckpointStore(args.output_dir, args.save_total_limit)
     resume_path = None if args.dry_run else prepare_output_dir(args, world, store)
     check_resumable(args, world, resume_path)
+    # What is wrong with a reward is said before anything heavy is read; its model comes later.
+    rewards = resolve_rewards(args.reward, _model_comes_later, args.reward_timeout)
     world.phase("data")
     data = main_first(world, lambda: load_data(args, show_progress=world.is_main, resume=resume_path))
     check_same_data(args, world, resume_path, data.sets)
@@ -90,7 +93,11 @@ def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
     describe_run(args, world, data, sizes)
     runtime.seed_everything(args.seed)
     world.phase("models")
-    return build_trainer(args, world, data, sizes, argv).train(resume_path)
+    return build_trainer(args, world, data, sizes, argv, rewards).train(resume_path)
+
+
+def _model_comes_later(batch: Any) -> Any:
+    raise RuntimeError("the reward model is not loaded yet")
 
 
 def check_models(args: PPOArguments, topology: Any) -> None:
@@ -267,7 +274,7 @@ def own_reward_format(args: PPOArguments, tokenizer: Any, template: Any) -> tupl
     return None, None
 
 
-def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, argv: list[str]) -> Any:
+def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, argv: list[str], rewards: Any) -> Any:
     """Load the models and put the trainer together."""
     from alignment.parallel.offload import build_residency
     from alignment.ppo.dataflow import PPO_BETWEEN, PPO_ITERATION, optimizer_of
@@ -285,7 +292,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     )
     from alignment.ppo.phases import Roles
     from alignment.ppo.ppo_trainer import PPOTrainer
-    from alignment.ppo.rewards import RewardBatch, RewardResult, resolve_rewards, uses_model
+    from alignment.ppo.rewards import RewardBatch, RewardResult, uses_model
     from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
     from alignment.ppo.rollout import Rollout
     from alignment.ppo.scoring import RewardModelScorer
@@ -301,14 +308,6 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     }
     actor_path = args.actor_model_name_or_path
 
-    # what is wrong with a reward is said before anything heavy is read; its model comes later
-    scorer: RewardModelScorer | None = None
-
-    def by_model(batch: RewardBatch) -> Any:
-        assert scorer is not None
-        return scorer(batch)
-
-    rewards = resolve_rewards(args.reward, by_model, args.reward_timeout)
     rewards.settle_columns(dict.fromkeys(name for rows in data.prompt_sets for name in rows.columns()))
     get_logger().info("reward: %s", rewards)
     residency = build_residency(
@@ -362,7 +361,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
         limit = model_context_length(reward_path) or args.max_src_len + 2 * args.max_dec_len
         anew = data.reward_tokenizer is not None
         reads = (data.reward_tokenizer, data.reward_template) if anew else (data.tokenizer, data.template)
-        scorer = RewardModelScorer(reward_role, *reads, eos_ids, limit, anew=anew)
+        rewards.use_model(RewardModelScorer(reward_role, *reads, eos_ids, limit, anew=anew))
 
     generator = RolloutEngine(
         actor,

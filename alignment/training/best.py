@@ -23,7 +23,7 @@ def best_metric(args: Any, metrics: Mapping[str, float]) -> tuple[str, float]:
     name = wanted.removeprefix("eval_").removeprefix("eval/")
     if name not in metrics:
         raise ArgumentsError(
-            f"metric_for_best_model={wanted!r}: no such metric{nearest(name, metrics)}; there are {', '.join(metrics)}"
+            f"metric_for_best_model={wanted!r}: no such metric (there are {', '.join(metrics)}){nearest(name, metrics)}"
         )
     return name, metrics[name]
 

@@ -309,6 +309,32 @@ def test_a_reward_model_with_another_tokenizer_gets_the_answers_tokenised_anew(
     np.testing.assert_allclose([sample["score"] for sample in samples], scores, atol=1e-4)
 
 
+def test_what_was_cut_for_the_reward_model_is_in_the_metrics_and_said(
+    ppo_json: Callable[..., Path], tmp_path: Path, policy_dir: Path, foreign_reward: Path, capsys
+) -> None:
+    """rl 10: the counts of the scorer did not reach the run that used it."""
+    import shutil
+
+    folder = tmp_path / "short"
+    shutil.copytree(foreign_reward, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
+    models = {"reward_model_name_or_path": str(folder), "reward_critic_model_name_or_path": str(policy_dir)}
+    assert main(["ppo", str(ppo_json(reward=None, max_steps=1, **models))]) == 0
+    cut = [
+        row[key] for row in metric_rows(tmp_path / "ppo") for key in row if key.endswith("reward/truncated_fraction")
+    ]
+    assert cut and min(cut) > 0
+    assert "longer than the reward model's context and were cut for it" in capsys.readouterr().err
+
+
+def test_a_reward_that_there_is_not_is_found_before_the_data_are_read(
+    ppo_json: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ppo", str(ppo_json(reward="gsm8", train_datasets="jsonl::absent.jsonl"))]) == 2
+    assert "unknown reward 'gsm8'; did you mean 'gsm8k'?" in capsys.readouterr().err
+
+
 def test_a_critic_of_other_tokens_is_refused(
     ppo_json: Callable[..., Path], foreign_reward: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,12 @@ class WeightedRewards:
             total += weight * parts[name].astype(np.float64)
         return RewardResult(total=check_scores(str(self), total, batch), parts=parts, figures=figures)
 
+    def use_model(self, scorer: ModelScorer) -> None:
+        """Give the reward model, where it was not loaded yet when the sources were made."""
+        for _, _, source in self.sources:
+            if isinstance(source, ModelReward):
+                source.scorer = scorer
+
     def settle_columns(self, columns: Collection[str]) -> None:
         """Tell every source which columns the run's rows have; some rows may lack one.
 
@@ -75,11 +81,11 @@ class ModelReward(RewardSource):
     NAME = MODEL
 
     def __init__(self, scorer: ModelScorer) -> None:
-        self._scorer = scorer
+        self.scorer = scorer
 
     def score(self, batch: RewardBatch) -> np.ndarray:
-        scores = self._scorer(batch)
-        self.figures = dict(getattr(self._scorer, "figures", {}))
+        scores = self.scorer(batch)
+        self.figures = dict(getattr(self.scorer, "figures", {}))
         return scores
 
 
