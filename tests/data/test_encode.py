@@ -166,6 +166,20 @@ def test_without_a_prompt_limit_the_answer_claims_up_to_half(tokenizer):
     assert both.cuts == ["prompt cut on the left", "answer cut on the right"]
 
 
+def test_an_answer_that_lost_its_question_is_not_learned(tokenizer):
+    """Of a conversation that is cut on the left, the rest of an answer was trained as the beginning of a row."""
+    turns = ["a question " * 5, "one two three four five six", "b", "seven"]
+    whole = encoder(tokenizer).supervised({"dialogue": turns})
+    learned = [index for index, learnt in zip(whole.rows[0], whole.trained, strict=True) if learnt]
+    assert tokenizer.decode(learned) == "one two three four five six<|endoftext|>seven<|endoftext|>"
+    first = whole.trained.index(True)
+    for lost in (first, first + 3):  # the question alone, and some of the answer
+        row = encoder(tokenizer, max_length=len(whole.rows[0]) - lost).supervised({"dialogue": turns})
+        assert row.cuts == ["prompt cut on the left"] and row.rows[0] == whole.rows[0][lost:]
+        learned = [index for index, learnt in zip(row.rows[0], row.trained, strict=True) if learnt]
+        assert tokenizer.decode(learned) == "seven<|endoftext|>"
+
+
 def test_a_cut_answer_has_no_end(tokenizer):
     coder = encoder(tokenizer, max_length=100)
     row = coder.supervised({"input": "a", "answer": "word " * 100})

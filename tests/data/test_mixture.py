@@ -101,6 +101,11 @@ def test_a_path_in_place_of_a_name_is_read(write_rows, tmp_path, monkeypatch, fo
     assert source.kwargs["path"] == "*.jsonl" and len(source.load()) == 1
 
 
+def test_a_name_on_a_hub_says_where_its_files_are_given():
+    with pytest.raises(DataError, match="'a/b'.*from a folder that holds its files: jsonl::/path/to/a/b"):
+        parse_mixture("a/b")
+
+
 @pytest.mark.parametrize("name", ["./none.jsonl", "data/none.parquet", "/none"])
 def test_a_path_that_leads_nowhere_says_so(name):
     """D26"""

@@ -212,8 +212,11 @@ def find_class(name: str) -> type[RawDataset]:
     found = _CLASSES.get(_ALIASES.get(name, name))
     if found is None:
         near = nearest(name, [*_CLASSES, *_ALIASES]) or "."
+        hub = (
+            f"One of a hub is read from a folder that holds its files: jsonl::/path/to/{name}. " if "/" in name else ""
+        )
         raise DataError(
-            f"no data set is named {name!r}{near} Known names: {', '.join(known_names())}. "
+            f"no data set is named {name!r}{near} Known names: {', '.join(known_names())}. {hub}"
             "A data set of your own is known once its file has been imported: name that file in `plugins`"
         )
     return found

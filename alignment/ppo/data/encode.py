@@ -262,7 +262,12 @@ class Encoder:
             if self.limits.overlong_prompts == "drop":
                 return PROMPT_TOO_LONG
             cuts.append(PROMPT_CUT)
-        prompt, trained = self.cut_left(prompt, limit), self.cut_left(trained, limit)
+            prompt, trained = self.cut_left(prompt, limit), self.cut_left(trained, limit)
+            # An earlier answer that lost its question, or its own beginning, is there to be read alone.
+            at = int(self.bos_id is not None)
+            while at < len(trained) and trained[at]:
+                trained[at] = False
+                at += 1
         room = self.limits.max_length - len(prompt)
         if len(answer) > room:
             if self.limits.overlong_answers == "drop":
