@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
         else:
             show(records, sys.stdout)
         return 0
+    answerer.engine.progress = None  # one answer is its own progress
     return converse(answerer)
 
 
