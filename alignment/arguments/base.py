@@ -138,6 +138,22 @@ class Arguments(TrainingFields):
         """
         return topology_of(self)
 
+    def data_options(self, show_progress: bool) -> dict[str, Any]:
+        """Return the keyword arguments that every data set of token rows of this run takes, as a dict.
+
+        Args:
+            show_progress: whether this process shows bars, where they are wanted.
+        """
+        return {
+            "overlong_prompts": self.overlong_prompts,
+            "overlong_answers": self.overlong_answers,
+            "skip_bad_rows": self.skip_bad_rows,
+            "seed": self.seed,
+            "cache_dir": self.data_cache_dir,
+            "num_proc": self.dataset_num_proc,
+            "show_progress": show_progress and not self.disable_tqdm,
+        }
+
     def optimizer(self, total_steps: int) -> dict[str, Any]:
         """Return the fields of the engine's ``OptimizerSettings`` as a dict.
 

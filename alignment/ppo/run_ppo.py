@@ -158,21 +158,8 @@ def load_data(args: PPOArguments, show_progress: bool = True, resume: Path | Non
     reward_tokenizer, reward_template = own_reward_format(args, tokenizer, template)
     if reward_tokenizer is None:  # else answers are written anew for it, cut to its context, and counted
         check_reward_context(args)
-    common = {
-        "template": template,
-        "overlong_prompts": args.overlong_prompts,
-        "overlong_answers": args.overlong_answers,
-        "skip_bad_rows": args.skip_bad_rows,
-        "seed": args.seed,
-        "cache_dir": args.data_cache_dir,
-        "num_proc": args.dataset_num_proc,
-        "show_progress": show_progress and not args.disable_tqdm,
-    }
-    prompts = {
-        **common,
-        "max_length": args.max_src_len,
-        "max_src_len": args.max_src_len,
-    }
+    common = {"template": template, **args.data_options(show_progress)}
+    prompts = {**common, "max_length": args.max_src_len, "max_src_len": args.max_src_len}
 
     def load(mixture: Any, name: str, evaluation: bool = False) -> Any:
         return PromptOnlyDataset(mixture, tokenizer, name=name, evaluation=evaluation, **prompts)

@@ -37,15 +37,9 @@ def build_data(args: SFTArguments, tokenizer: Any, template: PromptTemplate, *, 
             template=template,
             max_length=args.max_length,
             max_src_len=args.src_length,
-            overlong_prompts=args.overlong_prompts,
-            overlong_answers=args.overlong_answers,
-            skip_bad_rows=args.skip_bad_rows,
-            seed=args.seed,
-            cache_dir=args.data_cache_dir,
-            num_proc=args.dataset_num_proc,
-            show_progress=show_progress,
             name=name,
             evaluation=evaluation,
+            **args.data_options(show_progress),
         )
 
     sets = load_train_and_eval(
