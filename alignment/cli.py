@@ -133,10 +133,10 @@ class _missing_paddle_named:
 def run_main(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Call ``main(argv)`` as the outermost frame of a program and return the exit status.
 
-    An :class:`~alignment.errors.AlignmentError` is printed to standard error without a traceback (status 2), Ctrl-C
-    gives 130, and anything else is a bug and keeps its traceback (status 1). A process of a multi-process run does not
-    return: after flushing, it ends at once with the status, because the teardown of gloo's threads may abort a process
-    that has done its work.
+    An :class:`~alignment.errors.AlignmentError` is printed to standard error without a traceback (status 2), and so is
+    a file that may not be read or written; Ctrl-C gives 130, and anything else is a bug and keeps its traceback (status
+    1). A process of a multi-process run does not return: after flushing, it ends at once with the status, because the
+    teardown of gloo's threads may abort a process that has done its work.
 
     Args:
         main: takes the arguments behind the program's name; ``None`` counts as 0.
@@ -147,6 +147,11 @@ def run_main(main: Callable[[list[str]], int | None], argv: Sequence[str] | None
             status = main(list(sys.argv[1:] if argv is None else argv)) or 0
     except AlignmentError as error:
         _print_error(f"error: {error}")
+        status = EXIT_USER
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        _print_error(f"error: {error.filename}: permission denied; give this user the right, or choose another place")
         status = EXIT_USER
     except KeyboardInterrupt:
         _print_error("interrupted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import subprocess
@@ -122,6 +123,15 @@ def test_an_error_for_the_user_is_its_message_alone(capsys: pytest.CaptureFixtur
     assert cli.run_main(raising(ArgumentsError("config.json: unknown key 'lr'\nuse learning_rate")), []) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: config.json: unknown key 'lr'\nuse learning_rate\n")
+
+
+def test_a_file_that_may_not_be_read_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights, tokenizers and folders that belong to somebody else ended in tracebacks."""
+    error = PermissionError(errno.EACCES, "Permission denied", "/m/model.safetensors")
+    assert cli.run_main(raising(error), []) == 2
+    assert capsys.readouterr().err.startswith("error: /m/model.safetensors: permission denied; give this user")
+    with pytest.raises(PermissionError):
+        cli.run_main(raising(PermissionError(errno.EPERM, "of no file")), [])
 
 
 def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from alignment import frontpage
+
 HEAVY = ["paddle", "paddlenlp", "datasets", "pandas", "matplotlib", "pyarrow", "visualdl"]
 LIMIT_S = 0.3
 
@@ -70,3 +72,20 @@ def test_paddlenlps_front_page_is_read_when_it_is_needed(repo: Path, first: list
     command = [sys.executable, "-W", "ignore", "-c", FRONT_PAGE, *first]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_home_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """paddlenlp makes folders in it while it is imported; containers run with a home that is not theirs."""
+    monkeypatch.setenv("PPNLP_HOME", "mine")
+    frontpage.settle_home()
+    assert os.environ["PPNLP_HOME"] == "mine"
+    monkeypatch.delenv("PPNLP_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    frontpage.settle_home()
+    assert "PPNLP_HOME" not in os.environ and (tmp_path / "home" / ".paddlenlp" / "packages").is_dir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))  # nothing can be made in it, whoever one is
+    monkeypatch.setattr(frontpage.tempfile, "tempdir", str(tmp_path))
+    frontpage.settle_home()
+    own = tmp_path / f"paddlenlp-{os.getuid()}"
+    assert os.environ.pop("PPNLP_HOME") == str(own) and own.stat().st_mode & 0o777 == 0o700
