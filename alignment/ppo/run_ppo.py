@@ -196,7 +196,8 @@ def show_samples(args: PPOArguments, data: RunData) -> None:
     """Show a row of the run as each of its models reads it.
 
     Raises:
-        DataError: a tokenizer's own file gives other ids than were used.
+        DataError: a tokenizer's own file gives other ids than were used, or the reward model's template has no place
+            for something in a prompt.
     """
     from alignment.ppo.data.encode import Limits, prompt_messages
     from alignment.ppo.rewards import uses_model
@@ -210,6 +211,8 @@ def show_samples(args: PPOArguments, data: RunData) -> None:
     if data.ptx is not None:
         show_sample(data.ptx, "actor (ptx)", with_ids=with_ids)
     if own_reward:
+        for prompts in data.prompt_sets:
+            prompts.check_template(data.reward_template, "the reward model's template (reward_prompt_template)")
         sample = data.train.example
         show_scored(
             prompt_messages(sample),

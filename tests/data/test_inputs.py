@@ -523,8 +523,15 @@ ENDED = "<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n[a<|im_end|>]"
             },
             [],
         ),
+        (
+            {
+                "messages": [Q, msg("assistant", None, tool_calls=[CALL]), msg("ipython", "3"), A],
+                "tools": [ADD],
+            },
+            [],
+        ),
     ],
-    ids=["openai", "tools as text", "trl", "openai's older form", "sharegpt"],
+    ids=["openai", "tools as text", "trl", "openai's older form", "sharegpt", "llama 3"],
 )
 def test_tools(chat_tokenizer, write_rows, row, unread):
     """D16, D17: tools, calls and results reach a template that has a place for them, in all spellings."""

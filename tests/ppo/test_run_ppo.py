@@ -328,6 +328,26 @@ def test_what_was_cut_for_the_reward_model_is_in_the_metrics_and_said(
     assert "longer than the reward model's context and were cut for it" in capsys.readouterr().err
 
 
+def test_prompts_that_the_reward_models_template_cannot_write_are_found_at_the_start(
+    ppo_json: Callable[..., Path], tmp_path: Path, policy_dir: Path, foreign_reward: Path, capsys
+) -> None:
+    """A run ended when the first such prompt was scored, however many steps later."""
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"say {number}"} for number in range(7)]
+    rows.append({"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "say it"}]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = {"reward_model_name_or_path": str(foreign_reward), "reward_critic_model_name_or_path": str(policy_dir)}
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ '[' + m.role + '] ' + m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    changes = {"reward": None, "train_datasets": f"jsonl::{file}", "reward_prompt_template": template, **models}
+    assert main(["ppo", str(ppo_json(allow_template_mismatch=True, dry_run=True, **changes))]) == 2
+    said = capsys.readouterr().err
+    assert "reward model's template (reward_prompt_template) cannot write a prompt of 'train' ('say it')" in said
+    assert "no system role" in said
+
+
 def test_a_reward_that_there_is_not_is_found_before_the_data_are_read(
     ppo_json: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "ipython": "tool",  # Llama 3's word for it
     "function_call": "assistant",  # ShareGPT: the content is a call, or a list of them, as JSON text
 }
 _ROLE_KEYS = ("role", "from", "speaker")

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from alignment.errors import DataError
 from alignment.ppo.data.encode import Encoded, Encoder, prompt_messages, prompt_turns
+from alignment.ppo.data.template import PromptTemplate
 from alignment.ppo.data.tokenized import TokenizedDataset
 
 
@@ -48,6 +50,32 @@ class PromptOnlyDataset(TokenizedDataset):
             found.update(dict.fromkeys(name for name in raw if name not in ("extra", "unread")))
             found.update(dict.fromkeys(raw.get("extra") or {}))
         return list(found)
+
+    def check_template(self, template: PromptTemplate, whose: str) -> None:
+        """Try another template than the data set's on every form of conversation among the prompts, once each: what it
+        has no place for would end a run when the first such prompt is scored.
+
+        Args:
+            template: resolved.
+            whose: for the message.
+
+        Raises:
+            DataError: it cannot write one of them.
+        """
+        tried = set()
+        for number in np.unique(self._sample_of[self._kept]):
+            raw = self._samples[int(number)]
+            messages, tools = prompt_messages(raw), raw.get("tools")
+            form = (bool(tools), *((m["role"], "tool_calls" in m, not m["content"]) for m in messages))
+            if form in tried:
+                continue
+            tried.add(form)
+            try:
+                template.format_messages(messages, tools)
+            except DataError as err:
+                raise DataError(
+                    f"{whose} cannot write a prompt of {self.name!r} ({prompt_turns(raw)[-1]!r:.60}): {err}"
+                ) from err
 
     def trained_tokens(self, samples: np.ndarray) -> int | None:
         return None
