@@ -38,6 +38,38 @@ _LATER = "not available yet in this version"
 _STATIC = "the score and causal models return what this toolkit needs"
 
 
+#: What other toolkits call the keys of this one (key here -> names there). They are not accepted, since ranges and
+#: defaults differ; the message says the name.
+ELSEWHERE = {
+    "actor_model_name_or_path": "policy_model pretrain",
+    "clip_range_ratio": "cliprange clip_ratio eps_clip epsilon",
+    "clip_range_value": "cliprange_value value_clip",
+    "eval_split_ratio": "val_size",
+    "evaluation_strategy": "eval_strategy",
+    "gae_lambda": "lam lambd",
+    "kl_coeff": "init_kl_coef kl_loss_coef beta",
+    "lora_rank": "lora_r",
+    "max_dec_len": "max_new_tokens response_length max_response_length max_completion_length generate_max_len",
+    "max_length": "max_seq_length max_seq_len cutoff_len",
+    "max_src_len": "max_prompt_length prompt_max_len",
+    "model_name_or_path": "model_name pretrain",
+    "num_return_sequences": "num_generations n_samples_per_prompt rloo_k",
+    "prompt_template": "template",
+    "recompute": "gradient_checkpointing",
+    "reward": "reward_funcs",
+    "reward_model_name_or_path": "reward_model reward_model_path reward_pretrain",
+    "train_datasets": "dataset dataset_name train_data",
+    "update_iters": "num_ppo_epochs ppo_epochs",
+    "value_coeff": "vf_coef",
+    "zero_padding": "packing",
+}
+
+
+def named_elsewhere(name: str) -> list[str]:
+    """The keys that other toolkits call ``name``."""
+    return [key for key, names in ELSEWHERE.items() if name in names.split()]
+
+
 def _option(name: str, default: Any, no_effect: str = "", *, unavailable: str = "", **details: Any) -> Spec:
     kind = type(default).__name__ if isinstance(default, (bool, int, float, str)) else details.pop("kind", "str")
     optional = default is None

@@ -144,6 +144,9 @@ def _unknown(cls: type[Arguments], key: str) -> str:
     ]
     if others:
         return f"is an argument of {' and '.join(others)}, not of {cls.TITLE}{nearest(key, known_keys(cls))}"
+    here = [known for known in foreign.named_elsewhere(key) if known in cls.specs()]
+    if here:
+        return f"unknown argument; here that is {' or '.join(map(repr, here))}"
     missing = (
         "" if foreign.paddlenlp_keys() else " (paddlenlp is not installed here, so its TrainingArguments are not known)"
     )

@@ -35,6 +35,13 @@ CASES: list[tuple[type, dict[str, Any], list[str]]] = [
     # unknown keys
     (PPOArguments, {"kl_coef": 1}, ["args.json: kl_coef: unknown argument", "did you mean 'kl_coeff'?"]),
     (PPOArguments, {"xyzzy": 1}, ["xyzzy: unknown argument"]),
+    (
+        SFTArguments,
+        {"gradient_checkpointing": True},
+        ["gradient_checkpointing: unknown argument; here that is 'recompute'"],
+    ),
+    (PPOArguments, {"eval_strategy": "steps"}, ["unknown argument; here that is 'evaluation_strategy'"]),
+    (PPOArguments, {"max_new_tokens": 9}, ["unknown argument; here that is 'max_dec_len'"]),
     (SFT, {"learning_rat": 1}, ["did you mean 'learning_rate'?"]),
     (RM, {"kl_coeff": 1}, ["kl_coeff: is an argument of PPO, not of Reward model"]),
     (PPOArguments, {"regularization": 1}, ["is an argument of Reward model, not of PPO"]),
