@@ -122,6 +122,12 @@ def test_a_sentencepiece_model_in_hugging_faces_layout(tmp_path: Path) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "hello world"
     save_tokenizer(tokenizer, tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved")("hello world")["input_ids"] == ids
+    # paddlenlp knows neither several templates nor this tag; who reads the template is PromptTemplate.
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    for template in (source, [{"name": "default", "template": source}, {"name": "tool_use", "template": "x"}]):
+        config = {"tokenizer_class": "LlamaTokenizer", **special, "chat_template": template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        assert load_tokenizer(folder)("hello world")["input_ids"] == ids
 
 
 def test_model_max_length_can_be_set(kit: Any, tmp_path: Path) -> None:

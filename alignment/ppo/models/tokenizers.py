@@ -305,10 +305,11 @@ def _open_tokenizer(folder: Path, *, role: str) -> Any:
     found = open_json_tokenizer(folder, TOKENIZER_FILES, where=f"{role}: {folder}")
     if found is not None:
         return found
-    ways = [lambda: AutoTokenizer.from_pretrained(str(folder))]
+    # paddlenlp would compile the chat template, and refuses several and newer tags; the prompt template reads the file.
+    ways = [lambda: AutoTokenizer.from_pretrained(str(folder), chat_template=None)]
     if (folder / "tokenizer.model").is_file():
         model = str(folder / "tokenizer.model")
-        ways.append(lambda: LlamaTokenizer.from_pretrained(str(folder), vocab_file=model))
+        ways.append(lambda: LlamaTokenizer.from_pretrained(str(folder), vocab_file=model, chat_template=None))
     failures: list[Exception] = []
     for way in ways:
         try:
