@@ -223,9 +223,20 @@ def _open(path: str | None) -> contextlib.AbstractContextManager[TextIO]:
         raise AlignmentError(f"--output: cannot write {path}: {error.strerror or error}") from error
 
 
+def _can_be_written(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _write(record: Mapping[str, Any], out: TextIO, path: str | None) -> None:
     try:
-        out.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        line = json.dumps(record, ensure_ascii=False, default=str)
+        if not _can_be_written(line):  # half a surrogate pair, for which a row was left out
+            line = json.dumps(record, default=str)
+        out.write(line + "\n")
         out.flush()
     except OSError as error:
         raise AlignmentError(f"--output: cannot write {path}: {error.strerror or error}") from error

@@ -80,6 +80,13 @@ def test_a_row_without_a_prompt_is_named(tmp_path: Path) -> None:
         list(run_generate.read_prompts(str(file)))
 
 
+def test_a_prompt_that_the_template_cannot_write_is_named(model: str, tmp_path: Path, capsys) -> None:
+    rows = [{"prompt": "q"}, {"prompt": "weather?", "tools": [{"type": "function", "function": {"name": "f"}}]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["generate", "--model", model, "--prompts", str(tmp_path / "p.jsonl")]) == 2
+    assert "error: prompt 2 ('weather?'): the Beaver template has no place for tools" in capsys.readouterr().err
+
+
 def test_rows_are_read_as_in_training(model: str, tmp_path: Path) -> None:
     """P1, P2: instruction and input, history, system prompt and messages make the prompt that training would."""
     rows = [

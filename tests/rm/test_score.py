@@ -84,3 +84,9 @@ def test_rows_that_cannot_be_scored(reward_model: Path, tmp_path: Path, capsys: 
     assert "line 4" in capsys.readouterr().err
     found, _ = score(reward_model, bad, "--skip_bad_rows", capsys=capsys)
     assert len(found) == 4 and found[3]["score"] is None and "answer" in found[3]["reason"]
+
+    bad.write_text(
+        json.dumps({"prompt": "cut \ud83d", "response": "a"}) + "\n" + json.dumps({"prompt": "q", "response": "a"})
+    )
+    found, _ = score(reward_model, bad, "--skip_bad_rows", capsys=capsys)  # its own text cannot be written as UTF-8
+    assert found[0]["score"] is None and found[0]["prompt"] == "cut \ud83d" and found[1]["score"] is not None

@@ -182,7 +182,8 @@ class GenerationEngine:
             if length >= self.context_length:
                 raise ModelError(
                     f"prompt {prompt.prompt_index} has {length} tokens, and the model's context is "
-                    f"{self.context_length}: no room for an answer (lower max_src_len): {prompt.prompt[:80]!r}"
+                    f"{self.context_length}: no room for an answer. Shorten it (in PPO, max_src_len does): "
+                    f"{prompt.prompt[:80]!r}"
                 )
             largest = int(np.max(prompt.input_ids))
             if largest >= vocabulary or int(np.min(prompt.input_ids)) < 0:

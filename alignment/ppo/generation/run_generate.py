@@ -149,6 +149,9 @@ class Answerer:
 
         Returns:
             One record per answer: ``prompt``, ``response``, ``finished`` (ended by itself), ``tokens``.
+
+        Raises:
+            DataError: the template has no place for something in a prompt (its number is named), or there is none.
         """
         from alignment.ppo.data.encode import prompt_turns
         from alignment.ppo.generation.engine import GenerationPrompt
@@ -157,7 +160,11 @@ class Answerer:
         for prompt in prompts:
             sample = prompt if isinstance(prompt, Mapping) else {"input": prompt}
             text = "\n\n".join(prompt_turns(sample))
-            rows.append(GenerationPrompt(self.prompt_ids(sample), self.asked, text, {}))
+            try:
+                ids = self.prompt_ids(sample)
+            except DataError as error:
+                raise DataError(f"prompt {self.asked + 1} ({text!r:.60}): {error}") from error
+            rows.append(GenerationPrompt(ids, self.asked, text, {}))
             self.asked += 1
         if not rows:
             raise DataError("there is no prompt to answer")
