@@ -19,6 +19,7 @@ from alignment.errors import AlignmentError, ArgumentsError, DataError
 from alignment.log import get_logger
 
 CHUNK = 256  # rows that are sorted by length and scored together, then written
+SHOWN_REASONS = 8  # many rows may each have a reason of their own, which holds their text
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -206,7 +207,11 @@ class Summary:
                 f"{len(self.pairs)} pairs: accuracy {metrics['accuracy']:.4f}, mean margin {metrics['margin']:.4f}, "
                 f"calibration error {metrics['calibration_error']:.4f}"
             )
-        lines += [f"{count} rows without a score: {reason}" for reason, count in self.reasons.items()]
+        reasons = sorted(self.reasons.items(), key=lambda item: -item[1])
+        lines += [f"{count} rows without a score: {reason}" for reason, count in reasons[:SHOWN_REASONS]]
+        if rest := reasons[SHOWN_REASONS:]:
+            count = sum(count for _, count in rest)
+            lines.append(f"{count} rows without a score for {len(rest)} other reasons (`reason` says which)")
         if self.cut:
             lines.append(f"{self.cut} rows were cut to the length limit (`cut` says where)")
         return lines or ["no rows"]

@@ -64,6 +64,19 @@ def test_it_agrees_with_the_model(reward_model: Path, tmp_path: Path, capsys: py
     assert rows[0]["score"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_rows_with_reasons_of_their_own_do_not_fill_the_screen() -> None:
+    from alignment.rm.run_score import Summary
+
+    summary = Summary()
+    for number in range(40):
+        summary.add({"reason": f"the text holds half a surrogate pair: {number}"})
+    for _ in range(3):
+        summary.add({"reason": "empty answer"})
+    lines = summary.lines()
+    assert len(lines) == 9 and lines[0] == "3 rows without a score: empty answer"
+    assert lines[-1] == "33 rows without a score for 33 other reasons (`reason` says which)"
+
+
 def test_rows_that_cannot_be_scored(reward_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """No row is lost: each comes back, with null and the reason; a malformed one stops, or is skipped on request."""
     rows = [
