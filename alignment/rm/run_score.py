@@ -99,6 +99,8 @@ class Scorer:
         self.encoder = Encoder(tokenizer, template, Limits(max_length=options.max_length or context or 1 << 20))
         self.pad_id, self.size, self.skip = tokenizer.pad_token_id, options.batch_size, options.skip_bad_rows
         model = load_score_model(options.model, score_type=None, do_normalize=None, new_head="refused", role="--model")
+        if model.config.score_type == "critic":
+            get_logger().warning("--model: %s is a critic: what it gives are values, and no rewards", options.model)
         self.engine = Engine("reward model", model, init_world())
 
     def score(self, data: Any, rows: Sequence[int]) -> Iterator[dict[str, Any]]:

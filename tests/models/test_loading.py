@@ -171,6 +171,22 @@ def test_a_causal_folder_gets_a_new_head_and_says_so(model_type: str, causal_fol
     assert_same_weights(load_causal_lm(folder).base_model, first.backbone)
 
 
+def test_a_model_that_was_made_for_another_role_is_a_warning(
+    kit: Any, tmp_path: Path, causal_folder: Folder, said: Said, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A critic judged, and a reward model answered, with no more than a line of information."""
+    save_model(load_score_model(causal_folder("gemma"), score_type="critic"), tmp_path / "value")
+    load_score_model(tmp_path / "value", score_type="critic")
+    load_score_model(tmp_path / "value", score_type=None)
+    load_causal_lm(causal_folder("gemma"))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    load_score_model(tmp_path / "value", score_type="reward", role="reward model")
+    assert f"reward model: {tmp_path / 'value'} is a critic" in said()
+    load_causal_lm(tmp_path / "value", role="actor")  # its language head is the embedding
+    assert f"actor: {tmp_path / 'value'} is a score model, no language model" in said()
+    assert [record.levelname for record in caplog.records].count("WARNING") == 2
+
+
 def test_a_new_head_that_nobody_trains_is_a_warning_or_refused(
     causal_folder: Folder, said: Said, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -94,7 +94,11 @@ def load_causal_lm(
     weights = Weights(folder, model_class.base_model_prefix)
     dropped = [name for name in weights if name.startswith(("score_head.", "normalizer."))]
     if dropped:
-        say_once(f"{role}: {folder.path} is a score model; its head ({', '.join(dropped)}) is not used here")
+        say_once(
+            f"{role}: {folder.path} is a score model, no language model: its head ({', '.join(dropped)}) is not used "
+            "here, and after its training to score it may write badly",
+            logging.WARNING,
+        )
     _check_divisible(folder, topology, lora, role)
     model = build_model(model_class, config, topology)
     _fill(model, weights, topology, role=role, ignore=("score_head.", "normalizer."), may_lack=())
@@ -147,6 +151,11 @@ def load_score_model(
     config = load_config(folder, dtype=dtype, overrides=config_overrides, role=role)
     model_class = SCORE_MODELS[folder.model_type]
     weights = Weights(folder, model_class.base_model_prefix)
+    if getattr(config, "score_type", None) == "critic" and score_type in ("reward", "cost"):
+        say_once(
+            f"{role}: {folder.path} is a critic: what it gives are values, of unfinished answers too, and no rewards",
+            logging.WARNING,
+        )
     wanted = {
         "score_type": score_type,
         "do_normalize": do_normalize,
