@@ -219,15 +219,22 @@ class Summary:
         return lines or ["no rows"]
 
 
-def _open(path: str | None) -> contextlib.AbstractContextManager[TextIO]:
+@contextlib.contextmanager
+def _open(path: str | None) -> Iterator[TextIO]:
     """The output file (what was scored stays in it if the command is stopped), or standard output."""
     if path is None:
-        return contextlib.nullcontext(sys.stdout)
+        yield sys.stdout
+        return
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "w", encoding="utf-8")
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise AlignmentError(f"--output: cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):  # every line is flushed: what could not be written was said then
+            file.close()
 
 
 def _can_be_written(text: str) -> bool:

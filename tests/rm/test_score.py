@@ -64,6 +64,14 @@ def test_it_agrees_with_the_model(reward_model: Path, tmp_path: Path, capsys: py
     assert rows[0]["score"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_full_disk_is_an_error_in_words(reward_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Closing the file failed once more, with a traceback."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "q", "response": "a"}])
+    command = ["score", "--model", str(reward_model), "--file", str(rows), "--output", "/dev/full", "--disable_tqdm"]
+    assert main(command) == 2
+    assert "error: --output: cannot write /dev/full: No space left on device" in capsys.readouterr().err
+
+
 def test_rows_with_reasons_of_their_own_do_not_fill_the_screen() -> None:
     from alignment.rm.run_score import Summary
 
