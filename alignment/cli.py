@@ -21,6 +21,7 @@ from alignment.errors import AlignmentError, ArgumentsError, nearest
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
+EXIT_PIPE = 141  # 128 + SIGPIPE, as of a program that the signal ends
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def run_main(main: Callable[[list[str]], int | None], argv: Sequence[str] | None
     try:
         with _missing_paddle_named():
             status = main(list(sys.argv[1:] if argv is None else argv)) or 0
+        sys.stdout.flush()
     except AlignmentError as error:
         _print_error(f"error: {error}")
         status = EXIT_USER
@@ -153,6 +155,12 @@ def run_main(main: Callable[[list[str]], int | None], argv: Sequence[str] | None
             raise
         _print_error(f"error: {error.filename}: permission denied; give this user the right, or choose another place")
         status = EXIT_USER
+    except BrokenPipeError:
+        if _several_processes():
+            raise
+        # Who read the output has had enough (`| head`); what is left in the buffer must not be tried again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_PIPE
     except KeyboardInterrupt:
         _print_error("interrupted")
         status = EXIT_INTERRUPTED

@@ -252,5 +252,7 @@ def _write(record: Mapping[str, Any], out: TextIO, path: str | None) -> None:
             line = json.dumps(record, default=str)
         out.write(line + "\n")
         out.flush()
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise AlignmentError(f"--output: cannot write {path}: {error.strerror or error}") from error

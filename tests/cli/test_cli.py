@@ -134,6 +134,18 @@ def test_a_file_that_may_not_be_read_is_no_bug(capsys: pytest.CaptureFixture[str
         cli.run_main(raising(PermissionError(errno.EPERM, "of no file")), [])
 
 
+def test_output_that_nobody_reads_any_more(repo: Path) -> None:
+    """`alignment ... | head` ended in a traceback."""
+    many = "lambda argv: [print('line') for _ in range(99999)]"
+    code = f"import sys; from alignment import cli; sys.exit(cli.run_main({many}, []))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=repo, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "line\n"
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
 def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run_main(raising(KeyboardInterrupt()), []) == 130
     assert capsys.readouterr().err == "interrupted\n"

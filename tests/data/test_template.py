@@ -301,6 +301,13 @@ def test_a_resumed_run_keeps_its_day(tmp_path):
         assert resumed.to_dict() != fresh.to_dict()  # so the cache of another day is not read
 
 
+def test_a_saved_beaver_template_is_itself_also_in_jinja(tmp_path):
+    """The tokenizer of a saved folder has it as its chat template, which `chat` then called another one."""
+    folder = make_bpe(tmp_path / "model", chat_template=PromptTemplate().as_jinja())
+    for spec in ("chat", "auto"):
+        assert PromptTemplate.resolve(spec, load(folder)).kind == "beaver"
+
+
 def test_a_resumed_run_keeps_its_template_where_none_is_given(tmp_path):
     """What `auto` finds may change between versions (one that wrote null took Beaver): the checkpoint knows better."""
     from alignment.training.runner import stage_template

@@ -70,7 +70,7 @@ class PromptTemplate:
         elif spec == "beaver":
             template = PromptTemplate()
         elif spec == "chat":
-            template = _saved_chat(tokenizer) or PromptTemplate("chat", chat_source(tokenizer))
+            template = _saved_chat(tokenizer) or _of_tokenizer(chat_source(tokenizer))
         elif "{{" in spec or "{%" in spec:
             template = PromptTemplate("jinja", spec)
         elif spec.endswith((".jinja", ".j2")):
@@ -107,7 +107,7 @@ class PromptTemplate:
             return saved, f"saved with the model ({TEMPLATE_FILE})"
         found = find_chat_source(tokenizer)
         if found:
-            return cls("chat", found), f"the model has no {TEMPLATE_FILE}, its tokenizer has a chat template"
+            return _of_tokenizer(found), f"the model has no {TEMPLATE_FILE}, its tokenizer has a chat template"
         return cls(), f"the model has no {TEMPLATE_FILE} and its tokenizer no chat template in Jinja"
 
     @classmethod
@@ -362,6 +362,12 @@ def check_same(
     from alignment.log import get_logger
 
     get_logger().warning("%s; allow_template_mismatch is set, so going on", message)
+
+
+def _of_tokenizer(source: str) -> PromptTemplate:
+    """A tokenizer's chat template; the Beaver template, which saved folders have as Jinja too, is what it was."""
+    beaver = PromptTemplate()
+    return beaver if source == beaver.as_jinja() else PromptTemplate("chat", source)
 
 
 def _saved_chat(tokenizer: Any) -> PromptTemplate | None:
