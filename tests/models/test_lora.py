@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,12 @@ def test_an_adapter_of_another_model_is_refused(kit: Any, causal_folder: Folder,
 
 def test_an_adapter_folder_is_no_model_folder(causal_folder: Folder, tmp_path: Path) -> None:
     save_model(load_causal_lm(causal_folder("llama"), lora=LoRASettings()), tmp_path / "adapter")
+    shutil.copytree(tmp_path / "adapter", tmp_path / "an adapter")
     with pytest.raises(
-        ModelError, match=r"is a LoRA adapter, not a whole model; merge it into its base first: .* merge_lora"
+        ModelError,
+        match=r"is a LoRA adapter, not a whole model; merge it .* --lora_path '.*/an adapter' --o",
     ):
-        load_causal_lm(tmp_path / "adapter")
+        load_causal_lm(tmp_path / "an adapter")
     with pytest.raises(ModelError, match="merging would overwrite"):
         merge_lora(tmp_path / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / "lora_model_state.pdparams").write_bytes(b"cut")
