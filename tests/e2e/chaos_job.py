@@ -19,7 +19,7 @@ from pathlib import Path
 # What each method of the trainer and of its phases is called here; the innermost one on the stack counts.
 PHASES = {
     ("phases.py", "generate"): "rollout",
-    ("phases.py", "_counted"): "scoring",
+    ("phases.py", "_where_rows"): "scoring",
     ("ppo_trainer.py", "_update"): "update",
     ("ppo_trainer.py", "save_checkpoint"): "saving",
     ("ppo_trainer.py", "_evaluate"): "evaluation",

@@ -16,3 +16,13 @@ def test_killed_runs_end_like_uninterrupted_ones(layout: str, kills: int) -> Non
     assert tally.differing == []
     assert tally.phases.total() == kills
     assert tally.rows >= 12 and tally.runs >= 1
+
+
+def test_every_phase_is_a_function_of_the_trainer() -> None:
+    """A phase is known by its function's name: renamed, no kill would ever hit it."""
+    from alignment.ppo import phases, ppo_trainer
+    from tests.e2e.chaos_job import PHASES
+
+    classes = {"phases.py": phases.RolloutPhases, "ppo_trainer.py": ppo_trainer.PPOTrainer}
+    assert [name for file, name in PHASES if not hasattr(classes[file], name)] == []
+    assert set(chaos.PHASES) | {"finish"} == set(PHASES.values()) == set(chaos.LONGEST)
