@@ -264,8 +264,10 @@ def own_reward_format(args: PPOArguments, tokenizer: Any, template: Any) -> tupl
     return None, None
 
 
-def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, argv: list[str], rewards: Any) -> Any:
-    """Load the models and put the trainer together."""
+def build_trainer(
+    args: PPOArguments, world: Any, data: RunData, sizes: Any, argv: list[str], rewards: Any = None
+) -> Any:
+    """Load the models and put the trainer together; ``rewards`` None: those that the arguments name."""
     from alignment.parallel.offload import build_residency
     from alignment.ppo.dataflow import PPO_BETWEEN, PPO_ITERATION, optimizer_of
     from alignment.ppo.engine import Engine, OptimizerSettings
@@ -282,7 +284,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     )
     from alignment.ppo.phases import Roles
     from alignment.ppo.ppo_trainer import PPOTrainer
-    from alignment.ppo.rewards import RewardBatch, RewardResult, uses_model
+    from alignment.ppo.rewards import RewardBatch, RewardResult, resolve_rewards, uses_model
     from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
     from alignment.ppo.rollout import Rollout
     from alignment.ppo.scoring import RewardModelScorer
@@ -298,6 +300,7 @@ def build_trainer(args: PPOArguments, world: Any, data: RunData, sizes: Any, arg
     }
     actor_path = args.actor_model_name_or_path
 
+    rewards = rewards or resolve_rewards(args.reward, _model_comes_later, args.reward_timeout)
     rewards.settle_columns(dict.fromkeys(name for rows in data.prompt_sets for name in rows.columns()))
     get_logger().info("reward: %s", rewards)
     residency = build_residency(
