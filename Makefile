@@ -1,4 +1,4 @@
-# make demo | real | test | test-slow | test-bf16 | nightly | chaos | bench | lint | format | docs | lock | clean
+# make demo | real | test | test-slow | test-bf16 | nightly | chaos | golden | bench | lint | format | docs | lock | clean
 # Each target sets up its own environment in $(VENV) the first time; later runs start at once.
 #   PYTHON=/path/to/python3.11   which Python to use (3.10-3.12; found by itself otherwise)
 #   ARGS="..."                   passed on: make demo ARGS="--seed 1", make test ARGS="-k kl"
@@ -25,7 +25,7 @@ ifeq ($(shell $(BENCH_VENV)/bin/python -c "print(1)" 2>/dev/null),)
 $(BENCH_READY): FORCE
 endif
 
-.PHONY: help setup demo real test test-slow test-bf16 nightly chaos parallel bench bench-env lint format docs lock clean FORCE
+.PHONY: help setup demo real test test-slow test-bf16 nightly chaos golden parallel bench bench-env lint format docs lock clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -74,6 +74,11 @@ nightly: test test-slow parallel chaos test-bf16
 # uninterrupted one bit by bit (about 3 minutes).
 chaos: $(READY)
 	$(RUN) -m tests.e2e.chaos $(ARGS)
+
+# Golden PPO runs of this checkout and of a commit before it, bit by bit (about half a minute). A shallow clone lacks the commit.
+COMMIT ?= 208b05d
+golden: $(READY)
+	$(RUN) -m tests.e2e.golden --against $(COMMIT) $(ARGS)
 
 # Run every layout of processes against one process and write the table (docs/layouts.md).
 parallel: $(READY)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TARGETS = ["setup", "demo", "test", "test-slow", "test-bf16", "nightly", "lint", "format", "docs", "clean"]
+TARGETS = ["setup", "demo", "test", "test-slow", "test-bf16", "nightly", "golden", "lint", "format", "docs", "clean"]
 
 
 def clean_environ(**more: str) -> dict[str, str]:
