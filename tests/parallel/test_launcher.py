@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,7 +135,13 @@ def test_a_killed_rank_of_a_real_run(tmp_path: Path) -> None:
     (tmp_path / "sft.json").write_text(json.dumps(values))
     with launched(tmp_path, str(REPO / "alignment" / "sft" / "run_sft.py"), str(tmp_path / "sft.json")) as launcher:
         wait_until(lambda: (out / "checkpoint-5").exists(), 120, "no checkpoint: see launcher.log")
-        pids = [json.loads((out / "heartbeat" / f"rank-{rank}.json").read_text())["pid"] for rank in (0, 1)]
+
+        def beat(rank: int) -> dict[str, Any]:
+            return json.loads((out / "heartbeat" / f"rank-{rank}.json").read_text())
+
+        # Five steps of a tiny model may lie between two looks at it: what it was last seen in is asked for below.
+        wait_until(lambda: beat(1)["phase"] in ("train", "save"), 15, "rank 1 was never seen training")
+        pids = [beat(rank)["pid"] for rank in (0, 1)]
         os.kill(pids[1], signal.SIGKILL)
         seconds = wait_until(lambda: not is_alive(pids[0]), 15, "the other rank goes on")
         assert launcher.wait(30) != 0
