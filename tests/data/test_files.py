@@ -11,7 +11,7 @@ import pytest
 
 from alignment.errors import DataError
 from alignment.ppo.data import RawDataset
-from alignment.ppo.data.files import find_files
+from alignment.ppo.data.files import FileDataset, find_files
 from alignment.ppo.data.readers import open_rows
 
 ROWS = [{"input": f"question {number}", "answer": f"Antwort ä {number}"} for number in range(3)]
@@ -161,3 +161,11 @@ def test_a_line_that_is_not_utf8(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES + b'{"input": "\xff"}\n')
     with pytest.raises(DataError, match="not UTF-8 text"):
         RawDataset.load("jsonl", tmp_path / "a.jsonl")[3]
+
+
+def test_a_class_that_forgets_convert_is_told_when_it_is_made(write_rows, registry):
+    class Forgets(FileDataset):
+        NAME = "forgets"
+
+    with pytest.raises(DataError, match=r"'forgets' could not be made: .*abstract.*convert"):
+        RawDataset.load("forgets", write_rows("a.jsonl", {"input": "fine"}))

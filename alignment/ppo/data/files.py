@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +75,9 @@ class FileDataset(RawDataset):
         if not self.rows:
             raise DataError(f"{path} holds no rows")
 
+    @abstractmethod
     def convert(self, row: Mapping[str, Any]) -> RawSample:
         """Make a sample of a row; raises DataError saying what is wrong with it."""
-        raise NotImplementedError
 
     def __getitem__(self, index: int) -> RawSample:
         row = self.rows[index]
