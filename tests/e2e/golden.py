@@ -156,7 +156,7 @@ def run(name: str, files: Path, output: Path, root: Path = REPO) -> Record:
         output: the run's folder, new.
 
     Raises:
-        GoldenError: the command failed.
+        GoldenError: the command failed, or has not ended in time.
     """
     words, command = arguments(files, output), [sys.executable, "-m", "alignment", "ppo"]
     if name == "resumed":
@@ -171,10 +171,13 @@ def run(name: str, files: Path, output: Path, root: Path = REPO) -> Record:
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("PADDLE_", "FLAGS_"))}
     environ |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
-    done = subprocess.run(
-        [*command, *words], cwd=output.parent, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", timeout=TIMEOUT,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [*command, *words], cwd=output.parent, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", timeout=TIMEOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise GoldenError(f"{name} with {root} has not ended in {TIMEOUT:.0f} s") from error
     if done.returncode:
         raise GoldenError(f"{name} with {root} ended with status {done.returncode}:\n{done.stdout[-4000:]}")
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
