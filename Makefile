@@ -61,8 +61,8 @@ test-slow: $(READY)
 	$(RUN) -m pytest -m slow $(ARGS)
 
 # The tests that run models, with every model in bfloat16 (tests/precision.py).
-BF16_TESTS := tests/sft tests/rm tests/ppo tests/generation/test_engine.py tests/generation/test_run_generate.py \
-	tests/training tests/e2e/test_shipped_files.py
+BF16_TESTS := tests/sft tests/rm tests/ppo tests/rollout/test_engine.py tests/rollout/test_run_generate.py \
+	tests/flow tests/e2e/test_shipped_files.py
 
 test-bf16: $(READY)
 	ALIGNMENT_TEST_PRECISION=bf16 $(RUN) -m pytest -m "not slow" $(BF16_TESTS) $(ARGS)

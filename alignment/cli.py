@@ -44,9 +44,7 @@ TASKS = {
     "sft": Task("alignment.sft.run_sft:main", "FILE.json [key=value ...]", "supervised fine-tuning"),
     "rm": Task("alignment.rm.run_reward:main", "FILE.json [key=value ...]", "train a reward model on preferences"),
     "ppo": Task("alignment.ppo.run_ppo:main", "FILE.json [key=value ...]", "train a policy against rewards"),
-    "generate": Task(
-        "alignment.ppo.generation.run_generate:main", "--model DIR [options]", "answer prompts with a model"
-    ),
+    "generate": Task("alignment.rollout.run_generate:main", "--model DIR [options]", "answer prompts with a model"),
     "score": Task("alignment.rm.run_score:main", "--model DIR --file FILE", "score your answers with a reward model"),
     "merge_lora": Task(
         "alignment.cli:merge_lora_main",

@@ -114,10 +114,10 @@ def profile(w: Workload, iterations: int) -> dict[str, Any]:
         GFLOP/s of one iteration.
     """
     from alignment.arguments import parse_ppo
+    from alignment.flow.runner import use_device
     from alignment.kernels import ops
     from alignment.parallel import init_world
     from alignment.ppo import run_ppo
-    from alignment.training.runner import use_device
 
     clock = Clock()
     original = ops._run

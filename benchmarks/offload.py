@@ -138,9 +138,9 @@ def child(folder: Path, level: str) -> dict[str, Any]:
 def begin(file: Path, level: str) -> Any:
     """The trainer of an argument file, with its models."""
     from alignment.arguments import parse_ppo
+    from alignment.flow.runner import use_device
     from alignment.parallel import init_world
     from alignment.ppo import run_ppo
-    from alignment.training.runner import use_device
 
     args = parse_ppo([str(file), f"offload_level={level}", f"output_dir={tempfile.mkdtemp(dir=file.parent)}"])
     use_device(args)
@@ -218,7 +218,7 @@ def moving_seconds(moves: dict[str, float]) -> float:
 
 def needed_bytes(sizes: dict[str, int]) -> dict[str, int]:
     """What the dataflow says is needed in each phase."""
-    from alignment.ppo.dataflow import PPO_ITERATION
+    from alignment.flow.flow import PPO_ITERATION
 
     return {phase: sum(sizes[group] for group in groups) for phase, groups in PPO_ITERATION.residency()}
 

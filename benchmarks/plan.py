@@ -34,10 +34,10 @@ def passes(model: Any, setting: Setting) -> dict[str, Callable[[], None]]:
     """What is measured, by name: functions that do it once."""
     import numpy as np
 
+    from alignment.engine.engine import Engine, OptimizerSettings
     from alignment.parallel import init_world
-    from alignment.ppo.engine import Engine, OptimizerSettings
-    from alignment.ppo.roles import PolicyRole
-    from alignment.ppo.rollout import Rollout
+    from alignment.rollout.roles import PolicyRole
+    from alignment.rollout.rollout import Rollout
 
     engine = Engine("actor", model, init_world(), OptimizerSettings(1e-4))
     role = PolicyRole(engine, 1.0, setting.infer_rows)

@@ -60,7 +60,7 @@ class Calibration:
             return self._card(base)
 
     def _card(self, base: Card) -> Card:
-        from alignment.training.optimizer import global_norm
+        from alignment.engine.optimizer import global_norm
 
         paddle = self.paddle
         launch = mean(lambda: [self.small + self.small for _ in range(50)], 3) / 50
@@ -94,7 +94,7 @@ class Calibration:
 
     def optimizer_step(self) -> None:
         """One step of AdamW as an engine takes it, without the gradient norm."""
-        from alignment.training.optimizer import OptimizerSettings, adamw_step
+        from alignment.engine.optimizer import OptimizerSettings, adamw_step
 
         adamw_step(self.optimizer, self.updated, OptimizerSettings(1e-4), 1e-4, 0.5)
 
@@ -329,8 +329,8 @@ def rollouts(model: Any, setting: Setting) -> Callable[[], None]:
     """A function that answers ``samples`` prompts at full length."""
     import numpy as np
 
-    from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
-    from alignment.ppo.generation.sampler import SamplingSettings
+    from alignment.rollout.generate import GenerationEngine, GenerationPrompt
+    from alignment.rollout.sampler import SamplingSettings
 
     engine = GenerationEngine(model, Tokenizer(), [0], None, setting.samples)
     draw = np.random.default_rng(0)

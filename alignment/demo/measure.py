@@ -56,10 +56,10 @@ class Judges:
     """
 
     def __init__(self, rows: list[dict[str, Any]], seed: int, reward_model: Path | None, reference: Path | None):
+        from alignment.engine.engine import Engine
         from alignment.parallel import init_world
-        from alignment.ppo.engine import Engine
         from alignment.ppo.models import load_causal_lm, load_score_model
-        from alignment.ppo.roles import PolicyRole, RewardRole
+        from alignment.rollout.roles import PolicyRole, RewardRole
 
         self.rows, self.seed, self.world = rows, seed, init_world()
         self.reward = self.reference = None
@@ -75,13 +75,13 @@ class Judges:
         Returns:
             the answers under ``"greedy"`` and ``"sampled"``.
         """
+        from alignment.engine.engine import Engine
         from alignment.ppo.data import Encoder, Limits, PromptTemplate
-        from alignment.ppo.engine import Engine
-        from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
-        from alignment.ppo.generation.sampler import SamplingSettings
-        from alignment.ppo.generation.stopping import eos_token_ids
         from alignment.ppo.models import load_causal_lm, load_tokenizer, model_context_length
-        from alignment.ppo.roles import PolicyRole
+        from alignment.rollout.generate import GenerationEngine, GenerationPrompt
+        from alignment.rollout.roles import PolicyRole
+        from alignment.rollout.sampler import SamplingSettings
+        from alignment.rollout.stopping import eos_token_ids
 
         tokenizer = load_tokenizer(str(folder))
         template = PromptTemplate.resolve(None, tokenizer)

@@ -228,7 +228,7 @@ class Kernels:
         greedy: bool,
         banned_ids: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        """One token for each row, as :func:`alignment.ppo.generation.sampler.choose_tokens`.
+        """One token for each row, as :func:`alignment.rollout.sampler.choose_tokens`.
 
         Args:
             logits: ``[B, V]``.

@@ -4,8 +4,8 @@ One class per kind of implementation, so that another implementation is another 
 
 - :class:`PlainLayer`: paddlenlp's layers, operator by operator, as they are;
 - :class:`FlashLayer`: the same with an attention that stores no scores (``use_flash_attention`` on a GPU);
-- :class:`WholeHead`: logits of all wanted positions at once (:mod:`alignment.ppo.algorithms.logprobs`);
-- :class:`ChunkedHead`: the same for so many positions at a time (:mod:`alignment.ppo.label_scores`).
+- :class:`WholeHead`: logits of all wanted positions at once (:mod:`alignment.losses.logprobs`);
+- :class:`ChunkedHead`: the same for so many positions at a time (:mod:`alignment.engine.label_scores`).
 
 The CPU kernels' are in :mod:`alignment.plan.kernels`.
 
@@ -157,7 +157,7 @@ class WholeHead:
         return self.item * self.shape.hidden + (self.item + copy + 12) * self.columns
 
 
-#: Labels whose logits exist at a time (``LABELS_AT_ONCE`` of :mod:`alignment.ppo.label_scores`).
+#: Labels whose logits exist at a time (``LABELS_AT_ONCE`` of :mod:`alignment.engine.label_scores`).
 LABELS_AT_ONCE = 512
 
 

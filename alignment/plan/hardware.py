@@ -72,7 +72,7 @@ class Card:
 
     @property
     def cache_bytes(self) -> float:
-        """Of a rollout's cache without a budget (:func:`alignment.ppo.generation.engine.cache_bytes`)."""
+        """Of a rollout's cache without a budget (:func:`alignment.rollout.generate.cache_bytes`)."""
         return float(GIB) if self.is_cpu else self.memory * GIB / 8
 
     def gemm_rate(self, item: int) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
+from alignment.flow.flow import PPO_ITERATION, optimizer_of
 from alignment.parallel.offload import LEVELS
 from alignment.parallel.owners import assign_owners
 from alignment.parallel.topology import BUCKET_ELEMENTS, Topology, layers_of_stage
@@ -20,7 +21,6 @@ from alignment.plan.kernels import FLOAT, FusedHead, FusedLayer, stack_buffers
 from alignment.plan.rollout import rollout_memory
 from alignment.plan.setting import RolePlan, Setting
 from alignment.plan.shapes import PartTensor, buffer_bytes, layer_of, lora_tensors, part_tensors
-from alignment.ppo.dataflow import PPO_ITERATION, optimizer_of
 
 #: Columns of the report, in its order.
 KINDS = ("parameters", "optimizer", "gradients", "activations", "kv_cache", "workspace", "buffers", "other")

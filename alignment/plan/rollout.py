@@ -1,6 +1,6 @@
 """A rollout: the cache's size, how many answers are under way, bytes, and what is computed.
 
-The rollout engine (:mod:`alignment.ppo.generation.fused`) has a cache of a fixed number of tokens, in which a prompt
+The rollout engine (:mod:`alignment.rollout.continuous`) has a cache of a fixed number of tokens, in which a prompt
 has one region however many answers it gets, and takes waiting answers in as others end. Where it cannot be used (see
 :attr:`Setting.engine_generates`) the plain path lets batches of answers grow together in paddlenlp's own cache.
 """
@@ -16,7 +16,7 @@ from alignment.plan.activations import GROWING, WholeHead, cache_bytes, layer_ki
 from alignment.plan.setting import Setting
 from alignment.plan.work import Op
 
-#: Regions of the cache begin at multiples of so many tokens: ``BLOCK`` of ppo/generation/arena.py, of gpu_operators.py.
+#: Regions of the cache begin at multiples of so many tokens: ``BLOCK`` of rollout/arena.py, of gpu_operators.py.
 BLOCK, GPU_BLOCK = 16, 64
 
 

@@ -163,7 +163,7 @@ class Setting:
     def rollout_topology(self) -> tuple[Topology, int]:
         """The layout that generates, and among how many processes a data rank's prompts are divided.
 
-        The same as :func:`alignment.ppo.generation.layouts.rollout_layout`, of process 0.
+        The same as :func:`alignment.rollout.layouts.rollout_layout`, of process 0.
         """
         topology = self.topology
         if self.eval_mode == "single" and topology.splits_model:

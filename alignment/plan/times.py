@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from alignment.flow.flow import PPO_ITERATION, optimizer_of
 from alignment.parallel.offload import LEVELS
 from alignment.parallel.topology import Topology
 from alignment.plan import kernels, traffic, work
@@ -20,7 +21,6 @@ from alignment.plan.schedule import forward_only, one_forward_one_backward
 from alignment.plan.setting import RolePlan, Setting
 from alignment.plan.traffic import Message, layers_here
 from alignment.plan.work import Op
-from alignment.ppo.dataflow import PPO_ITERATION, optimizer_of
 
 
 @dataclass

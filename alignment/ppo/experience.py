@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from alignment.ppo.algorithms.advantages import RunningMoments, explained_variance, gae, whiten
-from alignment.ppo.algorithms.kl import FixedKLController, apply_missing_eos_rule, kl_estimate, shape_rewards
-from alignment.ppo.rollout import Experience, Rollout
-from alignment.ppo.statistics import Statistics
+from alignment.flow.statistics import Statistics
+from alignment.losses.advantages import RunningMoments, explained_variance, gae, whiten
+from alignment.losses.kl import FixedKLController, apply_missing_eos_rule, kl_estimate, shape_rewards
+from alignment.rollout.rollout import Experience, Rollout
 
 
 def assemble_experience(

@@ -17,21 +17,21 @@ import numpy as np
 
 from alignment import runtime
 from alignment.errors import InvariantError
+from alignment.flow.flow import PPO_ITERATION, PhaseTimer
+from alignment.flow.invariants import Guard, check_rollout_gap, precision_of
+from alignment.flow.notices import notices
+from alignment.flow.statistics import Statistics
 from alignment.log import get_logger
+from alignment.losses.advantages import RunningMoments
+from alignment.losses.kl import FixedKLController
 from alignment.parallel import World
-from alignment.ppo.algorithms.advantages import RunningMoments
-from alignment.ppo.algorithms.kl import FixedKLController
-from alignment.ppo.dataflow import PPO_ITERATION, PhaseTimer
 from alignment.ppo.experience import assemble_experience, describe_experience, rollout_gaps, summed_k1
-from alignment.ppo.generation.engine import GenerationPrompt
-from alignment.ppo.generation.layouts import RolloutEngine
-from alignment.ppo.generation.sampler import SamplingSettings
-from alignment.ppo.invariants import Guard, check_rollout_gap, precision_of
-from alignment.ppo.notices import notices
-from alignment.ppo.rewards import RewardResult
-from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
-from alignment.ppo.rollout import Experience, Rollout, join_rollouts
-from alignment.ppo.statistics import Statistics
+from alignment.rollout.generate import GenerationPrompt
+from alignment.rollout.layouts import RolloutEngine
+from alignment.rollout.rewards import RewardResult
+from alignment.rollout.roles import PolicyRole, RewardRole, ValueRole
+from alignment.rollout.rollout import Experience, Rollout, join_rollouts
+from alignment.rollout.sampler import SamplingSettings
 
 
 @dataclass
@@ -52,7 +52,7 @@ def no_rows(*_: Any) -> Any:
 
 
 class RolloutPhases:
-    """The phases of :data:`~alignment.ppo.dataflow.PPO_ITERATION` before the update.
+    """The phases of :data:`~alignment.flow.flow.PPO_ITERATION` before the update.
 
     Args:
         args: the PPO arguments.

@@ -14,35 +14,35 @@ from typing import Any
 import numpy as np
 
 from alignment.arguments import Sizes
+from alignment.engine.engine import Engine
 from alignment.errors import AlignmentError
+from alignment.flow.best import best_metric, is_better
+from alignment.flow.checkpoint import CheckpointStore
+from alignment.flow.evaluation import Evaluator
+from alignment.flow.flow import PPO_ITERATION, PhaseTimer
+from alignment.flow.halfway import HalfUsed, load_half_used
+from alignment.flow.interrupt import EXIT_INTERRUPTED, Interrupt, resume_command
+from alignment.flow.invariants import FirstStepCheck
+from alignment.flow.metrics import MetricWriter
+from alignment.flow.order import rank_slice
+from alignment.flow.output import on_main, publishing
+from alignment.flow.ptx import PtxStream
+from alignment.flow.resume import save_arguments
+from alignment.flow.state import PPOState, load_state, read_state, save_state
+from alignment.flow.statistics import Statistics
+from alignment.flow.streams import IndexStream
 from alignment.log import get_logger
+from alignment.losses.advantages import RunningMoments
+from alignment.losses.kl import AdaptiveKLController, FixedKLController
 from alignment.parallel import World
 from alignment.parallel.offload import Residency
-from alignment.ppo.algorithms.advantages import RunningMoments
-from alignment.ppo.algorithms.kl import AdaptiveKLController, FixedKLController
-from alignment.ppo.dataflow import PPO_ITERATION, PhaseTimer
-from alignment.ppo.engine import Engine
-from alignment.ppo.evaluation import Evaluator
-from alignment.ppo.generation.engine import GenerationPrompt
-from alignment.ppo.generation.layouts import RolloutEngine
-from alignment.ppo.generation.sampler import SamplingSettings
-from alignment.ppo.halfway import HalfUsed, load_half_used
-from alignment.ppo.invariants import FirstStepCheck
 from alignment.ppo.phases import Roles, RolloutPhases
-from alignment.ppo.ptx import PtxStream
-from alignment.ppo.rewards import RewardResult
-from alignment.ppo.rollout import Experience, Rollout
-from alignment.ppo.state import PPOState, load_state, read_state, save_state
-from alignment.ppo.statistics import Statistics
-from alignment.ppo.streams import IndexStream
 from alignment.ppo.update import Position, PPOUpdater
-from alignment.training.best import best_metric, is_better
-from alignment.training.checkpoint import CheckpointStore
-from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt, resume_command
-from alignment.training.metrics import MetricWriter
-from alignment.training.order import rank_slice
-from alignment.training.output import on_main, publishing
-from alignment.training.resume import save_arguments
+from alignment.rollout.generate import GenerationPrompt
+from alignment.rollout.layouts import RolloutEngine
+from alignment.rollout.rewards import RewardResult
+from alignment.rollout.rollout import Experience, Rollout
+from alignment.rollout.sampler import SamplingSettings
 
 # Evaluation draws from a stream of its own, the same at every evaluation.
 EVALUATION_SEED_OFFSET = 0x5EED

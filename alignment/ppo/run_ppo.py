@@ -61,18 +61,18 @@ def main(argv: list[str]) -> int:
     Raises:
         AlignmentError: whatever the user can mend.
     """
-    from alignment.training.runner import run_stage
+    from alignment.flow.runner import run_stage
 
     return run_stage(argv, parse_ppo, _run)
 
 
 def _run(args: PPOArguments, world: Any, argv: list[str]) -> int:
     from alignment import runtime
-    from alignment.ppo.rewards import resolve_rewards
-    from alignment.training.checkpoint import CheckpointStore
-    from alignment.training.output import prepare_output_dir
-    from alignment.training.resume import check_resumable, check_same_data
-    from alignment.training.runner import describe_run, main_first
+    from alignment.flow.checkpoint import CheckpointStore
+    from alignment.flow.output import prepare_output_dir
+    from alignment.flow.resume import check_resumable, check_same_data
+    from alignment.flow.runner import describe_run, main_first
+    from alignment.rollout.rewards import resolve_rewards
 
     check_models(args, world.topology)
     store = CheckpointStore(args.output_dir, args.save_total_limit)
@@ -107,7 +107,7 @@ def check_models(args: PPOArguments, topology: Any) -> None:
         AlignmentError: naming the key and what is wrong.
     """
     from alignment.ppo.models import check_layout, check_model_folder, model_context_length
-    from alignment.ppo.rewards import uses_model
+    from alignment.rollout.rewards import uses_model
 
     folders: dict[str, str] = {"actor_model_name_or_path": args.actor_model_name_or_path}
     if uses_model(args.reward):
@@ -130,7 +130,7 @@ def check_reward_context(args: PPOArguments) -> None:
         ArgumentsError: the limits that were given do not fit.
     """
     from alignment.ppo.models import model_context_length
-    from alignment.ppo.rewards import uses_model
+    from alignment.rollout.rewards import uses_model
 
     if uses_model(args.reward):
         path = args.reward_model_name_or_path
@@ -143,11 +143,11 @@ def load_data(args: PPOArguments, show_progress: bool = True, resume: Path | Non
     Raises:
         AlignmentError: a data set, template or tokenizer cannot be used.
     """
+    from alignment.flow.runner import stage_template
     from alignment.ppo.data import PromptOnlyDataset, SupervisedDataset, load_train_and_eval
     from alignment.ppo.data.splits import warn_of_shared_prompts
     from alignment.ppo.models import check_tokenizer_fits, load_tokenizer
     from alignment.ppo.ppo_trainer import as_prompt
-    from alignment.training.runner import stage_template
 
     actor = args.actor_model_name_or_path
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or actor, role="actor tokenizer")
@@ -199,9 +199,9 @@ def show_samples(args: PPOArguments, data: RunData) -> None:
         DataError: a tokenizer's own file gives other ids than were used, or the reward model's template has no place
             for something in a prompt.
     """
+    from alignment.flow.sample import show_sample, show_scored
     from alignment.ppo.data.encode import Limits, prompt_messages
-    from alignment.ppo.rewards import uses_model
-    from alignment.training.sample import show_sample, show_scored
+    from alignment.rollout.rewards import uses_model
 
     roles = ["actor"] + ["critic"] * bool(args.do_train)
     own_reward = data.reward_tokenizer is not None
@@ -233,7 +233,7 @@ def own_reward_format(args: PPOArguments, tokenizer: Any, template: Any) -> tupl
     """
     from alignment.ppo.data import PromptTemplate, check_same
     from alignment.ppo.models import check_tokenizer_fits, load_tokenizer, tokenizer_differs
-    from alignment.ppo.rewards import uses_model
+    from alignment.rollout.rewards import uses_model
 
     if not uses_model(args.reward):
         return None, None
@@ -268,12 +268,10 @@ def build_trainer(
     args: PPOArguments, world: Any, data: RunData, sizes: Any, argv: list[str], rewards: Any = None
 ) -> Any:
     """Load the models and put the trainer together; ``rewards`` None: those that the arguments name."""
+    from alignment.engine.engine import Engine, OptimizerSettings
+    from alignment.flow.flow import PPO_BETWEEN, PPO_ITERATION, optimizer_of
+    from alignment.flow.runner import model_flags
     from alignment.parallel.offload import build_residency
-    from alignment.ppo.dataflow import PPO_BETWEEN, PPO_ITERATION, optimizer_of
-    from alignment.ppo.engine import Engine, OptimizerSettings
-    from alignment.ppo.generation.engine import GenerationEngine
-    from alignment.ppo.generation.layouts import RolloutEngine
-    from alignment.ppo.generation.stopping import eos_token_ids
     from alignment.ppo.models import (
         keep_tokens,
         load_causal_lm,
@@ -284,11 +282,13 @@ def build_trainer(
     )
     from alignment.ppo.phases import Roles
     from alignment.ppo.ppo_trainer import PPOTrainer
-    from alignment.ppo.rewards import RewardBatch, RewardResult, resolve_rewards, uses_model
-    from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole
-    from alignment.ppo.rollout import Rollout
-    from alignment.ppo.scoring import RewardModelScorer
-    from alignment.training.runner import model_flags
+    from alignment.rollout.generate import GenerationEngine
+    from alignment.rollout.layouts import RolloutEngine
+    from alignment.rollout.rewards import RewardBatch, RewardResult, resolve_rewards, uses_model
+    from alignment.rollout.rewards.reward_model import RewardModelScorer
+    from alignment.rollout.roles import PolicyRole, RewardRole, ValueRole
+    from alignment.rollout.rollout import Rollout
+    from alignment.rollout.stopping import eos_token_ids
 
     budget = args.max_tokens_per_micro_batch
     infer_rows = args.rollout_logprob_batch_size or args.per_device_train_batch_size

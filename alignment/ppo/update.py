@@ -16,15 +16,15 @@ import paddle
 from paddle import Tensor
 
 from alignment import runtime
+from alignment.flow.finite import FiniteCheck
+from alignment.flow.invariants import FirstStepCheck, Guard, check_first_pass, check_later_pass, precision_of
+from alignment.flow.order import micro_batches, rank_slice
+from alignment.flow.ptx import PtxStream
+from alignment.flow.statistics import Statistics
+from alignment.losses.policy import policy_loss, value_loss
 from alignment.parallel import World
-from alignment.ppo.algorithms.losses import policy_loss, value_loss
-from alignment.ppo.invariants import FirstStepCheck, Guard, check_first_pass, check_later_pass, precision_of
-from alignment.ppo.nonfinite import FiniteCheck
-from alignment.ppo.ptx import PtxStream
-from alignment.ppo.roles import PolicyRole, ValueRole
-from alignment.ppo.rollout import Experience, Rollout
-from alignment.ppo.statistics import Statistics
-from alignment.training.order import micro_batches, rank_slice
+from alignment.rollout.roles import PolicyRole, ValueRole
+from alignment.rollout.rollout import Experience, Rollout
 
 # An update stops when its approximate KL passes this multiple of target_kl (the factor of TRL v1 and
 # Stable-Baselines3).

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from alignment.arguments import RewardArguments
+from alignment.flow.runner import Data
 from alignment.ppo.data import PreferenceDataset, PromptTemplate, load_train_and_eval
-from alignment.training.runner import Data
 
 
 def build_data(args: RewardArguments, tokenizer: Any, template: PromptTemplate, *, show_progress: bool) -> Data:

@@ -12,18 +12,18 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from alignment.engine.engine import Engine
+from alignment.flow.stage import Batch
+from alignment.flow.stats import Stats
+from alignment.losses.reward import first_differences, sequence_losses, token_losses
 from alignment.parallel import World
 from alignment.ppo.data import collate_preference
-from alignment.ppo.engine import Engine
 from alignment.ppo.models import Rows, scores_of, unwrap
-from alignment.rm.losses import first_differences, sequence_losses, token_losses
 from alignment.rm.metrics import pair_metrics
-from alignment.training.stage import Batch
-from alignment.training.stats import Stats
 
 
 class RewardStage:
-    """What :class:`~alignment.training.loop.StageTrainer` asks of reward modelling.
+    """What :class:`~alignment.flow.stage_trainer.StageTrainer` asks of reward modelling.
 
     With ``normalize_score_during_training`` the loss sees normalised scores. The normaliser learns once per optimizer
     step, after it, from the raw end scores of all micro batches of all ranks (so the first step is not normalised):

@@ -84,9 +84,9 @@ class Scorer:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
+        from alignment.engine.engine import Engine
         from alignment.parallel import init_world
         from alignment.ppo.data import Encoder, Limits, PromptTemplate
-        from alignment.ppo.engine import Engine
         from alignment.ppo.models import check_model_folder, load_score_model, load_tokenizer, model_context_length
 
         check_model_folder(options.model, role="--model")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from alignment.arguments import SFTArguments
+from alignment.flow.runner import Data
 from alignment.log import get_logger
 from alignment.ppo.data import PromptTemplate, SupervisedDataset, load_train_and_eval, pack_supervised
-from alignment.training.runner import Data
 
 
 def mixtures(args: SFTArguments) -> tuple[Any, Any]:

@@ -21,16 +21,16 @@ def main(argv: list[str]) -> int:
     Raises:
         AlignmentError: whatever the user can mend.
     """
-    from alignment.training.runner import run_stage
+    from alignment.flow.runner import run_stage
 
     return run_stage(argv, parse_sft, _run)
 
 
 def _run(args: SFTArguments, world: Any, argv: list[str]) -> int:
+    from alignment.flow.runner import lora_settings, model_flags, train_stage
     from alignment.ppo.models import load_causal_lm
     from alignment.sft.data import build_data
     from alignment.sft.sft_trainer import SFTStage
-    from alignment.training.runner import lora_settings, model_flags, train_stage
 
     return train_stage(
         args,

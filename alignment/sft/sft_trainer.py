@@ -11,15 +11,15 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from alignment.engine.engine import Engine
+from alignment.flow.stage import Batch
+from alignment.flow.stats import Stats
 from alignment.ppo.data import IGNORE_INDEX, collate_packed, collate_supervised
-from alignment.ppo.engine import Engine
 from alignment.ppo.models import Rows
-from alignment.training.stage import Batch
-from alignment.training.stats import Stats
 
 
 class SFTStage:
-    """What :class:`~alignment.training.loop.StageTrainer` asks of supervised fine-tuning.
+    """What :class:`~alignment.flow.stage_trainer.StageTrainer` asks of supervised fine-tuning.
 
     The loss is ``-sum log p(token)`` over answer tokens; the loop divides by their number in the whole optimizer step.
     Perplexity is ``exp`` of that mean over all evaluated tokens of all ranks, never a mean of perplexities.

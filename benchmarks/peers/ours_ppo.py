@@ -50,9 +50,9 @@ def arguments(w: Workload, folder: Path, output: Path, iterations: int) -> dict[
 def run(task: dict[str, Any]) -> dict[str, Any]:
     """Run the iterations, check that they did the work that is compared, and return the figures."""
     from alignment.arguments import parse_ppo
+    from alignment.flow.runner import use_device
     from alignment.parallel import init_world
     from alignment.ppo import run_ppo
-    from alignment.training.runner import use_device
 
     w, folder, output = WORKLOADS[task["workload"]], Path(task["folder"]), Path(task["output"])
     iterations = task["iterations"]

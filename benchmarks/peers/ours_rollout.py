@@ -21,8 +21,8 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     with runtime.quiet_import():
         import paddle
     paddle.set_device("cpu")
-    from alignment.ppo.generation.engine import GenerationEngine
     from alignment.ppo.models import load_causal_lm, load_tokenizer, model_context_length
+    from alignment.rollout.generate import GenerationEngine
 
     w, folder = WORKLOADS[task["workload"]], Path(task["folder"]) / "actor"
     model = load_causal_lm(str(folder), role="actor")
@@ -46,8 +46,8 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
 
 def one(engine: Any, w: Workload, wanted: dict[str, Any]) -> dict[str, Any]:
     """Seconds and response tokens of one run; ``seconds`` is None where this engine cannot do it."""
-    from alignment.ppo.generation.engine import GenerationPrompt
-    from alignment.ppo.generation.sampler import SamplingSettings
+    from alignment.rollout.generate import GenerationPrompt
+    from alignment.rollout.sampler import SamplingSettings
 
     longest = wanted.get("new_tokens", w.new_tokens)
     growth = "new_tokens" in wanted

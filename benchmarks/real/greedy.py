@@ -28,10 +28,10 @@ def compare(path: str | Path) -> dict[str, Any]:
     import numpy as np
 
     from alignment.ppo.data import Encoder, Limits, PromptTemplate
-    from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
-    from alignment.ppo.generation.sampler import SamplingSettings
-    from alignment.ppo.generation.stopping import eos_token_ids
     from alignment.ppo.models import load_causal_lm, load_tokenizer
+    from alignment.rollout.generate import GenerationEngine, GenerationPrompt
+    from alignment.rollout.sampler import SamplingSettings
+    from alignment.rollout.stopping import eos_token_ids
 
     rows = json.loads(RECORDED.read_text(encoding="utf-8"))["rows"]
     tokenizer = load_tokenizer(path)

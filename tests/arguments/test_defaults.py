@@ -238,7 +238,7 @@ def test_python_files_are_found_beside_the_argument_file(tmp_path, monkeypatch) 
 
 
 def test_optimizer_settings_have_exactly_the_engines_fields() -> None:
-    from alignment.ppo.engine import OptimizerSettings
+    from alignment.engine.engine import OptimizerSettings
 
     args = _parse("ppo", "warmup_ratio=0.1", "critic_lr_scheduler_type=constant", "critic_learning_rate=1e-6")
     actor, critic = args.policy_optimizer(95), args.critic_optimizer(95)

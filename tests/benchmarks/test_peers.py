@@ -226,7 +226,7 @@ def test_what_our_engine_cannot_do_is_said() -> None:
 
 
 def test_the_watch_reads_the_step_of_the_loop_that_runs(tmp_path: Path) -> None:
-    from alignment.training.loop import StageTrainer
+    from alignment.flow.stage_trainer import StageTrainer
 
     file = Path(StageTrainer.run.__code__.co_filename)
     assert file.as_posix().endswith(Path(LOOP).as_posix()) and StageTrainer.run.__name__ == "run"

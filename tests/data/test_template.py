@@ -288,7 +288,7 @@ def test_prompts_end_with_the_user():
 
 def test_a_resumed_run_keeps_its_day(tmp_path):
     """D10: the tokens of a resumed run are those of the run that it goes on from, on whatever day it goes on."""
-    from alignment.training.runner import stage_template
+    from alignment.flow.runner import stage_template
 
     source = "{{ strftime_now('%d') }}" + CHATML
     folder = make_bpe(tmp_path / "model", eos="<|im_end|>", chat_template=source)
@@ -310,7 +310,7 @@ def test_a_saved_beaver_template_is_itself_also_in_jinja(tmp_path):
 
 def test_a_resumed_run_keeps_its_template_where_none_is_given(tmp_path):
     """What `auto` finds may change between versions (one that wrote null took Beaver): the checkpoint knows better."""
-    from alignment.training.runner import stage_template
+    from alignment.flow.runner import stage_template
 
     folder = make_bpe(tmp_path / "model", eos="<|im_end|>", chat_template=CHATML)
     args = SimpleNamespace(prompt_template="auto", enable_thinking=None, allow_template_mismatch=False)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignment.cli import main
-from alignment.training.metrics import read_metrics
+from alignment.flow.metrics import read_metrics
 from tests.precision import read_weights, stored_codes
 from tests.tiny import copy_rows, preference_rows, tiny_model_dir, write_jsonl
 

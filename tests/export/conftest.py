@@ -52,7 +52,7 @@ def make_checkpoint(make_folder: Callable[..., Path], tmp_path: Path) -> Callabl
     """Write ``checkpoint-3`` of a run, as the trainers do: models and ``trainer/``, with a manifest."""
     import shutil
 
-    from alignment.training.checkpoint import CheckpointStore
+    from alignment.flow.checkpoint import CheckpointStore
 
     def checkpoint(**models: Path) -> Path:
         store = CheckpointStore(tmp_path / "run")

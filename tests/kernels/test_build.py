@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from alignment.kernels import build
-from alignment.ppo.generation.sampler import SamplingSettings
-from tests.generation.conftest import engine_for, make_model, make_prompts
+from alignment.rollout.sampler import SamplingSettings
+from tests.rollout.conftest import engine_for, make_model, make_prompts
 
 ROLLOUT = """
 import json, sys
 import alignment
-from tests.generation.conftest import make_model, make_prompts, IdTokenizer
-from alignment.ppo.generation.engine import GenerationEngine
-from alignment.ppo.generation.sampler import SamplingSettings
+from tests.rollout.conftest import make_model, make_prompts, IdTokenizer
+from alignment.rollout.generate import GenerationEngine
+from alignment.rollout.sampler import SamplingSettings
 engine = GenerationEngine(make_model("llama"), IdTokenizer(), [1], 64, 8)
 rollout = engine.generate(make_prompts([3, 9, 5]), SamplingSettings(12, seed=5))
 print(json.dumps([type(engine.ops).__name__, rollout.tokens.tolist()]))

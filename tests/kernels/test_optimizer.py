@@ -8,8 +8,8 @@ import numpy as np
 import paddle
 import pytest
 
-from alignment.training import optimizer as module
-from alignment.training.optimizer import OptimizerSettings, adamw_step, decays, global_norm, slots_of
+from alignment.engine import optimizer as module
+from alignment.engine.optimizer import OptimizerSettings, adamw_step, decays, global_norm, slots_of
 
 SHAPES = [[7], [33, 5], [1], [260, 257], [16]]
 SETTINGS = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1, adam_epsilon=1e-6)

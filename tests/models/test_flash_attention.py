@@ -10,9 +10,9 @@ import pytest
 
 from alignment import runtime
 from alignment.arguments import SFTArguments, device, from_dict
+from alignment.flow.runner import model_flags
 from alignment.ppo.models import Rows, backbone_of, hidden_states
 from alignment.ppo.models.forward import _segment_ends
-from alignment.training.runner import model_flags
 
 
 class Recorder(paddle.nn.Layer):

@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 import pytest
 
+from alignment.engine.optimizer import OptimizerSettings, adamw_step, global_norm
 from alignment.parallel.gradients import add_up_in_float32, gradient, set_gradient
 from alignment.ppo.models import (
     LoRASettings,
@@ -25,7 +26,6 @@ from alignment.ppo.models import (
 from alignment.ppo.models.fused import FusedDecoder
 from alignment.ppo.models.precision import rounded, store_in_bfloat16
 from alignment.ppo.models.safetensors_file import bfloat16_to_float32, to_bfloat16
-from alignment.training.optimizer import OptimizerSettings, adamw_step, global_norm
 from tests.precision import read_weights, stored_codes
 
 Folder = Callable[[str], Path]

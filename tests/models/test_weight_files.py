@@ -19,6 +19,9 @@ import paddle
 import pytest
 
 from alignment.errors import CheckpointError, ModelError
+from alignment.flow.checkpoint import CheckpointStore, verify
+from alignment.flow.output import publishing
+from alignment.flow.weights import load_weights_into
 from alignment.parallel.topology import Topology
 from alignment.ppo.models import (
     LoRASettings,
@@ -30,9 +33,6 @@ from alignment.ppo.models import (
 )
 from alignment.ppo.models.hf_layout import Weights
 from alignment.ppo.models.pickle_files import PaddleFile, TorchFile
-from alignment.training.checkpoint import CheckpointStore, verify
-from alignment.training.output import publishing
-from alignment.training.weights import load_weights_into
 
 
 class Touch:
@@ -194,8 +194,8 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
-from alignment.training.checkpoint import CheckpointStore
-from alignment.training.output import publishing
+from alignment.flow.checkpoint import CheckpointStore
+from alignment.flow.output import publishing
 os.umask(0o027)
 root = Path(sys.argv[1])
 with CheckpointStore(root).writing(3) as folder:

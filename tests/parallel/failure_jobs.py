@@ -172,7 +172,7 @@ def lose_step(world: World, folder: Path) -> None:
 
 def die_while_another_saves(world: World, folder: Path) -> None:
     """Rank 1 is killed while rank 0 writes its second checkpoint."""
-    from alignment.training.checkpoint import CheckpointStore
+    from alignment.flow.checkpoint import CheckpointStore
 
     store = CheckpointStore(folder / "run")
     if world.is_main:
@@ -216,7 +216,7 @@ def ppo_with_a_reward_that_hangs(folder: str) -> None:
     import paddle
 
     from alignment.ppo.run_ppo import main
-    from tests.training.disk_jobs import write_arguments
+    from tests.flow.disk_jobs import write_arguments
 
     paddle.set_device("cpu")
     ready, reward = Path(folder, "ready"), Path(folder, "hanging_reward.py")

@@ -16,10 +16,10 @@ def answers(folder: str, tensor: int, way: str, budget: int) -> dict[str, Any]:
     """
     import paddle
 
-    from alignment.ppo.generation.engine import GenerationEngine
-    from alignment.ppo.generation.layers import LayerOps
-    from alignment.ppo.generation.sampler import SamplingSettings
     from alignment.ppo.models import load_causal_lm, load_tokenizer
+    from alignment.rollout.generate import GenerationEngine
+    from alignment.rollout.layers import LayerOps
+    from alignment.rollout.sampler import SamplingSettings
 
     world = _join(tensor)
     model = load_causal_lm(folder, topology=world.topology)
@@ -54,7 +54,7 @@ def _responses(rollout: Any) -> list[list[int]]:
 
 
 def _prompts() -> list[Any]:
-    from alignment.ppo.generation.engine import GenerationPrompt
+    from alignment.rollout.generate import GenerationPrompt
 
     rng = np.random.default_rng(1)
     return [GenerationPrompt(rng.integers(2, 300, n), i, "", {}) for i, n in enumerate([3, 40, 1, 17, 9])]

@@ -23,12 +23,12 @@ def answers(folder: str, tensor: int, steps: list[str] | None) -> dict[str, Any]
     import paddle
 
     from alignment.parallel import Topology, init_world
-    from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
-    from alignment.ppo.generation.gpu_ops import GpuOps
-    from alignment.ppo.generation.layers import LayerOps
-    from alignment.ppo.generation.sampler import SamplingSettings
     from alignment.ppo.models import load_causal_lm, load_tokenizer
-    from tests.generation.gpu_reference import ReferenceOperators
+    from alignment.rollout.generate import GenerationEngine, GenerationPrompt
+    from alignment.rollout.gpu_ops import GpuOps
+    from alignment.rollout.layers import LayerOps
+    from alignment.rollout.sampler import SamplingSettings
+    from tests.rollout.gpu_reference import ReferenceOperators
 
     paddle.set_device("cpu")
     size, rank = int(os.environ["PADDLE_TRAINERS_NUM"]), int(os.environ["PADDLE_TRAINER_ID"])

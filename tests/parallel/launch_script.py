@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from alignment.cli import run_main
+from alignment.flow.interrupt import EXIT_INTERRUPTED, Interrupt
 from alignment.parallel import ControlChannel, Topology, World
 from alignment.parallel.monitor import Monitor
-from alignment.training.interrupt import EXIT_INTERRUPTED, Interrupt
 
 
 def join(folder: Path) -> World:

@@ -16,11 +16,11 @@ def rollout_weights(folder: str, layout: dict[str, int], eval_mode: str) -> dict
     """
     import paddle
 
-    from alignment.ppo.engine import Engine, OptimizerSettings
-    from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
-    from alignment.ppo.generation.layouts import RolloutEngine
-    from alignment.ppo.generation.sampler import SamplingSettings
+    from alignment.engine.engine import Engine, OptimizerSettings
     from alignment.ppo.models import load_causal_lm, load_tokenizer
+    from alignment.rollout.generate import GenerationEngine, GenerationPrompt
+    from alignment.rollout.layouts import RolloutEngine
+    from alignment.rollout.sampler import SamplingSettings
 
     world = _join(layout)
     whole = load_causal_lm(folder)
@@ -52,9 +52,9 @@ def damaged_transfer(folder: str) -> str:
     import paddle
     import paddle.distributed as dist
 
-    from alignment.ppo.engine import Engine, OptimizerSettings
-    from alignment.ppo.generation.layouts import RolloutEngine
+    from alignment.engine.engine import Engine, OptimizerSettings
     from alignment.ppo.models import load_causal_lm
+    from alignment.rollout.layouts import RolloutEngine
 
     world = _join({"pipeline": 2})
     engine = Engine("actor", load_causal_lm(folder, topology=world.topology), world, OptimizerSettings(1e-3))

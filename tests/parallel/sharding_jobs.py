@@ -19,8 +19,8 @@ def held(folder: str) -> dict[str, float]:
     """
     import paddle
 
+    from alignment.engine.engine import Engine, OptimizerSettings
     from alignment.parallel import Topology, init_world
-    from alignment.ppo.engine import Engine, OptimizerSettings
     from alignment.ppo.models import Rows, load_causal_lm
 
     paddle.set_device("cpu")
@@ -67,7 +67,7 @@ def held(folder: str) -> dict[str, float]:
 def train_two_tensors(folder: str, stage: str, *more: str) -> int:
     """A run of SFT with LoRA on one matrix: two trained tensors for all ranks."""
     from alignment.sft.run_sft import main
-    from tests.training.disk_jobs import write_arguments
+    from tests.flow.disk_jobs import write_arguments
 
     ready = Path(folder, "ready")
     if os.environ["PADDLE_TRAINER_ID"] == "0" and not ready.exists():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from alignment.training.checkpoint import verify
+from alignment.flow.checkpoint import verify
 from tests.parallel.forked import run_ranks
 from tests.parallel.layouts import LAYOUTS, Layout, Trace, arguments, compare, make_files, run_words
 

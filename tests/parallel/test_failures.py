@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from alignment.flow.checkpoint import CheckpointStore
 from alignment.parallel.heartbeat import Beat, Member, write_beat
 from alignment.parallel.last_seen import LastSeen
-from alignment.training.checkpoint import CheckpointStore
 from tests.parallel import failure_jobs
 from tests.parallel.forked import JobResult, try_ranks
 

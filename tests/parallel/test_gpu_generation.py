@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignment.ppo.generation.gpu_operators import KERNELS
+from alignment.rollout.gpu_operators import KERNELS
 from tests.parallel import gpu_generation_jobs
 from tests.parallel.forked import run_ranks
 from tests.tiny import tiny_model_dir

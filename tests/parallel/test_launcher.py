@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from alignment.training.checkpoint import CheckpointStore
+from alignment.flow.checkpoint import CheckpointStore
 from tests.tiny import copy_rows, tiny_model_dir, write_jsonl
 
 REPO = Path(__file__).resolve().parents[2]

@@ -8,9 +8,9 @@ import numpy as np
 import paddle
 import pytest
 
+from alignment.flow.metrics import read_metrics
 from alignment.ppo.models import final_hidden_states, load_causal_lm
 from alignment.ppo.models.safetensors_file import SafetensorsFile
-from alignment.training.metrics import read_metrics
 from tests.parallel import sharding_jobs
 from tests.parallel.forked import run_ranks
 from tests.tiny import tiny_model_dir

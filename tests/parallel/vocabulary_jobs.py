@@ -10,9 +10,9 @@ def differences() -> dict[str, float]:
     import paddle
     import paddle.distributed as dist
 
+    from alignment.losses.logprobs import score_labels
     from alignment.parallel import cpu_backend
     from alignment.parallel.vocabulary import VocabularyShard
-    from alignment.ppo.algorithms.logprobs import score_labels
 
     paddle.set_device("cpu")
     cpu_backend.apply()

@@ -26,10 +26,10 @@ def measure(folder: str, layout: dict[str, Any], sizes: dict[str, int], recomput
     """
     import paddle
 
+    from alignment.engine.engine import Engine, OptimizerSettings
     from alignment.parallel import Topology, init_world
-    from alignment.ppo.engine import Engine, OptimizerSettings
     from alignment.ppo.models import load_causal_lm
-    from alignment.ppo.roles import PolicyRole
+    from alignment.rollout.roles import PolicyRole
 
     paddle.set_device("cpu")
     rank = int(os.environ.get("PADDLE_TRAINER_ID", "0"))
@@ -72,11 +72,11 @@ def measure(folder: str, layout: dict[str, Any], sizes: dict[str, int], recomput
 
 def generate(engine: Any, world: Any, sizes: dict[str, int], fused: bool) -> dict[str, Any]:
     """Answers of full length: bytes of the cache (the plain path's at the last step), the peak, and bytes sent."""
-    from alignment.ppo.generation.engine import GenerationEngine, GenerationPrompt
-    from alignment.ppo.generation.layers import CpuKernelOps
-    from alignment.ppo.generation.layouts import RolloutEngine
-    from alignment.ppo.generation.plain_decoder import PlainDecoder
-    from alignment.ppo.generation.sampler import SamplingSettings
+    from alignment.rollout.generate import GenerationEngine, GenerationPrompt
+    from alignment.rollout.layers import CpuKernelOps
+    from alignment.rollout.layouts import RolloutEngine
+    from alignment.rollout.plain_decoder import PlainDecoder
+    from alignment.rollout.sampler import SamplingSettings
 
     caches: list[int] = []
 
@@ -123,7 +123,7 @@ class Tokenizer:
 
 def rollout(rows: int, prompt: int, response: int) -> Any:
     """Rows of one length."""
-    from alignment.ppo.rollout import Rollout
+    from alignment.rollout.rollout import Rollout
 
     draw = np.random.default_rng(0)
     return Rollout(

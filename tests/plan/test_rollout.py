@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from alignment.flow.order import micro_batches
 from alignment.parallel.topology import Topology
 from alignment.plan import kernels, work
 from alignment.plan.activations import cache_bytes
@@ -15,12 +16,11 @@ from alignment.plan.rollout import BLOCK, GPU_BLOCK, rollout_of
 from alignment.plan.setting import RolePlan, Setting
 from alignment.plan.shapes import ModelShape
 from alignment.plan.times import forward_ops, times_of
-from alignment.ppo.generation import arena, gpu_operators
-from alignment.ppo.generation.fused import ContinuousBatch
-from alignment.ppo.generation.rows import GenerationPrompt, RowTable
-from alignment.ppo.generation.sampler import SamplingSettings
-from alignment.ppo.generation.stopping import StopRule
-from alignment.training.order import micro_batches
+from alignment.rollout import arena, gpu_operators
+from alignment.rollout.continuous import ContinuousBatch
+from alignment.rollout.sampler import SamplingSettings
+from alignment.rollout.slots import GenerationPrompt, RowTable
+from alignment.rollout.stopping import StopRule
 
 SHAPE = ModelShape("llama", 512, 64, 128, 2, 4, 2, 16)
 

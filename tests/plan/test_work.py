@@ -91,7 +91,7 @@ def test_volumes_of_collectives() -> None:
 
 @pytest.mark.parametrize("mode", ["", "single", "tensor_parallel"])
 def test_the_rollout_s_layout_is_the_runner_s(mode: str) -> None:
-    from alignment.ppo.generation.layouts import rollout_layout
+    from alignment.rollout.layouts import rollout_layout
 
     for tensor, pipeline, sharding in itertools.product((1, 2), (1, 2, 4), (1, 2)):
         count = tensor * pipeline * sharding
@@ -106,9 +106,9 @@ def test_the_rollout_s_layout_is_the_runner_s(mode: str) -> None:
 
 def test_offloading_moves_what_the_residency_moves() -> None:
     """Against :class:`Residency` itself with a back end that only counts, in its second iteration."""
+    from alignment.flow.flow import PPO_BETWEEN, PPO_ITERATION, optimizer_of
     from alignment.parallel.offload import Residency
     from alignment.plan.memory import residents
-    from alignment.ppo.dataflow import PPO_BETWEEN, PPO_ITERATION, optimizer_of
 
     shape = ModelShape("llama", 512, 64, 128, 4, 4, 4, 16)
     roles = (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignment.ppo.rollout import Rollout
+from alignment.rollout.rollout import Rollout
 from tests.precision import ARGUMENTS
 
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignment.flow.flow import PPO_ITERATION, Dataflow, ModelCall, PhaseTimer
+from alignment.flow.order import micro_batches
+from alignment.flow.statistics import Statistics
+from alignment.flow.streams import IndexStream
 from alignment.parallel import World
-from alignment.ppo.dataflow import PPO_ITERATION, Dataflow, ModelCall, PhaseTimer
-from alignment.ppo.rollout import Rollout, join_micro_batches, join_rollouts
-from alignment.ppo.statistics import Statistics
-from alignment.ppo.streams import IndexStream
-from alignment.training.order import micro_batches
+from alignment.rollout.rollout import Rollout, join_micro_batches, join_rollouts
 
 from .conftest import make_rollout
 

@@ -14,11 +14,11 @@ import pytest
 
 from alignment.cli import main
 from alignment.errors import CheckpointError
-from alignment.ppo.halfway import ARRAYS_FILE, TEXTS_FILE, HalfUsed, load_half_used, save_half_used
-from alignment.ppo.rollout import Experience
-from alignment.ppo.statistics import Statistics
+from alignment.flow.checkpoint import verify
+from alignment.flow.halfway import ARRAYS_FILE, TEXTS_FILE, HalfUsed, load_half_used, save_half_used
+from alignment.flow.statistics import Statistics
 from alignment.ppo.update import Position
-from alignment.training.checkpoint import verify
+from alignment.rollout.rollout import Experience
 
 from .conftest import make_rollout
 

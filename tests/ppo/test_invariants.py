@@ -9,7 +9,7 @@ import pytest
 
 from alignment import runtime
 from alignment.errors import InvariantError
-from alignment.ppo.invariants import (
+from alignment.flow.invariants import (
     BOUNDS,
     GROSS,
     Guard,

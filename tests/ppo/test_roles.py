@@ -10,12 +10,12 @@ import numpy as np
 import paddle
 import pytest
 
+from alignment.engine.engine import Engine
 from alignment.kernels.ops import kernels
 from alignment.parallel import World
-from alignment.ppo.engine import Engine
 from alignment.ppo.models import causal_logits, final_hidden_states, load_causal_lm, load_score_model
-from alignment.ppo.roles import PolicyRole, RewardRole, ValueRole, rows_of
-from alignment.ppo.rollout import Rollout
+from alignment.rollout.roles import PolicyRole, RewardRole, ValueRole, rows_of
+from alignment.rollout.rollout import Rollout
 from tests.precision import DTYPE
 
 from .conftest import make_rollout

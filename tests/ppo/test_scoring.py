@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from alignment.cli import main
+from alignment.flow.notices import notices
 from alignment.ppo.data import PromptTemplate
 from alignment.ppo.models import load_tokenizer
-from alignment.ppo.notices import notices
-from alignment.ppo.rewards import RewardBatch
-from alignment.ppo.rollout import Experience
-from alignment.ppo.scoring import RewardModelScorer
+from alignment.rollout.rewards import RewardBatch
+from alignment.rollout.rewards.reward_model import RewardModelScorer
+from alignment.rollout.rollout import Experience
 
 from .conftest import make_rollout, metric_rows
 

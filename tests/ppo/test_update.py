@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignment.engine.engine import Engine, OptimizerSettings
 from alignment.errors import InvariantError, NonFiniteError
+from alignment.flow.invariants import FirstStepCheck, Guard
+from alignment.flow.statistics import Statistics
+from alignment.losses.advantages import RunningMoments
+from alignment.losses.kl import FixedKLController
 from alignment.parallel import Topology, World
-from alignment.ppo.algorithms.advantages import RunningMoments
-from alignment.ppo.algorithms.kl import FixedKLController
-from alignment.ppo.engine import Engine, OptimizerSettings
 from alignment.ppo.experience import assemble_experience, describe_experience
-from alignment.ppo.invariants import FirstStepCheck, Guard
 from alignment.ppo.models import load_causal_lm, load_score_model
-from alignment.ppo.roles import PolicyRole, ValueRole
-from alignment.ppo.rollout import Experience, Rollout
-from alignment.ppo.statistics import Statistics
 from alignment.ppo.update import Position, PPOUpdater, Window, split_windows
+from alignment.rollout.roles import PolicyRole, ValueRole
+from alignment.rollout.rollout import Experience, Rollout
 from tests.precision import DTYPE, within
 
 from .conftest import make_rollout

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.errors import RewardError
-from alignment.ppo.rewards import RewardBatch, resolve_rewards
-from alignment.ppo.rewards.builtin import gsm8k_number
+from alignment.rollout.rewards import RewardBatch, resolve_rewards
+from alignment.rollout.rewards.builtin import gsm8k_number
 
 
 def score(name: str, responses: list[str], **columns: list) -> list[float]:

@@ -13,8 +13,8 @@ import time
 import pytest
 
 from alignment.errors import RewardError
-from alignment.ppo.rewards import RewardBatch, RewardSource, WeightedRewards
-from alignment.ppo.rewards.patience import patience
+from alignment.rollout.rewards import RewardBatch, RewardSource, WeightedRewards
+from alignment.rollout.rewards.patience import patience
 
 BATCH = RewardBatch(["q"], ["a"], [{}])
 
@@ -65,7 +65,7 @@ def test_a_wait_is_said_again_and_again(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_reward_that_no_signal_wakes_ends_the_process() -> None:
     code = (
         "import threading, time\n"
-        "from alignment.ppo.rewards.patience import patience\n"
+        "from alignment.rollout.rewards.patience import patience\n"
         "def wait():\n"
         "    while True:\n"
         "        try: time.sleep(60)\n"
@@ -79,7 +79,7 @@ def test_a_reward_that_no_signal_wakes_ends_the_process() -> None:
 
 def test_a_second_signal_ends_a_run_inside_a_reward() -> None:
     """P10: one SIGTERM is a wish to end after the step; the second does not wait for the judge."""
-    from alignment.training.interrupt import Interrupt
+    from alignment.flow.interrupt import Interrupt
 
     def judge() -> None:
         os.kill(os.getpid(), signal.SIGTERM)

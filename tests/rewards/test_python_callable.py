@@ -11,8 +11,8 @@ import pytest
 
 from alignment.arguments import parse_ppo
 from alignment.errors import AlignmentError, RewardError
-from alignment.ppo.rewards import RewardBatch, WeightedRewards, resolve_rewards
-from alignment.ppo.rewards.python_callable import PythonReward
+from alignment.rollout.rewards import RewardBatch, WeightedRewards, resolve_rewards
+from alignment.rollout.rewards.python_callable import PythonReward
 
 BATCH = RewardBatch(
     prompts=["first prompt", "second prompt", "third prompt"],

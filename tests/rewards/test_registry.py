@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from alignment.errors import RewardError
-from alignment.ppo.rewards import known_rewards, register_reward, registry, resolve_rewards
-from alignment.ppo.rewards.base import RewardBatch, RewardSource
+from alignment.rollout.rewards import known_rewards, register_reward, registry, resolve_rewards
+from alignment.rollout.rewards.base import RewardBatch, RewardSource
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignment.errors import RewardError
-from alignment.ppo.rewards import RewardBatch, resolve_rewards, uses_model
+from alignment.rollout.rewards import RewardBatch, resolve_rewards, uses_model
 
 BATCH = RewardBatch(["p0", "p1"], ["one", "two words"], [{"answer": "one"}, {"answer": "two"}])
 

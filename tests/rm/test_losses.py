@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.rm.losses import first_differences, sequence_losses, token_losses
+from alignment.losses.reward import first_differences, sequence_losses, token_losses
 from alignment.rm.metrics import calibration, pair_metrics
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from alignment.errors import ArgumentsError, DataError
+from alignment.flow.checkpoint import CheckpointStore
+from alignment.flow.metrics import read_metrics
 from alignment.rm.run_reward import main
-from alignment.training.checkpoint import CheckpointStore
-from alignment.training.metrics import read_metrics
 from tests.precision import ARGUMENTS, within
 from tests.tiny import tiny_model_dir
 

@@ -40,7 +40,7 @@ def test_light(repo: Path, module: str) -> None:
 
 
 def test_rewards_need_no_paddle(repo: Path) -> None:
-    assert probe(repo, "alignment.ppo.rewards")[1] == []
+    assert probe(repo, "alignment.rollout.rewards")[1] == []
 
 
 def test_importing_prints_nothing(repo: Path) -> None:

@@ -236,7 +236,7 @@ from alignment import runtime
 runtime._gpu_device = lambda folder: {found}
 runtime.prepare.cache_clear()
 from alignment.arguments import parse_sft
-from alignment.training.runner import use_device
+from alignment.flow.runner import use_device
 words = ["model_name_or_path=m", "train_datasets=a", "output_dir=o", {words}]
 args = parse_sft(words)
 use_device(args)

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from alignment import log
+from alignment.flow.metrics import read_metrics
 from alignment.sft.run_sft import main
-from alignment.training.metrics import read_metrics
 from tests.precision import TOLERANCE, read_weights, stored_codes
 
 

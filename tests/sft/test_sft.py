@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from alignment.errors import AlignmentError, ArgumentsError, CheckpointError, DataError, NonFiniteError
+from alignment.flow.checkpoint import CheckpointStore, verify
+from alignment.flow.metrics import read_metrics
 from alignment.sft.run_sft import main
-from alignment.training.checkpoint import CheckpointStore, verify
-from alignment.training.metrics import read_metrics
 from tests.precision import ARGUMENTS, read_weights, within
 from tests.tiny import copy_rows, tiny_model_dir, write_jsonl
 
@@ -257,9 +257,9 @@ def test_the_best_model_is_the_final_one(model_dir: Path, data_dir: Path, tmp_pa
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_packed_loss_is_the_unpacked_loss(model_dir: Path, data_dir: Path, greedy: bool) -> None:
+    from alignment.engine.engine import Engine
     from alignment.parallel import World
     from alignment.ppo.data import SupervisedDataset, pack_supervised
-    from alignment.ppo.engine import Engine
     from alignment.ppo.models import load_causal_lm, load_tokenizer
     from alignment.sft.sft_trainer import SFTStage
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ArgumentsError, CheckpointError, ModelError, nearest
+from alignment.flow.checkpoint import MANIFEST, disk_errors, verify
 from alignment.log import get_logger
-from alignment.training.checkpoint import MANIFEST, disk_errors, verify
 
 from .export_weights import export_tensors, parse_size
 from .folders import (

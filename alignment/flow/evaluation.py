@@ -1,0 +1,141 @@
+"""Evaluation: the same held-out prompts each time, answered greedily and by sampling with the same random numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignment.flow.checkpoint import disk_errors
+from alignment.flow.order import rank_slice
+from alignment.flow.statistics import Statistics
+from alignment.parallel import World
+from alignment.rollout.generate import GenerationPrompt
+from alignment.rollout.rewards import RewardResult
+from alignment.rollout.rollout import Rollout
+from alignment.rollout.sampler import SamplingSettings
+
+SAMPLES_FILE = "eval_samples.jsonl"
+
+
+class Evaluator:
+    """Answers and scores the evaluation prompts.
+
+    Args:
+        prompts: all evaluation prompts; each rank answers its share.
+        generate: answers prompts with the actor.
+        modes: settings by the mode's name, ``"sampled"`` and ``"greedy"``; the seed is the evaluation's own, so that
+            the draws are the same each time.
+        score: gives a rollout's rewards.
+        world: the data ranks.
+        output_dir: where ``eval_samples.jsonl`` grows.
+        table_rows: how many samples the table on the screen shows.
+        write: prints without tearing the progress bar.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[GenerationPrompt],
+        generate: Callable[[Sequence[GenerationPrompt], SamplingSettings], Rollout],
+        modes: Mapping[str, SamplingSettings],
+        score: Callable[[Rollout], RewardResult],
+        world: World,
+        output_dir: str,
+        table_rows: int,
+        write: Callable[[str], None],
+    ) -> None:
+        self.prompts, self.generate, self.modes, self.score = list(prompts), generate, dict(modes), score
+        self.world, self.path, self.table_rows, self.write = world, Path(output_dir) / SAMPLES_FILE, table_rows, write
+
+    def run(self, step: int) -> dict[str, float]:
+        """Evaluate.
+
+        Args:
+            step: optimizer steps so far, for the file and the table.
+
+        Returns:
+            ``eval/reward`` (sampled), ``eval/reward_greedy``, lengths and truncation rates, each source's reward where
+            there are several.
+        """
+        statistics, table = Statistics(), []
+        for mode, settings in self.modes.items():
+            records = self._answers(mode, settings, step)
+            table.extend(records[: self.table_rows])
+            self._count(mode, records, statistics)
+            if self.world.is_main:
+                with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        if self.world.is_main and table:
+            self.write(sample_table(table, step))
+        return statistics.result()
+
+    def drop_after(self, step: int) -> None:
+        """Remove the samples of later steps than ``step`` from the file: a resumed run writes them again."""
+        if not self.world.is_main or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with disk_errors(self.path):
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+    def _answers(self, mode: str, settings: SamplingSettings, step: int) -> list[dict[str, Any]]:
+        share = rank_slice(np.arange(len(self.prompts)), self.world.rank, self.world.size)
+        mine: list[dict[str, Any]] = []
+        if len(share):
+            rollout = self.generate([self.prompts[i] for i in share], settings)
+            result = self.score(rollout)
+            for i in range(len(rollout)):
+                mine.append(
+                    {
+                        "step": step,
+                        "mode": mode,
+                        "index": int(rollout.prompt_index[i]),
+                        "prompt": rollout.prompts[i],
+                        "response": rollout.responses[i],
+                        "score": float(result.total[i]),
+                        "scores": {name: float(part[i]) for name, part in result.parts.items()},
+                        "response_len": int(rollout.response_len[i]),
+                        "finished": bool(rollout.finished[i]),
+                    }
+                )
+        return [record for part in self.world.all_gather_object(mine) for record in part]
+
+    @staticmethod
+    def _count(mode: str, records: list[dict[str, Any]], statistics: Statistics) -> None:
+        suffix = "" if mode == "sampled" else "_greedy"
+        for record in records:
+            statistics.add(f"eval/reward{suffix}", record["score"], 1)
+            statistics.add(f"eval/mean_generated_length{suffix}", record["response_len"], 1)
+            statistics.add(f"eval/truncation_rate{suffix}", not record["finished"], 1)
+            if len(record["scores"]) > 1:
+                for name, score in record["scores"].items():
+                    statistics.add(f"eval/reward{suffix}/{name}", score, 1)
+
+
+def sample_table(records: Sequence[dict[str, Any]], step: int) -> str:
+    """A table of prompts, answers and scores, as text."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"evaluation samples at step {step}", box=SIMPLE, title_justify="left")
+    for name, ratio in (("prompt", 4), ("answer", 5)):
+        table.add_column(name, ratio=ratio, overflow="fold")
+    table.add_column("mode")
+    table.add_column("score", justify="right")
+    for record in records:
+        table.add_row(
+            _short(record["prompt"], 160), _short(record["response"], 240), record["mode"], f"{record['score']:.3f}"
+        )
+    console = Console(width=120, no_color=True, highlight=False, markup=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def _short(text: str, limit: int) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 3] + "..."

@@ -1,0 +1,252 @@
+"""The roles of a method: a model in its :class:`~alignment.engine.engine.Engine`, and the one forward that its role
+asks for.
+
+Only response positions are computed behind the backbone, and every figure is float32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from alignment.engine.engine import Engine
+from alignment.flow.order import micro_batches
+from alignment.ppo.models import Rows, scores_of, take_end
+from alignment.rollout.rollout import Rollout, join_micro_batches
+
+B = TypeVar("B")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class ResponsePositions:
+    """Where a micro batch's response tokens lie; built on the host from lengths alone.
+
+    Attributes:
+        states: ``[N]`` int64 index into the flattened ``[B * T]`` positions from which each response token is
+            predicted.
+        labels: ``[N]`` int64, the response tokens themselves.
+        slots: ``[B * R]`` int64, which of the N values belongs to each slot; N itself (a zero) for slots behind the
+            end.
+        shape: ``(B, R)``.
+    """
+
+    states: np.ndarray
+    labels: np.ndarray
+    slots: np.ndarray
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> ResponsePositions:
+        """The positions of a rollout's responses."""
+        mask = rollout.mask.astype(bool)
+        row, step = np.nonzero(mask)
+        position = rollout.prompt_len[row] - 1 + step
+        slots = np.full(mask.shape, len(row), dtype=np.int64)
+        slots[mask] = np.arange(len(row))
+        return cls(
+            states=row * rollout.tokens.shape[1] + position,
+            labels=rollout.tokens[row, position + 1],
+            slots=slots.reshape(-1),
+            shape=mask.shape,
+        )
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """``[N] -> [B, R]`` with zeros behind the ends; differentiable."""
+        padded = paddle.concat([flat, paddle.zeros([1], dtype=flat.dtype)])
+        return paddle.gather(padded, paddle.to_tensor(self.slots)).reshape(self.shape)
+
+
+class PolicyRole:
+    """Actor or reference: log-probs of response tokens at the sampling temperature.
+
+    Args:
+        engine: around a causal language model.
+        temperature: of sampling.
+        micro_batch_size: rows of a forward without gradient.
+        max_tokens: padded tokens of such a forward, in place of its rows; 0: not limited.
+    """
+
+    def __init__(self, engine: Engine, temperature: float, micro_batch_size: int, max_tokens: int = 0) -> None:
+        self.engine, self.temperature = engine, temperature
+        self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
+
+    def of_hidden(self, hidden: Tensor, rollout: Rollout, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        """``(logprobs, entropy)``, both ``[B, R]`` float32, zero behind the ends, from final hidden states
+        ``[B, T, hidden]``; differentiable when the engine is trainable.
+        """
+        positions = ResponsePositions.of(rollout)
+        if not len(positions.labels):
+            zeros = paddle.zeros(positions.shape, dtype="float32")
+            return zeros, zeros
+        scores = self.engine.score_labels(
+            _states(hidden, positions),
+            paddle.to_tensor(positions.labels),
+            self.temperature,
+            entropy=True,
+            entropy_grad=entropy_grad,
+        )
+        return positions.spread(scores.logprobs), positions.spread(scores.entropy)
+
+    def train(
+        self,
+        parts: Sequence[B],
+        rollout_of: Callable[[B], Rollout],
+        loss: Callable[[Tensor, Tensor, B], tuple[Tensor, R]],
+        entropy_grad: bool = False,
+    ) -> list[R]:
+        """Forward and backward of micro batches.
+
+        Args:
+            parts: micro batches.
+            rollout_of: the rows of one.
+            loss: from ``(logprobs, entropy)`` and the micro batch to a scalar and a result; see
+                :meth:`Engine.train_pass`.
+            entropy_grad: whether the entropy is to be differentiated.
+
+        Returns:
+            The results.
+        """
+        return self.engine.train_pass(
+            parts,
+            lambda part: rows_of(rollout_of(part)),
+            lambda hidden, part: loss(*self.of_hidden(hidden, rollout_of(part), entropy_grad), part),
+        )
+
+    def train_supervised(
+        self, batches: Sequence[Mapping[str, np.ndarray]], loss: Callable[[Tensor, int, Any], tuple[Tensor, R]]
+    ) -> list[R]:
+        """Forward and backward of supervised micro batches (the ptx loss), at temperature 1.
+
+        Args:
+            batches: ``input_ids`` and ``labels`` ``[B, T]`` int64, right-padded; labels not shifted, -100 where there
+                is nothing to learn; ``lengths`` ``[B]``.
+            loss: from the summed next-token loss and the number of its tokens to a scalar and a result.
+
+        Returns:
+            The results.
+        """
+        return self.engine.train_pass(
+            batches,
+            lambda batch: Rows(batch["input_ids"], lengths=batch["lengths"]),
+            lambda hidden, batch: loss(*self.negative_log_likelihood(hidden, batch["labels"]), batch),
+        )
+
+    def negative_log_likelihood(self, hidden: Tensor, labels: np.ndarray) -> tuple[Tensor, int]:
+        """Summed next-token loss on labelled tokens, at temperature 1.
+
+        Args:
+            hidden: ``[B, T, hidden]`` final hidden states.
+            labels: ``[B, T]`` int64, not shifted, -100 where there is nothing to learn.
+
+        Returns:
+            ``(sum, count)``: a differentiable scalar and the number of tokens in it.
+        """
+        row, column = np.nonzero(labels[:, 1:] != -100)
+        if not len(row):
+            return hidden.sum() * 0.0, 0
+        index = paddle.to_tensor(row * labels.shape[1] + column)
+        states = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), index)
+        scores = self.engine.score_labels(states, paddle.to_tensor(labels[row, column + 1]))
+        return -scores.logprobs.sum(), len(row)
+
+    def logprobs(self, rollout: Rollout) -> np.ndarray:
+        """``[B, R]`` float32 without gradient, in micro batches."""
+
+        def compute(hidden: Tensor, part: Rollout) -> np.ndarray:
+            positions = ResponsePositions.of(part)
+            if not len(positions.labels):
+                return np.zeros(positions.shape, dtype=np.float32)
+            labels = paddle.to_tensor(positions.labels)
+            scores = self.engine.score_labels(_states(hidden, positions), labels, self.temperature)
+            return positions.spread(scores.logprobs).numpy()
+
+        groups = micro_batches(rollout.lengths, self.micro_batch_size, self.max_tokens)
+        pieces = self.engine.infer_pass([rollout.select(group) for group in groups], rows_of, compute)
+        return join_micro_batches(pieces, groups, rollout.width)
+
+
+class ValueRole:
+    """The critic: the value of the state before each response token.
+
+    Args:
+        engine: around a score model of type ``critic``.
+        micro_batch_size: rows of a forward without gradient.
+        max_tokens: padded tokens of such a forward, in place of its rows; 0: not limited.
+    """
+
+    def __init__(self, engine: Engine, micro_batch_size: int, max_tokens: int = 0) -> None:
+        self.engine, self.micro_batch_size, self.max_tokens = engine, micro_batch_size, max_tokens
+
+    def of_hidden(self, hidden: Tensor, rollout: Rollout) -> Tensor:
+        """``[B, R]`` float32, zero behind the ends, from final hidden states ``[B, T, hidden]``; differentiable."""
+        positions = ResponsePositions.of(rollout)
+        scores = scores_of(self.engine.model, hidden)
+        if not len(positions.labels):
+            return paddle.zeros(positions.shape, dtype="float32")
+        flat = paddle.gather(scores.astype("float32").reshape([-1]), paddle.to_tensor(positions.states))
+        return positions.spread(flat)
+
+    def train(
+        self, parts: Sequence[B], rollout_of: Callable[[B], Rollout], loss: Callable[[Tensor, B], tuple[Tensor, R]]
+    ) -> list[R]:
+        """Forward and backward of micro batches; ``loss`` gets the values ``[B, R]``, see :meth:`Engine.train_pass`."""
+        return self.engine.train_pass(
+            parts,
+            lambda part: rows_of(rollout_of(part)),
+            lambda hidden, part: loss(self.of_hidden(hidden, rollout_of(part)), part),
+        )
+
+    def values(self, rollout: Rollout) -> np.ndarray:
+        """``[B, R]`` float32 without gradient, in micro batches."""
+        groups = micro_batches(rollout.lengths, self.micro_batch_size, self.max_tokens)
+        parts = [rollout.select(group) for group in groups]
+        pieces = self.engine.infer_pass(parts, rows_of, lambda hidden, part: self.of_hidden(hidden, part).numpy())
+        return join_micro_batches(pieces, groups, rollout.width)
+
+
+class RewardRole:
+    """The reward model: one score per answer, read at its last real token.
+
+    Args:
+        engine: around a frozen score model.
+        micro_batch_size: rows of a forward.
+        max_tokens: padded tokens of a forward, in place of its rows; 0: not limited.
+    """
+
+    def __init__(self, engine: Engine, micro_batch_size: int, max_tokens: int = 0) -> None:
+        self.engine, self.micro_batch_size, self.max_tokens = engine, micro_batch_size, max_tokens
+
+    def score_rows(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Scores of right-padded rows.
+
+        Args:
+            tokens: ``[B, T]`` int64.
+            lengths: ``[B]`` real tokens of each row, at least 1.
+
+        Returns:
+            ``[B]`` float32.
+        """
+        groups = micro_batches(lengths, self.micro_batch_size, self.max_tokens)
+        parts = [(tokens[group][:, : int(lengths[group].max())], lengths[group]) for group in groups]
+
+        def compute(hidden: Tensor, part: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+            return take_end(scores_of(self.engine.model, hidden), part[1]).astype("float32").numpy().reshape(-1)
+
+        scores = self.engine.infer_pass(parts, lambda part: Rows(part[0], lengths=part[1]), compute)
+        return join_micro_batches(scores, groups, 1) if scores else np.zeros(0, dtype=np.float32)
+
+
+def _states(hidden: Tensor, positions: ResponsePositions) -> Tensor:
+    """``[N, hidden]``: the hidden states that predict the response tokens."""
+    return paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), paddle.to_tensor(positions.states))
+
+
+def rows_of(rollout: Rollout) -> Rows:
+    """A rollout as a model reads it."""
+    return Rows(rollout.tokens, lengths=rollout.lengths)
