@@ -4,12 +4,12 @@
 or raise one :class:`~alignment.errors.ArgumentsError` that names every mistake. Nothing here imports Paddle.
 """
 
-from alignment.arguments.base import Arguments
 from alignment.arguments.parser import from_dict, parse, parse_ppo, parse_reward, parse_sft
-from alignment.arguments.ppo import PPOArguments
-from alignment.arguments.reward import RewardArguments
-from alignment.arguments.sft import SFTArguments
+from alignment.arguments.ppo_arguments import PPOArguments
+from alignment.arguments.reward_arguments import RewardArguments
+from alignment.arguments.sft_arguments import SFTArguments
 from alignment.arguments.sizes import Sizes
+from alignment.arguments.stage_arguments import Arguments
 
 __all__ = [
     "Arguments",
@@ -28,6 +28,6 @@ __all__ = [
 
 def markdown_table() -> str:
     """Return the text of ``docs/arguments.md``, made from the declarations."""
-    from alignment.arguments import docs
+    from alignment.arguments import arguments_page
 
-    return docs.markdown()
+    return arguments_page.markdown()

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from alignment.arguments import device
-from alignment.arguments.base import Arguments
 from alignment.arguments.layout import topology_of
-from alignment.arguments.ppo import PPOArguments
+from alignment.arguments.ppo_arguments import PPOArguments
 from alignment.arguments.resolve import default_metric, greater_is_better
-from alignment.arguments.reward import RewardArguments
-from alignment.arguments.sft import LoRAFields, SFTArguments
+from alignment.arguments.reward_arguments import RewardArguments
+from alignment.arguments.sft_arguments import LoRAFields, SFTArguments
+from alignment.arguments.stage_arguments import Arguments
 from alignment.arguments.training import BF16_ON_CPU
 from alignment.arguments.values import LATEST, short_names
 from alignment.errors import ArgumentsError, DataError, nearest

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from alignment.arguments import device
-from alignment.arguments.base import Arguments
 from alignment.arguments.spec import Spec
+from alignment.arguments.stage_arguments import Arguments
 
 
 def unused(args: Arguments) -> dict[str, str]:

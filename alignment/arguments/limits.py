@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from alignment.errors import ArgumentsError
 
 if TYPE_CHECKING:
-    from alignment.arguments.base import Arguments
+    from alignment.arguments.stage_arguments import Arguments
 
 
 def fit(args: Arguments, context: int, where: str) -> list[str]:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from alignment.arguments import checks, effects, foreign, resolve
-from alignment.arguments.base import Arguments, help_text
-from alignment.arguments.ppo import PPOArguments
-from alignment.arguments.reward import RewardArguments
-from alignment.arguments.sft import SFTArguments
+from alignment.arguments.ppo_arguments import PPOArguments
+from alignment.arguments.reward_arguments import RewardArguments
+from alignment.arguments.sft_arguments import SFTArguments
 from alignment.arguments.sources import Given, read_argv, read_file
 from alignment.arguments.spec import Spec, read_value
+from alignment.arguments.stage_arguments import Arguments, help_text
 from alignment.errors import nearest
 
 STAGES: tuple[type[Arguments], ...] = (SFTArguments, RewardArguments, PPOArguments)

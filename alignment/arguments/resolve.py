@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from alignment.arguments.base import Arguments
-from alignment.arguments.ppo import PPOArguments
-from alignment.arguments.sft import LoRAFields
+from alignment.arguments.ppo_arguments import PPOArguments
+from alignment.arguments.sft_arguments import LoRAFields
+from alignment.arguments.stage_arguments import Arguments
 from alignment.arguments.values import LATEST
 from alignment.kernels.build import cache_folder
 

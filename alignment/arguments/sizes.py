@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from alignment.errors import ArgumentsError
 
 if TYPE_CHECKING:
-    from alignment.arguments.base import Arguments
-    from alignment.arguments.ppo import PPOArguments
+    from alignment.arguments.ppo_arguments import PPOArguments
+    from alignment.arguments.stage_arguments import Arguments
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ def prepare(out: Path, seed: int, quick: bool = False) -> int:
     Raises:
         AlignmentError: the folder cannot be written.
     """
-    from alignment.demo.model import write_model
     from alignment.demo.task import Sizes, make_data
+    from alignment.demo.tiny_model import write_model
 
     sizes = Sizes(400, 40, 300, 60, 64, 20) if quick else Sizes()
     try:
@@ -104,7 +104,7 @@ def overrides(stage: str, out: Path, seed: int, quick: bool = False) -> list[str
 
 def report(out: Path, seed: int, seconds: dict[str, float]) -> None:
     """Judge every stage's model on the held-out prompts; print tables, write ``results.json`` and ``curves.png``."""
-    from alignment.demo import report as shown
+    from alignment.demo import demo_report as shown
     from alignment.demo.measure import Judges
 
     rows = [json.loads(line) for line in (out / "data" / "prompts_dev.jsonl").read_text(encoding="utf-8").splitlines()]

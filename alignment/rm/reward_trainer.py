@@ -19,7 +19,7 @@ from alignment.losses.reward import first_differences, sequence_losses, token_lo
 from alignment.parallel import World
 from alignment.ppo.data import collate_preference
 from alignment.ppo.models import Rows, scores_of, unwrap
-from alignment.rm.metrics import pair_metrics
+from alignment.rm.reward_metrics import pair_metrics
 
 
 class RewardStage:
@@ -104,7 +104,7 @@ class RewardStage:
         self._inner.normalizer.update(np.concatenate(everyone))
 
     def metrics(self, stats: Stats) -> dict[str, float]:
-        """See :func:`alignment.rm.metrics.pair_metrics`; with a normaliser its mean and standard deviation too."""
+        """See :func:`~alignment.rm.reward_metrics.pair_metrics`; with a normaliser its mean and spread too."""
         result = pair_metrics(stats["chosen"], stats["rejected"])  # type: ignore[arg-type]
         if self.normalizes:
             result["normalizer_mean"] = float(self._inner.normalizer.mean.numpy()[0])

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 def _run(args: RewardArguments, world: Any, argv: list[str]) -> int:
     from alignment.flow.runner import lora_settings, model_flags, train_stage
     from alignment.ppo.models import load_score_model
-    from alignment.rm.data import build_data
+    from alignment.rm.reward_data import build_data
     from alignment.rm.reward_trainer import RewardStage
 
     return train_stage(

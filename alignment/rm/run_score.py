@@ -194,7 +194,7 @@ class Summary:
 
     def lines(self) -> list[str]:
         """The account, as text."""
-        from alignment.rm.metrics import pair_metrics
+        from alignment.rm.reward_metrics import pair_metrics
 
         lines = []
         if self.scores:

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 def _run(args: SFTArguments, world: Any, argv: list[str]) -> int:
     from alignment.flow.runner import lora_settings, model_flags, train_stage
     from alignment.ppo.models import load_causal_lm
-    from alignment.sft.data import build_data
+    from alignment.sft.sft_data import build_data
     from alignment.sft.sft_trainer import SFTStage
 
     return train_stage(

@@ -393,7 +393,7 @@ def test_a_metric_that_no_evaluation_gives_is_refused_where_it_is_needed(cls: ty
 
 def test_the_metrics_that_may_be_named_are_those_of_evaluations() -> None:
     """rl 3: the list that a wrong name is compared with is the one that evaluations give."""
-    from alignment.rm.metrics import pair_metrics
+    from alignment.rm.reward_metrics import pair_metrics
 
     given = pair_metrics(np.arange(4.0), np.arange(4.0)[::-1])
     reward = from_dict(RM, BASE[RM])

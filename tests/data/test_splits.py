@@ -20,7 +20,7 @@ from alignment.ppo.data import (
     load_train_and_eval,
     split_train_eval,
 )
-from alignment.ppo.data.loading import Samples
+from alignment.ppo.data.read_mixture import Samples
 from alignment.ppo.data.splits import warn_of_shared_prompts
 
 KINDS = (SupervisedDataset, PreferenceDataset, PromptOnlyDataset)

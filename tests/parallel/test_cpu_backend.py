@@ -15,8 +15,8 @@ import pytest
 
 from alignment.errors import AlignmentError
 from alignment.parallel import cpu_backend
-from alignment.parallel.cpu_backend.memory import reduce_parts
 from alignment.parallel.cpu_backend.patches import Patch, install
+from alignment.parallel.cpu_backend.raw_bytes import reduce_parts
 from tests.parallel import cpu_backend_cases as cases
 from tests.parallel import cpu_backend_jobs as jobs
 from tests.parallel.forked import JobResult, RankError, run_ranks, try_ranks

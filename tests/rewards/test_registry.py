@@ -6,7 +6,7 @@ import pytest
 
 from alignment.errors import RewardError
 from alignment.rollout.rewards import known_rewards, register_reward, registry, resolve_rewards
-from alignment.rollout.rewards.base import RewardBatch, RewardSource
+from alignment.rollout.rewards.reward_source import RewardBatch, RewardSource
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.losses.reward import first_differences, sequence_losses, token_losses
-from alignment.rm.metrics import calibration, pair_metrics
+from alignment.rm.reward_metrics import calibration, pair_metrics
 
 
 def tensor(values: object, dtype: str = "float64") -> paddle.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 
 from alignment.parallel.control import RankFailure
 from alignment.parallel.cpu_backend.mailbox import COLLECTIVE, POINT_TO_POINT, Mailbox
-from alignment.parallel.cpu_backend.memory import reduce_parts
+from alignment.parallel.cpu_backend.raw_bytes import reduce_parts
 
 # From this size on, and with three ranks or more, each rank adds up one slice and the slices are gathered: 2 (n-1) / n
 # times the tensor per rank on the wire in place of n-1 times.

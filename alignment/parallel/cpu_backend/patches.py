@@ -131,11 +131,11 @@ PATCHES: tuple[Patch, ...] = (
         "'Do not support c_identity / c_concat / c_split / c_softmax_with_cross_entropy for cpu kernel now'",
         "3.3.1",
         {
-            "paddle._C_ops.c_identity": "kernels:c_identity",
-            "paddle._C_ops.c_split": "kernels:c_split",
-            "paddle._C_ops.c_concat": "kernels:c_concat",
-            "paddle._C_ops.c_softmax_with_cross_entropy": "kernels:c_softmax_with_cross_entropy",
-            "paddle._legacy_C_ops.c_identity": "kernels:legacy_c_identity",
+            "paddle._C_ops.c_identity": "tensor_parallel_ops:c_identity",
+            "paddle._C_ops.c_split": "tensor_parallel_ops:c_split",
+            "paddle._C_ops.c_concat": "tensor_parallel_ops:c_concat",
+            "paddle._C_ops.c_softmax_with_cross_entropy": "tensor_parallel_ops:c_softmax_with_cross_entropy",
+            "paddle._legacy_C_ops.c_identity": "tensor_parallel_ops:legacy_c_identity",
         },
     ),
     Patch(
@@ -143,7 +143,7 @@ PATCHES: tuple[Patch, ...] = (
         "RowParallelLinear(input_is_parallel=False) has a wrong input gradient, on every device: it is gathered along "
         "the first axis, but was split along the last",
         "3.3.1",
-        {f"{_FLEET}.layers.mpu.mp_ops.c_split_eager.backward": "kernels:c_split_backward"},
+        {f"{_FLEET}.layers.mpu.mp_ops.c_split_eager.backward": "tensor_parallel_ops:c_split_backward"},
     ),
     Patch(
         "number of the device",

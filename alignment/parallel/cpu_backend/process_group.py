@@ -17,7 +17,7 @@ import numpy as np
 
 from alignment.errors import AlignmentError
 from alignment.parallel.cpu_backend.collectives import Group, Receipt
-from alignment.parallel.cpu_backend.memory import dtype_name, readable, writable
+from alignment.parallel.cpu_backend.raw_bytes import dtype_name, readable, writable
 
 if TYPE_CHECKING:
     import paddle

@@ -30,8 +30,8 @@ from alignment.ppo.data.cache import (
 )
 from alignment.ppo.data.encode import MALFORMED, Encoded, Encoder, Limits
 from alignment.ppo.data.files import BadRow
-from alignment.ppo.data.loading import Loaded, Sample, Samples, deduplicate, identities, load_source, mix, place
 from alignment.ppo.data.mixture import Source, parse_mixture
+from alignment.ppo.data.read_mixture import Loaded, Sample, Samples, deduplicate, identities, load_source, mix, place
 from alignment.ppo.data.readers import shorten
 from alignment.ppo.data.rows import PROMPT_LIKE
 from alignment.ppo.data.summary import DatasetSummary, SourceSummary, counts_text, length_percentiles, unread_text

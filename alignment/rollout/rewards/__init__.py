@@ -6,8 +6,8 @@ the weighted sum of it. A NAME is ``"model"``, a registered name, ``"file.py:fun
 """
 
 from alignment.rollout.rewards import builtin as builtin
-from alignment.rollout.rewards.base import RewardBatch, RewardResult, RewardSource
 from alignment.rollout.rewards.registry import known_rewards, register_reward
+from alignment.rollout.rewards.reward_source import RewardBatch, RewardResult, RewardSource
 from alignment.rollout.rewards.weighted import WeightedRewards, resolve_rewards, uses_model
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from alignment.errors import AlignmentError, RewardError, nearest
-from alignment.rollout.rewards.base import RewardBatch, RewardSource, check_scores
+from alignment.rollout.rewards.reward_source import RewardBatch, RewardSource, check_scores
 
 RESPONSE_NAMES = ("responses", "completions")  # the second as in trl
 OWN_NAMES = ("prompts", *RESPONSE_NAMES)

@@ -15,7 +15,7 @@ _REWARDS: dict[str, Callable] = {}
 
 
 def register_reward(name: str) -> Callable[[Registered], Registered]:
-    """Make a function, or a :class:`~alignment.rollout.rewards.base.RewardSource` class, known by ``name``.
+    """Make a function, or a :class:`~alignment.rollout.rewards.reward_source.RewardSource` class, known by ``name``.
 
     Example::
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from alignment.arguments.values import short_names
 from alignment.errors import RewardError
-from alignment.rollout.rewards.base import RewardBatch, RewardResult, RewardSource, check_scores
 from alignment.rollout.rewards.patience import patience
 from alignment.rollout.rewards.python_callable import PythonReward, load_function
 from alignment.rollout.rewards.registry import MODEL, registered_reward
+from alignment.rollout.rewards.reward_source import RewardBatch, RewardResult, RewardSource, check_scores
 
 ModelScorer = Callable[[RewardBatch], np.ndarray]
 

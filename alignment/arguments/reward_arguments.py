@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.arguments.base import Arguments
-from alignment.arguments.sft import LoRAFields
+from alignment.arguments.sft_arguments import LoRAFields
 from alignment.arguments.spec import argument
+from alignment.arguments.stage_arguments import Arguments
 from alignment.arguments.training import dataset_argument
 
 
@@ -47,7 +47,7 @@ class RewardFields:
 
 @dataclass
 class RewardArguments(LoRAFields, RewardFields, Arguments):
-    """Arguments of ``run_reward.py``; see :class:`~alignment.arguments.base.Arguments`."""
+    """Arguments of ``run_reward.py``; see :class:`~alignment.arguments.stage_arguments.Arguments`."""
 
     STAGE = "reward"
     TITLE = "Reward model"

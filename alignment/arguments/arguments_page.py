@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from alignment.arguments import foreign
-from alignment.arguments.base import Arguments
 from alignment.arguments.parser import STAGES, foreign_specs
 from alignment.arguments.spec import Spec
+from alignment.arguments.stage_arguments import Arguments
 
 _STAGE_WORDS = {"sft": "SFT", "reward": "RM", "ppo": "PPO"}
 _TYPES = {

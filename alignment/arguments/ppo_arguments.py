@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.arguments import values
-from alignment.arguments.base import Arguments
 from alignment.arguments.sizes import Sizes, ppo_sizes
 from alignment.arguments.spec import argument, read_int
+from alignment.arguments.stage_arguments import Arguments
 from alignment.arguments.training import ONE_PROCESS, SCHEDULERS, dataset_argument
 
 
@@ -219,7 +219,7 @@ class CriticFields:
 
 @dataclass
 class PPOArguments(CriticFields, ObjectiveFields, RolloutFields, PPODataFields, Arguments):
-    """Arguments of ``run_ppo.py``; see :class:`~alignment.arguments.base.Arguments`."""
+    """Arguments of ``run_ppo.py``; see :class:`~alignment.arguments.stage_arguments.Arguments`."""
 
     STAGE = "ppo"
     TITLE = "PPO"

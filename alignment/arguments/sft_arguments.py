@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.arguments.base import Arguments
 from alignment.arguments.spec import argument
+from alignment.arguments.stage_arguments import Arguments
 from alignment.arguments.training import dataset_argument
 
 NO_GENERATION = "evaluation by generation is not available yet in this version; `alignment generate` answers prompts"
@@ -62,7 +62,7 @@ class SFTFields:
 
 @dataclass
 class SFTArguments(LoRAFields, SFTFields, Arguments):
-    """Arguments of ``run_sft.py``; see :class:`~alignment.arguments.base.Arguments`."""
+    """Arguments of ``run_sft.py``; see :class:`~alignment.arguments.stage_arguments.Arguments`."""
 
     STAGE = "sft"
     TITLE = "SFT"
