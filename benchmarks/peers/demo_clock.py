@@ -13,7 +13,7 @@ import threading
 import time
 
 POLL = 0.02
-LOOP = os.path.join("alignment", "training", "loop.py")
+LOOP = os.path.join("alignment", "flow", "stage_trainer.py")
 DONE = "first optimizer step"
 
 
