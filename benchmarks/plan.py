@@ -49,6 +49,7 @@ def passes(model: Any, setting: Setting) -> dict[str, Callable[[], None]]:
         response_len=np.full(rows, setting.response_tokens),
         finished=np.zeros(rows, dtype=bool),
         logprobs=np.zeros([rows, setting.response_tokens], dtype=np.float32),
+        sampler_logprobs=np.zeros([rows, setting.response_tokens], dtype=np.float32),
         prompt_index=np.arange(rows),
         sample_index=np.zeros(rows, dtype=np.int64),
         prompts=[""] * rows,

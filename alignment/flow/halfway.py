@@ -58,7 +58,7 @@ def save_half_used(folder: Path, half: HalfUsed) -> None:
 
     experience, rollout = half.experience, half.experience.rollout
     arrays = {f.name: getattr(rollout, f.name) for f in fields(Rollout) if f.name not in _TEXTS}
-    arrays = {f"rollout/{name}": array for name, array in arrays.items()}
+    arrays = {f"rollout/{name}": array for name, array in arrays.items() if array is not None}
     for name in _experience_arrays():
         arrays[name] = getattr(experience, name)
     arrays.update({f"{_PARTS}{name}": part for name, part in experience.score_parts.items()})
@@ -80,7 +80,9 @@ def load_half_used(folder: Path) -> HalfUsed | None:
         folder: ``trainer/`` of a checkpoint that was verified.
 
     Returns:
-        The half-used rollout; ``None`` in a checkpoint between two rollouts.
+        The half-used rollout; ``None`` in a checkpoint between two rollouts. In one that was written before
+        ``sampler_logprobs`` were kept they are ``logprobs``: exact where top-k, top-p, the repetition penalty and the
+        shortest length were off.
 
     Raises:
         CheckpointError: a file is missing or cannot be read.
@@ -98,6 +100,9 @@ def load_half_used(folder: Path) -> HalfUsed | None:
         of_rollout = {
             name.removeprefix("rollout/"): array for name, array in arrays.items() if name.startswith("rollout/")
         }
+        if "sampler_logprobs" not in of_rollout:
+            # written before it was kept: what such runs used in its place, and the same where nothing was cut off
+            of_rollout["sampler_logprobs"] = of_rollout["logprobs"].copy()
         rollout = Rollout(**of_rollout, **{name: texts[name] for name in _TEXTS})
         figures = {name: arrays[name] for name in _experience_arrays()}
         return HalfUsed(

@@ -227,7 +227,7 @@ class Kernels:
         penalty: float,
         greedy: bool,
         banned_ids: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One token for each row, as :func:`alignment.rollout.sampler.choose_tokens`.
 
         Args:
@@ -239,7 +239,8 @@ class Kernels:
             banned_ids: the eos ids.
 
         Returns:
-            ``(tokens [B] int64, logprobs [B] float32)``; a token is -1 where a logit is NaN or infinite.
+            ``(tokens [B] int64, logprobs [B] float32, sampler_logprobs [B] float32)``; a token is -1 where a logit is
+            NaN or infinite.
         """
         values = (float(temperature), int(top_k), float(top_p), float(penalty), bool(greedy), list(banned_ids))
         return tuple(_run("alignment_choose", logits, uniforms, seen, banned, *values))

@@ -142,8 +142,8 @@ class ContinuousBatch:
             self._hidden.clear()
         else:
             self._hidden = {self._waiting[0] // self.table.copies: hidden[-1:]}
-        tokens, logprobs = self._choose(hidden, self._chance(fresh, 1), 0)
-        self._take(fresh, tokens.numpy()[None], logprobs.numpy()[None])
+        chosen = self._choose(hidden, self._chance(fresh, 1), 0)
+        self._take(fresh, *(part.numpy()[None] for part in chosen))
 
     def _forget_prompts(self) -> None:
         for place in self._prompt_place.values():
@@ -160,7 +160,7 @@ class ContinuousBatch:
         prompt_len, lengths = table.prompt_len[rows], table.response_len[rows]
         prompt_place = np.array([self._prompt_place[prompt] for prompt in (rows // table.copies).tolist()])
         own = self._own[rows]
-        newest, chosen, logprobs = paddle.to_tensor(self._newest), [], []
+        newest, chosen = paddle.to_tensor(self._newest), []
         chance = self._chance(rows, steps)
         for step in range(steps):
             before = lengths + step  # answer tokens, of which the newest is not in the cache yet
@@ -170,15 +170,14 @@ class ContinuousBatch:
                 spans=np.stack([prompt_place, prompt_len, own, before], axis=1),
                 step=step,
             )
-            newest, logprob = self._choose(self.ops.decode(newest, batch), chance, step)
-            chosen.append(newest)
-            logprobs.append(logprob)
+            chosen.append(self._choose(self.ops.decode(newest, batch), chance, step))
+            newest = chosen[-1][0]
         self.steps += steps
         self._active = self._active[:0]
         if steps == 1:
-            self._take(rows, chosen[0].numpy()[None], logprobs[0].numpy()[None])
+            self._take(rows, *(part.numpy()[None] for part in chosen[0]))
         else:
-            self._take(rows, paddle.stack(chosen).numpy(), paddle.stack(logprobs).numpy())
+            self._take(rows, *(paddle.stack(parts).numpy() for parts in zip(*chosen, strict=True)))
 
     def _chance(self, rows: np.ndarray, steps: int) -> tuple[Any, Any, Tensor | None]:
         """What the choices of a burst need besides the logits, brought to the device before it begins."""
@@ -187,26 +186,26 @@ class ContinuousBatch:
         staged = self.ops.stage(uniforms, positions < self.settings.min_new_tokens)
         return *staged, None if self._seen is None else paddle.to_tensor(rows)
 
-    def _choose(self, hidden: Tensor, chance: tuple[Any, Any, Tensor | None], step: int) -> tuple[Tensor, Tensor]:
+    def _choose(self, hidden: Tensor, chance: tuple[Any, Any, Tensor | None], step: int) -> tuple[Tensor, ...]:
+        """Tokens, log-probs and the sampler's log-probs, ``[rows]`` each."""
         uniforms, early, rows = chance
         seen = None if rows is None else paddle.gather(self._seen, rows)
         logits = self.ops.logits(hidden)
         if self.kept is not None and self.kept.wants(self.settings):
             self.kept.look(logits[: self.kept.ROWS].numpy(), self.settings)
-        tokens, logprobs = self.ops.choose(
-            logits, self.settings, uniforms[step], early[step], self.table.stop.eos_ids, seen
-        )
+        chosen = self.ops.choose(logits, self.settings, uniforms[step], early[step], self.table.stop.eos_ids, seen)
         if rows is not None:
-            paddle.index_put_(self._seen, (rows, tokens.clip(min=0)), self._mark)
-        return tokens, logprobs
+            paddle.index_put_(self._seen, (rows, chosen[0].clip(min=0)), self._mark)
+        return chosen
 
-    def _take(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+    def _take(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, sampler_logprobs: np.ndarray) -> None:
         """Write down what was sampled, ``[steps, rows]``; rows that go on are active, the others leave."""
         if (tokens < 0).any():
             raise ModelError("the model gave NaN or infinite logits during generation; are its weights intact?")
         on = np.arange(len(rows))
         for step in range(len(tokens)):
-            on = on[self.table.append(rows[on], tokens[step, on], logprobs[step, on])]
+            found = (part[step, on] for part in (tokens, logprobs, sampler_logprobs))
+            on = on[self.table.append(rows[on], *found)]
         going = np.zeros(len(rows), dtype=bool)
         going[on] = True
         for row in rows[~going].tolist():

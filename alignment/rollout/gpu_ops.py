@@ -164,7 +164,7 @@ class GpuOps(LayerOps):
         early: Any,
         eos_ids: tuple[int, ...],
         seen: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`LayerOps.choose`; nothing is looked at from the host."""
         if self._eos is None or self._eos[0] != eos_ids or self._eos[1].shape[0] != logits.shape[-1]:
             ends = np.zeros(logits.shape[-1], dtype=bool)

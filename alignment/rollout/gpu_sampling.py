@@ -19,7 +19,7 @@ def choose_on_device(
     early: Tensor,
     eos: Tensor | None,
     seen: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choose one token for each row, as :func:`~alignment.rollout.sampler.choose_tokens` does.
 
     Args:
@@ -31,13 +31,15 @@ def choose_on_device(
         seen: ``[B, V]`` uint8, tokens in the row so far; None without a repetition penalty.
 
     Returns:
-        ``(tokens [B] int64, logprobs [B] float32)``; a token is -1 where a logit is NaN or infinite.
+        ``(tokens [B] int64, logprobs [B] float32, sampler_logprobs [B] float32)``; a token is -1 where a logit is NaN
+        or infinite.
     """
     sound = paddle.isfinite(logits).all(axis=-1)
     logits = paddle.where(sound.unsqueeze(-1), logits, paddle.zeros_like(logits))
     plain = logits.astype("float64") / settings.temperature
     adjusted = logits
-    if settings.repetition_penalty != 1.0 and seen is not None:
+    penalised = settings.repetition_penalty != 1.0 and seen is not None
+    if penalised:
         penalty = settings.repetition_penalty
         pushed = paddle.where(logits > 0, logits / penalty, logits * penalty)
         adjusted = paddle.where(seen.astype("bool"), pushed, logits)
@@ -47,10 +49,22 @@ def choose_on_device(
     if settings.greedy:
         tokens = adjusted.argmax(axis=-1)
     else:
-        tokens = draw(truncated_probabilities(adjusted, settings), uniforms)
-    picked = paddle.take_along_axis(plain, tokens.unsqueeze(-1), axis=-1).squeeze(-1)
-    logprobs = (picked - paddle.logsumexp(plain, axis=-1)).astype("float32")
-    return paddle.where(sound, tokens, paddle.full_like(tokens, -1)), logprobs
+        probs = truncated_probabilities(adjusted, settings)
+        tokens = draw(probs, uniforms)
+    logprobs = (_picked(plain, tokens) - paddle.logsumexp(plain, axis=-1)).astype("float32")
+    if settings.greedy:
+        sampler_logprobs = paddle.zeros_like(logprobs)
+    elif penalised or settings.narrows(int(logits.shape[-1])):
+        sampler_logprobs = _picked(probs, tokens).log().astype("float32")
+    elif eos is not None:
+        sampler_logprobs = paddle.where(early, _picked(probs, tokens).log().astype("float32"), logprobs)
+    else:
+        sampler_logprobs = logprobs
+    return paddle.where(sound, tokens, paddle.full_like(tokens, -1)), logprobs, sampler_logprobs
+
+
+def _picked(values: Tensor, tokens: Tensor) -> Tensor:
+    return paddle.take_along_axis(values, tokens.unsqueeze(-1), axis=-1).squeeze(-1)
 
 
 def truncated_probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:

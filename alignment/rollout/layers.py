@@ -250,7 +250,7 @@ class LayerOps:
         early: np.ndarray,
         eos_ids: tuple[int, ...],
         seen: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose one token for each row, see :func:`choose_tokens`.
 
         Args:
@@ -262,12 +262,14 @@ class LayerOps:
             seen: ``[B, V]`` uint8, tokens that stand in the row; None without a repetition penalty.
 
         Returns:
-            ``(tokens [B] int64, logprobs [B] float32)``; a token is -1 where a logit is NaN or infinite.
+            ``(tokens [B] int64, logprobs [B] float32, sampler_logprobs [B] float32)``; a token is -1 where a logit is
+            NaN or infinite.
         """
         values = logits.numpy()
         marks = None if seen is None else seen.numpy().astype(bool)
-        tokens, logprobs = choose_tokens(values, settings, uniforms, early, eos_ids, marks)
-        return paddle.to_tensor(tokens), paddle.to_tensor(logprobs)
+        chosen = choose_tokens(values, settings, uniforms, early, eos_ids, marks)
+        tokens, logprobs, sampler_logprobs = (paddle.to_tensor(part) for part in chosen)
+        return tokens, logprobs, sampler_logprobs
 
 
 @dataclass(frozen=True)
@@ -390,7 +392,7 @@ class CpuKernelOps(LayerOps):
         early: np.ndarray,
         eos_ids: tuple[int, ...],
         seen: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`LayerOps.choose`."""
         return self.kernels.choose(
             logits,

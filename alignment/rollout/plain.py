@@ -61,11 +61,11 @@ class PlainBatch:
         position = 0
         while True:
             choose = functools.partial(self._choose, logits, settings, table, active, growing, position, seen)
-            tokens, logprobs = self.decoder.decide(choose)
+            tokens, *logprobs = self.decoder.decide(choose)
             if seen is not None:
                 seen[active, tokens] = True
             going = growing.copy()
-            going[growing] = table.append(active[growing], tokens[growing], logprobs[growing])
+            going[growing] = table.append(active[growing], tokens[growing], *(part[growing] for part in logprobs))
             growing = going
             position += 1
             if not growing.any():
@@ -89,10 +89,10 @@ class PlainBatch:
         growing: np.ndarray,
         position: int,
         seen: np.ndarray | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self.kept.wants(settings):
             self.kept.look(logits[growing], settings)
-        tokens, logprobs = choose_tokens(
+        tokens, logprobs, sampler_logprobs = choose_tokens(
             logits,
             settings,
             token_uniforms(settings.seed, table.prompt_index[active], table.sample_index[active], position),
@@ -102,7 +102,7 @@ class PlainBatch:
         )
         if (tokens[growing] < 0).any():
             raise ModelError("the model gave NaN or infinite logits during generation; are its weights intact?")
-        return tokens.clip(min=0), logprobs
+        return tokens.clip(min=0), logprobs, sampler_logprobs
 
     def _prefill(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray | None, Any]:
         width = max(len(prompt) for prompt in prompts)

@@ -28,11 +28,16 @@ class Rollout:
             length limit. ``missing_eos_rule`` goes by it.
         logprobs: ``[B, R]`` float32, log-probs of the response's tokens as the generation engine computed them, at the
             sampling temperature and before top-k, top-p and the repetition penalty.
+        sampler_logprobs: ``[B, R]`` float32, log-probs of the same tokens in the distribution that each was drawn from:
+            with the repetition penalty, no eos before the shortest length, and renormalised over what top-k and top-p
+            kept. 0 for a greedy choice; bit by bit ``logprobs`` where nothing changed the distribution.
         prompt_index: ``[B]`` int64, the prompt's number in the run's endless stream of prompts.
         sample_index: ``[B]`` int64, which of the prompt's answers this is.
         prompts: ``B`` texts as the data set gave them (a dialogue is joined by its template).
         responses: ``B`` texts without special tokens.
         rows: ``B`` further columns of the data set, for Python rewards.
+        action_mask: ``[B, R]`` bool, True for tokens that the policy chose, False for those that an environment or a
+            tool put in; None where the policy chose every one.
     """
 
     tokens: np.ndarray
@@ -40,11 +45,13 @@ class Rollout:
     response_len: np.ndarray
     finished: np.ndarray
     logprobs: np.ndarray
+    sampler_logprobs: np.ndarray
     prompt_index: np.ndarray
     sample_index: np.ndarray
     prompts: list[str]
     responses: list[str]
     rows: list[dict[str, Any]]
+    action_mask: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_len)
@@ -61,8 +68,15 @@ class Rollout:
 
     @property
     def mask(self) -> np.ndarray:
-        """``[B, R]`` float32."""
+        """``[B, R]`` float32, 1 for each token of the response, whoever chose it."""
         return response_mask(self.response_len, self.width)
+
+    @property
+    def actions(self) -> np.ndarray:
+        """``[B, R]`` float32, 1 for each token of the response that the policy chose; losses and statistics are over
+        these.
+        """
+        return self.mask if self.action_mask is None else self.mask * self.action_mask[:, : self.width]
 
     def select(self, index: Sequence[int] | np.ndarray) -> Rollout:
         """The given rows, in the given order, cut to the longest of them."""
@@ -139,6 +153,9 @@ def _trim(rollout: Rollout, order: np.ndarray) -> Rollout:
     longest = max(1, int(chosen.lengths.max(initial=0)))
     chosen.tokens = rollout.tokens[order][:, :longest]
     chosen.logprobs = rollout.logprobs[order][:, : chosen.width]
+    chosen.sampler_logprobs = rollout.sampler_logprobs[order][:, : chosen.width]
+    if rollout.action_mask is not None:
+        chosen.action_mask = rollout.action_mask[order][:, : chosen.width]
     return chosen
 
 
@@ -167,8 +184,12 @@ def join_rollouts(parts: Sequence[Rollout], pad_id: int) -> Rollout:
     if not parts:
         raise ValueError("no rollout to join")
     joined: dict[str, Any] = {}
+    if any(part.action_mask is not None for part in parts):
+        parts = [replace(part, action_mask=part.actions > 0) for part in parts]
     for field in fields(Rollout):
         values = [getattr(part, field.name) for part in parts]
+        if values[0] is None:
+            continue
         if isinstance(values[0], list):
             joined[field.name] = [item for value in values for item in value]
         else:

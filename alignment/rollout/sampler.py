@@ -36,6 +36,10 @@ class SamplingSettings:
     seed: int = 42
     stop: tuple[str, ...] = ()
 
+    def narrows(self, vocabulary: int) -> bool:
+        """Whether ``top_k`` or ``top_p`` may strike a token."""
+        return 0 < self.top_k < vocabulary or self.top_p < 1.0
+
     def as_greedy(self) -> SamplingSettings:
         """The same limits without chance."""
         return replace(self, greedy=True)
@@ -122,7 +126,7 @@ def choose_tokens(
     early: np.ndarray,
     eos_ids: tuple[int, ...] = (),
     seen: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Choose one token for each row.
 
     Args:
@@ -134,8 +138,11 @@ def choose_tokens(
         seen: ``[N, V]`` bool, tokens in the row so far; needed with a repetition penalty.
 
     Returns:
-        ``(tokens [N] int64, logprobs [N] float32)``; the log-probs are of ``softmax(logits / temperature)`` before any
-        filter or penalty, as the training network will compute them. A token is -1 where a logit is NaN or infinite.
+        ``(tokens [N] int64, logprobs [N] float32, sampler_logprobs [N] float32)``. ``logprobs`` are of
+        ``softmax(logits / temperature)`` before any filter or penalty, as the training network will compute them;
+        ``sampler_logprobs`` of the distribution that the token was drawn from, with penalty, early eos and filters:
+        0 when greedy, and bit by bit ``logprobs`` in a row that nothing changed. A token is -1 where a logit is NaN or
+        infinite.
     """
     sound = np.isfinite(logits).all(axis=-1)
     logits = np.where(sound[:, None], logits, 0.0)
@@ -143,17 +150,24 @@ def choose_tokens(
     peak = plain.max(axis=-1, keepdims=True)
     normalizer = np.log(np.exp(plain - peak).sum(axis=-1)) + peak[:, 0]
     adjusted = logits.astype(np.float32, copy=True)
-    if settings.repetition_penalty != 1.0 and seen is not None:
+    penalised = settings.repetition_penalty != 1.0 and seen is not None
+    changed = np.full(len(logits), settings.greedy or penalised or settings.narrows(logits.shape[-1]))
+    if penalised:
         apply_repetition_penalty(adjusted, seen, settings.repetition_penalty)
     if eos_ids and early.any():
         adjusted[np.ix_(early, list(eos_ids))] = -np.inf
+        changed |= early
+    rows = np.arange(len(logits))
     if settings.greedy:
         tokens = adjusted.argmax(axis=-1)
+        drawn_from = np.zeros(len(rows))
     else:
-        cumulative = np.cumsum(truncated_probabilities(adjusted, settings), axis=-1)
+        probs = truncated_probabilities(adjusted, settings)
+        cumulative = np.cumsum(probs, axis=-1)
         total = cumulative[:, -1]
         draws = np.minimum(uniforms * total, np.nextafter(total, 0.0))  # rounding must not step over the last token
         tokens = (cumulative <= draws[:, None]).sum(axis=-1)
-    rows = np.arange(len(tokens))
+        drawn_from = np.log(probs[rows, tokens])
     logprobs = (plain[rows, tokens] - normalizer).astype(np.float32)
-    return np.where(sound, tokens, -1).astype(np.int64), logprobs
+    sampler_logprobs = np.where(changed, drawn_from, logprobs).astype(np.float32)
+    return np.where(sound, tokens, -1).astype(np.int64), logprobs, sampler_logprobs

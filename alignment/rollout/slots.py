@@ -44,7 +44,7 @@ class RowTable:
         response_len: ``[N]`` int64, tokens so far.
         finished: ``[N]`` bool, whether it ended by itself.
         tokens: ``[N, max limit]`` int64.
-        logprobs: ``[N, max limit]`` float32.
+        logprobs, sampler_logprobs: ``[N, max limit]`` float32.
         ended: is told how many rows have just ended.
     """
 
@@ -59,6 +59,7 @@ class RowTable:
     finished: np.ndarray
     tokens: np.ndarray
     logprobs: np.ndarray
+    sampler_logprobs: np.ndarray
     ended: Callable[[int], None] = lambda count: None
 
     @classmethod
@@ -91,17 +92,21 @@ class RowTable:
             finished=np.zeros(len(repeat), dtype=bool),
             tokens=np.zeros(shape, dtype=np.int64),
             logprobs=np.zeros(shape, dtype=np.float32),
+            sampler_logprobs=np.zeros(shape, dtype=np.float32),
             ended=ended,
         )
 
     def __len__(self) -> int:
         return len(self.limit)
 
-    def append(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+    def append(
+        self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, sampler_logprobs: np.ndarray
+    ) -> np.ndarray:
         """Add a token to each of ``rows`` (that have not ended); returns which go on, ``[len(rows)]`` bool."""
         place = self.response_len[rows]
         self.tokens[rows, place] = tokens
         self.logprobs[rows, place] = logprobs
+        self.sampler_logprobs[rows, place] = sampler_logprobs
         self.response_len[rows] += 1
         if self.stop.strings:
             pairs = zip(rows.tolist(), tokens.tolist(), strict=True)
@@ -129,6 +134,7 @@ class RowTable:
             response_len=self.response_len,
             finished=self.finished,
             logprobs=self.logprobs[:, :width],
+            sampler_logprobs=self.sampler_logprobs[:, :width],
             prompt_index=self.prompt_index,
             sample_index=self.sample_index,
             prompts=[self.prompts[i // self.copies].prompt for i in range(len(rows))],

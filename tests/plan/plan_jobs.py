@@ -132,6 +132,7 @@ def rollout(rows: int, prompt: int, response: int) -> Any:
         response_len=np.full(rows, response),
         finished=np.zeros(rows, dtype=bool),
         logprobs=np.zeros([rows, response], dtype=np.float32),
+        sampler_logprobs=np.zeros([rows, response], dtype=np.float32),
         prompt_index=np.arange(rows),
         sample_index=np.zeros(rows, dtype=np.int64),
         prompts=[""] * rows,

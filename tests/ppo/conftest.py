@@ -166,6 +166,7 @@ def make_rollout(lengths: list[tuple[int, int]], vocab: int = 300, seed: int = 0
         response_len=response_len,
         finished=np.ones(len(lengths), dtype=bool),
         logprobs=np.zeros((len(lengths), max(1, int(response_len.max()))), dtype=np.float32),
+        sampler_logprobs=np.zeros((len(lengths), max(1, int(response_len.max()))), dtype=np.float32),
         prompt_index=np.arange(len(lengths), dtype=np.int64),
         sample_index=np.zeros(len(lengths), dtype=np.int64),
         prompts=[f"prompt {i}" for i in range(len(lengths))],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from alignment.ppo.models.decoder import Decoder, decoder_of
 from alignment.ppo.models.precision import store_in_bfloat16
 from alignment.rollout.generate import GenerationEngine, GenerationPrompt
 from alignment.rollout.layers import CpuKernelOps, LayerOps
+from alignment.rollout.sampler import SamplingSettings
 from tests.precision import BF16
 
 VOCAB, EOS, PAD = 64, 1, 0
@@ -102,6 +103,34 @@ def make_prompts(lengths: list[int], seed: int = 0, vocab: int = VOCAB) -> list[
         GenerationPrompt(rng.integers(3, vocab, length).astype(np.int64), 100 + i, f"prompt {i}", {"i": i})
         for i, length in enumerate(lengths)
     ]
+
+
+def sampled_from(
+    logits: np.ndarray, how: SamplingSettings, banned: Sequence[int] = (), seen: np.ndarray | None = None
+) -> np.ndarray:
+    """The distribution ``[V]`` float64 that a token is drawn from, step by step as the settings' docs say it.
+
+    Args:
+        logits: ``[V]``.
+        how: not greedy.
+        banned: tokens without a chance.
+        seen: ``[V]`` bool, tokens in the row so far.
+    """
+    z = logits.astype(np.float64)
+    if how.repetition_penalty != 1.0:
+        assert seen is not None
+        z[seen] = np.where(z[seen] > 0, z[seen] / how.repetition_penalty, z[seen] * how.repetition_penalty)
+    z[list(banned)] = -np.inf
+    order = np.argsort(-z, kind="stable")
+    weights = np.exp((z[order] - z[order[0]]) / how.temperature)
+    if how.top_k:
+        weights[how.top_k :] = 0.0
+    weights /= weights.sum()
+    before = np.concatenate([[0.0], np.cumsum(weights)[:-1]])
+    weights[before >= how.top_p] = 0.0
+    probs = np.zeros_like(weights)
+    probs[order] = weights / weights.sum()
+    return probs
 
 
 def engine_for(

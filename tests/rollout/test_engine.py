@@ -22,7 +22,17 @@ from alignment.rollout.rollout import Rollout
 from alignment.rollout.sampler import SamplingSettings, apply_repetition_penalty, truncated_probabilities
 from alignment.rollout.stopping import StopRule
 from tests.precision import BF16, same_answers, within
-from tests.rollout.conftest import EOS, MODELS, PAD, IdTokenizer, engine_for, make_model, make_prompts
+from tests.rollout.conftest import (
+    EOS,
+    MODELS,
+    PAD,
+    VOCAB,
+    IdTokenizer,
+    engine_for,
+    make_model,
+    make_prompts,
+    sampled_from,
+)
 
 ModelOf = Callable[[str], paddle.nn.Layer]
 
@@ -82,6 +92,36 @@ def test_logprobs_equal_the_full_forward(model_of: ModelOf, name: str, way: str)
         start, length = int(rollout.prompt_len[i]), int(rollout.lengths[i])
         wanted = logprobs[i, np.arange(start - 1, length - 1), rollout.tokens[i, start:length]]
         np.testing.assert_allclose(rollout.logprobs[i, : length - start], wanted, atol=within(1e-4, "logprob"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.8, "min_new_tokens": 0},
+        {"top_k": 5},
+        {"top_p": 0.7, "temperature": 1.5},
+        {"top_k": 30, "top_p": 0.9, "repetition_penalty": 1.3, "temperature": 0.7},
+    ],
+    ids=str,
+)
+def test_the_rollout_keeps_the_logprobs_of_the_distribution_that_was_drawn_from(
+    llama: paddle.nn.Layer, way: str, options: dict
+) -> None:
+    how = SamplingSettings(**{"max_new_tokens": 20, "seed": 3, "min_new_tokens": 9, **options})
+    rollout = engine_for(llama, way, token_budget=128).generate(make_prompts([4, 2, 33, 11]), how, 3)
+    logits, gaps = exact_logits(llama, rollout.tokens), []
+    for i in range(len(rollout)):
+        start = int(rollout.prompt_len[i])
+        for position in range(int(rollout.response_len[i])):
+            seen = np.isin(np.arange(VOCAB), rollout.tokens[i, : start + position])
+            banned = (EOS,) if position < how.min_new_tokens else ()
+            probs = sampled_from(logits[i, start + position - 1], how, banned, seen)
+            chance = max(probs[rollout.tokens[i, start + position]], 1e-30)
+            gaps.append(abs(rollout.sampler_logprobs[i, position] - np.log(chance)))
+    # rounding may put a token at the border of the nucleus on its other side
+    assert len(gaps) > 60 and np.mean(np.array(gaps) < within(1e-4, "logprob")) > within(0.98, "learnt accuracy")
+    if not how.min_new_tokens:  # nothing changed the distribution
+        np.testing.assert_array_equal(rollout.sampler_logprobs, rollout.logprobs)
 
 
 def test_a_sliding_window_is_kept_in_prefill_and_decoding(way: str) -> None:

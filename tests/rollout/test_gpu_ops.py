@@ -297,7 +297,7 @@ def test_the_device_chooses_as_the_host_does(name: str) -> None:
     logits[50, 3], logits[51, 4], logits[52, 5] = np.nan, np.inf, -np.inf
     seen = rng.random(logits.shape) < 0.2
     eos = np.isin(np.arange(101), (1, 7))
-    tokens, logprobs = choose_tokens(logits, how, uniforms, early & (how.min_new_tokens > 0), (1, 7), seen)
+    tokens, *logprobs = choose_tokens(logits, how, uniforms, early & (how.min_new_tokens > 0), (1, 7), seen)
     uniform, soon, ends = (paddle.to_tensor(x) for x in (uniforms, early, eos))
     got = choose_on_device(
         paddle.to_tensor(logits),
@@ -309,8 +309,11 @@ def test_the_device_chooses_as_the_host_does(name: str) -> None:
     )
     assert (tokens[50:53] == -1).all() and (tokens < 0).sum() == 3
     np.testing.assert_array_equal(got[0].numpy(), tokens)
-    assert got[0].dtype == paddle.int64 and got[1].dtype == paddle.float32
-    np.testing.assert_allclose(got[1].numpy()[tokens >= 0], logprobs[tokens >= 0], atol=1e-6)
+    assert [part.dtype for part in got] == [paddle.int64, paddle.float32, paddle.float32]
+    for found, wanted in zip(got[1:], logprobs, strict=True):  # the policy's and the sampler's
+        np.testing.assert_allclose(found.numpy()[tokens >= 0], wanted[tokens >= 0], atol=1e-6)
+    if name in ("plain", "temperature", "top-k of all"):  # nothing changes the distribution
+        np.testing.assert_array_equal(got[1].numpy(), got[2].numpy())
     if not how.greedy:
         clean = np.delete(logits, [50, 51, 52], axis=0)
         np.testing.assert_allclose(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from alignment.kernels.ops import kernels
 from alignment.rollout.random_numbers import philox4x32, token_uniforms
 from alignment.rollout.sampler import SamplingSettings, choose_tokens, truncated_probabilities
+from tests.rollout.conftest import sampled_from
 
 
 def by_kernel(
@@ -22,12 +23,12 @@ def by_kernel(
     early: np.ndarray,
     eos_ids: tuple[int, ...] = (),
     seen: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The C++ sampler behind the interface of :func:`choose_tokens`."""
     operators = kernels()
     assert operators is not None, "this machine has no C++ compiler, which the tests need"
     marks = paddle.empty([0], dtype="uint8") if seen is None else paddle.to_tensor(seen.astype(np.uint8))
-    tokens, logprobs = operators.choose(
+    chosen = operators.choose(
         paddle.to_tensor(logits),
         paddle.to_tensor(uniforms),
         marks,
@@ -39,7 +40,7 @@ def by_kernel(
         greedy=how.greedy,
         banned_ids=eos_ids,
     )
-    return tokens.numpy(), logprobs.numpy()
+    return tuple(part.numpy() for part in chosen)
 
 
 both_samplers = pytest.mark.parametrize("choose", [choose_tokens, by_kernel])
@@ -98,7 +99,7 @@ def test_draws_follow_the_exact_probabilities(choose: Callable, options: dict) -
     how = SamplingSettings(max_new_tokens=1, seed=11, **options)
     exact = truncated_probabilities(logits[None], how)[0]
     uniforms = token_uniforms(how.seed, np.arange(draws), np.zeros(draws), 0)
-    tokens, _ = choose(np.tile(logits, (draws, 1)), how, uniforms, never(draws))
+    tokens, *_ = choose(np.tile(logits, (draws, 1)), how, uniforms, never(draws))
     counts = np.bincount(tokens, minlength=10)
     assert not counts[exact == 0].any()
     kept = exact > 0
@@ -129,7 +130,7 @@ def test_top_k_keeps_k_tokens() -> None:
 @both_samplers
 def test_greedy_takes_the_best(choose: Callable) -> None:
     logits = np.array([[0.0, 3.0, 1.0, 2.0]], dtype=np.float32)
-    tokens, logprobs = choose(logits, SamplingSettings(1, greedy=True), np.zeros(1), never(1))
+    tokens, logprobs, _ = choose(logits, SamplingSettings(1, greedy=True), np.zeros(1), never(1))
     assert tokens.tolist() == [1]
     assert logprobs[0] == pytest.approx(3.0 - np.log(np.exp([0, 3, 1, 2]).sum()), abs=1e-6)
 
@@ -146,7 +147,7 @@ def test_repetition_penalty_pushes_seen_tokens_down(choose: Callable) -> None:
     logits = np.array([[2.0, 1.9, -1.0]], dtype=np.float32)
     seen = np.array([[True, False, True]])
     how = SamplingSettings(9, repetition_penalty=1.2, greedy=True)
-    tokens, logprobs = choose(logits, how, np.zeros(1), never(1), (), seen)
+    tokens, logprobs, _ = choose(logits, how, np.zeros(1), never(1), (), seen)
     assert tokens[0] == 1
     assert logprobs[0] == pytest.approx(1.9 - np.log(np.exp([2.0, 1.9, -1.0]).sum()), abs=1e-5)
 
@@ -183,8 +184,57 @@ def test_the_kernel_draws_what_the_reference_draws(
     seen, early, uniforms = rng.random((rows, vocab)) < 0.2, rng.random(rows) < 0.5, rng.random(rows)
     how = SamplingSettings(1, top_k=top_k, top_p=top_p, repetition_penalty=penalty, temperature=temperature)
     marks = seen if penalty != 1.0 else None
-    wanted, wanted_logprobs = choose_tokens(logits, how, uniforms, early, (0,), marks)
-    got, logprobs = by_kernel(logits, how, uniforms, early, (0,), marks)
+    wanted, wanted_logprobs, _ = choose_tokens(logits, how, uniforms, early, (0,), marks)
+    got, logprobs, _ = by_kernel(logits, how, uniforms, early, (0,), marks)
     same = got == wanted
     assert same.mean() >= 15 / 16
     np.testing.assert_allclose(logprobs[same], wanted_logprobs[same], atol=2e-5, rtol=1e-5)
+
+
+narrowings = pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.6},
+        {"top_k": 7},
+        {"top_p": 0.8},
+        {"top_k": 20, "top_p": 0.6, "temperature": 1.7},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.7, "top_k": 9, "top_p": 0.9, "temperature": 0.8},
+    ],
+    ids=str,
+)
+
+
+@both_samplers
+@narrowings
+def test_the_samplers_logprob_is_of_the_distribution_that_was_drawn_from(choose: Callable, options: dict) -> None:
+    """Behaviour policy: ratios to log p of a truncated sampler are biased; log q is what they need."""
+    rng, rows, vocab = np.random.default_rng(5), 200, 300
+    logits = (rng.normal(size=(rows, vocab)) * 2).astype(np.float32)
+    seen, early, how = rng.random((rows, vocab)) < 0.2, rng.random(rows) < 0.5, SamplingSettings(1, **options)
+    marks = seen if how.repetition_penalty != 1.0 else None
+    tokens, logprobs, found = choose(logits, how, rng.random(rows), early, (0, 5), marks)
+    chances = [sampled_from(logits[i], how, (0, 5) if early[i] else (), seen[i])[tokens[i]] for i in range(rows)]
+    np.testing.assert_allclose(found, np.log(chances), atol=2e-5)
+    assert found.dtype == np.float32 and (found <= 0).all()
+    if how.repetition_penalty == 1.0:  # what is cut off can only make the others likelier
+        assert (found >= logprobs - 1e-6).all()
+
+
+@both_samplers
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.3}, {"top_k": 300}, {"top_k": 999}], ids=str)
+def test_where_nothing_changes_the_distribution_both_are_the_same_bits(choose: Callable, options: dict) -> None:
+    rng = np.random.default_rng(6)
+    logits, early = (rng.normal(size=(64, 300)) * 3).astype(np.float32), np.arange(64) < 8
+    logits[:, 1] = logits.max(axis=1)  # eos
+    _, logprobs, found = choose(logits, SamplingSettings(9, **options), rng.random(64), early, (1,), None)
+    assert (found[8:] == logprobs[8:]).all()
+    assert (found[:8] > logprobs[:8]).all(), "without eos the others are likelier"
+
+
+@both_samplers
+def test_a_greedy_choice_is_certain(choose: Callable) -> None:
+    logits = np.random.default_rng(7).normal(size=(9, 40)).astype(np.float32)
+    how = SamplingSettings(9, greedy=True, top_p=0.5, repetition_penalty=1.2)
+    found = choose(logits, how, np.zeros(9), never(9), (1,), logits > 0)
+    assert (found[2] == 0).all() and (found[1] < 0).all()

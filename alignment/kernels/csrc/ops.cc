@@ -291,21 +291,22 @@ Tensors Choose(const Tensor& logits, const Tensor& uniforms, const Tensor& seen,
   alignment::need_size(banned, rows, "banned");
   if (seen.numel()) alignment::need_size(seen, rows * vocabulary, "seen");
   alignment::need_below(banned_ids.data(), static_cast<int64_t>(banned_ids.size()), 0, vocabulary, "banned id");
-  Tensor tokens = paddle::empty({rows}, paddle::DataType::INT64, paddle::CPUPlace()), logprobs = made({rows});
+  Tensor tokens = paddle::empty({rows}, paddle::DataType::INT64, paddle::CPUPlace());
+  Tensor logprobs = made({rows}), sampler_logprobs = made({rows});
   const alignment::Sampling how{temperature, top_k, top_p, penalty, greedy};
   const float* z = floats(logits);
   const double* u = uniforms.data<double>();
   const uint8_t* marks = seen.numel() ? seen.data<uint8_t>() : nullptr;
   const uint8_t* bans = banned.data<uint8_t>();
   int64_t* chosen = const_cast<int64_t*>(tokens.data<int64_t>());
-  float* found = written(logprobs);
+  float *found = written(logprobs), *drawn = written(sampler_logprobs);
   alignment::parallel_for(rows, [&](int64_t r) {
     static thread_local alignment::Buffer space;
     chosen[r] = alignment::choose_token(z + r * vocabulary, vocabulary, how, u[r], marks ? marks + r * vocabulary : nullptr,
                                         banned_ids.data(), bans[r] ? static_cast<int64_t>(banned_ids.size()) : 0,
-                                        space.reserve(2 * vocabulary), found + r);
+                                        space.reserve(2 * vocabulary), found + r, drawn + r);
   });
-  return {tokens, logprobs};
+  return {tokens, logprobs, sampler_logprobs};
 }
 
 }  // namespace
@@ -373,7 +374,7 @@ PD_BUILD_OP(alignment_project)
 
 PD_BUILD_OP(alignment_choose)
     .Inputs({"Logits", "Uniforms", "Seen", "Banned"})
-    .Outputs({"Tokens", "Logprobs"})
+    .Outputs({"Tokens", "Logprobs", "SamplerLogprobs"})
     .Attrs({"temperature: float", "top_k: int64_t", "top_p: double", "penalty: float", "greedy: bool",
             "banned_ids: std::vector<int64_t>"})
     .SetKernelFn(PD_KERNEL(Choose));

@@ -183,9 +183,11 @@ inline void keep_nucleus(float* weights, int64_t count, double top_p) {
 }
 
 // One token for a row of logits. `seen` [vocabulary] bytes or null; `banned` ids have no chance. Returns the token,
-// -1 when a logit is NaN or infinite. `logprob` is of softmax(logits / temperature) before any filter.
+// -1 when a logit is NaN or infinite. `logprob` is of softmax(logits / temperature) before any filter,
+// `sampler_logprob` of the distribution that was drawn from: the same number where nothing changed it.
 inline int64_t choose_token(const float* logits, int64_t vocabulary, const Sampling& how, double uniform,
-                            const uint8_t* seen, const int64_t* banned, int64_t ban_count, float* space, float* logprob) {
+                            const uint8_t* seen, const int64_t* banned, int64_t ban_count, float* space, float* logprob,
+                            float* sampler_logprob) {
   constexpr int64_t kBlock = 256;  // sums of blocks are exact enough in float, the running sum is a double
   const float inverse = 1.0f / how.temperature;
   auto peak_of = [&](const float* z) {
@@ -217,6 +219,7 @@ inline int64_t choose_token(const float* logits, int64_t vocabulary, const Sampl
   const double log_total = std::log(total);
   const bool changed = seen != nullptr || ban_count > 0;
   const float* z = logits;
+  float z_peak = peak;
   float* adjusted = space + vocabulary;
   if (changed) {
     std::memcpy(adjusted, logits, vocabulary * sizeof(float));
@@ -227,11 +230,11 @@ inline int64_t choose_token(const float* logits, int64_t vocabulary, const Sampl
     z = adjusted;
   }
   int64_t token = 0;
+  bool filtered = false;
   if (how.greedy) {
     token = std::max_element(z, z + vocabulary) - z;
   } else {
-    if (changed) total = weigh(z, peak_of(z));
-    bool filtered = false;
+    if (changed) total = weigh(z, z_peak = peak_of(z));
     if (how.top_k > 0 && how.top_k < vocabulary) {
       std::vector<float> order(space, space + vocabulary);
       std::nth_element(order.begin(), order.begin() + (how.top_k - 1), order.end(), std::greater<float>());
@@ -273,6 +276,11 @@ inline int64_t choose_token(const float* logits, int64_t vocabulary, const Sampl
       if (space[j] > 0.f) token = j;
   }
   *logprob = static_cast<float>((static_cast<double>(logits[token]) - peak) * inverse - log_total);
+  *sampler_logprob = *logprob;
+  if (how.greedy)
+    *sampler_logprob = 0.f;
+  else if (changed || filtered)
+    *sampler_logprob = static_cast<float>((static_cast<double>(z[token]) - z_peak) * inverse - std::log(total));
   return token;
 }
 
