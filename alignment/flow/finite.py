@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from alignment.errors import NonFiniteError
 from alignment.flow.nonfinite import dump_batches, nonfinite
-from alignment.rollout.rollout import Experience
+from alignment.rollout.batch import LIST, Batch
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FiniteCheck:
     rank: int
     decode: Callable[[list[int]], str]
 
-    def require(self, value: float, what: str, batch: Experience | Mapping[str, np.ndarray], step: int) -> float:
+    def require(self, value: float, what: str, batch: Batch | Mapping[str, np.ndarray], step: int) -> float:
         """Return ``value``, or dump the batch and stop.
 
         Args:
@@ -55,15 +55,7 @@ class FiniteCheck:
         return [self.decode(row.tolist()) for row in ids]
 
 
-def _arrays(batch: Experience | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    if not isinstance(batch, Experience):
+def _arrays(batch: Batch | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    if not isinstance(batch, Batch):
         return {name: np.asarray(array) for name, array in batch.items()}
-    arrays = {
-        name: getattr(batch.rollout, name)
-        for name in ("tokens", "prompt_len", "response_len", "finished", "prompt_index", "sample_index")
-    }
-    for field in fields(Experience):
-        value = getattr(batch, field.name)
-        if isinstance(value, np.ndarray):
-            arrays[field.name] = value
-    return arrays
+    return {name: batch[name] for name, column in batch.columns.items() if column.kind != LIST}

@@ -30,7 +30,7 @@ from alignment.rollout.generate import GenerationPrompt
 from alignment.rollout.layouts import RolloutEngine
 from alignment.rollout.rewards import RewardResult
 from alignment.rollout.roles import PolicyRole, RewardRole, ValueRole
-from alignment.rollout.rollout import Experience, Rollout, join_rollouts
+from alignment.rollout.rollout import Experience, Rollout
 from alignment.rollout.sampler import SamplingSettings
 
 
@@ -177,7 +177,7 @@ class RolloutPhases:
         self._same_tokens(rollout)
         parts = self.world.all_gather_object((rollout, logprobs, ref_logprobs, scores, values))
         filled = [part for part in parts if part[0] is not None]
-        whole = join_rollouts([part[0] for part in filled], self.generator.pad_id)
+        whole = Rollout.join([part[0] for part in filled])
 
         def join(column: int) -> np.ndarray:
             width = whole.width

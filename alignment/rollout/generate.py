@@ -24,7 +24,7 @@ from alignment.rollout.gpu_check import gpu_layers
 from alignment.rollout.layers import CpuKernelOps, LayerOps
 from alignment.rollout.plain import PlainBatch
 from alignment.rollout.plain_decoder import PlainDecoder
-from alignment.rollout.rollout import Rollout, join_rollouts
+from alignment.rollout.rollout import Rollout
 from alignment.rollout.sampler import KeptMass, SamplingSettings
 from alignment.rollout.slots import GenerationPrompt, RowTable
 from alignment.rollout.stopping import StopRule
@@ -156,7 +156,7 @@ class GenerationEngine:
                     table = RowTable.start(some, num_return_sequences, settings, stop, context, tally.add)
                     self._plain.run(table, settings)
                     parts.append(table.rollout(self.pad_id))
-                return join_rollouts(parts, self.pad_id)
+                return Rollout.join(parts)
         finally:
             if was_training:
                 self.model.train()

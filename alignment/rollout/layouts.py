@@ -25,7 +25,7 @@ from alignment.parallel.groups import broadcast_object
 from alignment.parallel.reshard import Moved, Resharder
 from alignment.ppo.models import empty_like, pieces_of, without_sequence_parallel
 from alignment.rollout.generate import GenerationEngine, GenerationPrompt
-from alignment.rollout.rollout import Rollout, join_rollouts
+from alignment.rollout.rollout import Rollout
 from alignment.rollout.sampler import SamplingSettings
 from alignment.rollout.stopping import StopRule
 
@@ -140,7 +140,7 @@ class RolloutEngine:
         parts = [(self.layout.share, part)]
         for name in self.layout.groups:
             parts = self._gathered(parts, name)
-        return join_rollouts([rollout for _, rollout in sorted(parts, key=_first) if rollout is not None], self.pad_id)
+        return Rollout.join([rollout for _, rollout in sorted(parts, key=_first) if rollout is not None])
 
     def _gathered(self, parts: list[tuple[int, Rollout | None]], name: str) -> list[tuple[int, Rollout | None]]:
         topology, groups = self.world.topology, self.world.groups

@@ -140,4 +140,5 @@ class RowTable:
             prompts=[self.prompts[i // self.copies].prompt for i in range(len(rows))],
             responses=responses,
             rows=[self.prompts[i // self.copies].row for i in range(len(rows))],
+            pad_id=pad_id,
         )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignment.rollout.rollout import Rollout
+from alignment.rollout.rollout import Experience, Rollout
 from tests.precision import ARGUMENTS
 
 
@@ -172,7 +172,14 @@ def make_rollout(lengths: list[tuple[int, int]], vocab: int = 300, seed: int = 0
         prompts=[f"prompt {i}" for i in range(len(lengths))],
         responses=[f"response {i}" for i in range(len(lengths))],
         rows=[{"i": i} for i in range(len(lengths))],
+        pad_id=pad_id,
     )
+
+
+def experience_with(rollout: Rollout, tokens: np.ndarray, scores: np.ndarray) -> Experience:
+    """PPO's columns: ``tokens`` ``[B, R]`` in each that has a number per token, ``scores`` ``[B]`` as the scores."""
+    per_token = ("logprobs", "ref_logprobs", "values", "kl", "rewards", "advantages", "returns")
+    return Experience(rollout, scores=scores, shaped_scores=scores, **dict.fromkeys(per_token, tokens))
 
 
 def metric_rows(folder: Path) -> list[dict[str, Any]]:

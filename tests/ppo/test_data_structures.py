@@ -12,7 +12,7 @@ from alignment.flow.order import micro_batches
 from alignment.flow.statistics import Statistics
 from alignment.flow.streams import IndexStream
 from alignment.parallel import World
-from alignment.rollout.rollout import Rollout, join_micro_batches, join_rollouts
+from alignment.rollout.rollout import Rollout, join_micro_batches
 
 from .conftest import make_rollout
 
@@ -37,7 +37,7 @@ def same(a: Rollout, b: Rollout) -> bool:
 def test_splitting_and_joining_gives_the_same_rollout(lengths: list, size: int, seed: int) -> None:
     rollout = make_rollout(lengths, seed=seed)
     parts = [rollout.select(range(i, min(i + size, len(rollout)))) for i in range(0, len(rollout), size)]
-    assert same(join_rollouts(parts, pad_id=7), rollout)
+    assert same(Rollout.join(parts), rollout)
     for part in parts:
         assert part.tokens.shape[1] == max(1, part.lengths.max())
         assert part.mask.sum() == part.response_len.sum()
@@ -52,8 +52,8 @@ def test_an_empty_selection_is_an_empty_rollout() -> None:
     assert empty.mask.shape == (0, 1)
     assert micro_batches(empty.lengths, 4) == []
     assert join_micro_batches([], [], 5).shape == (0, 5)
-    with pytest.raises(ValueError, match="no rollout to join"):
-        join_rollouts([], 0)
+    with pytest.raises(ValueError, match="no batch to join"):
+        Rollout.join([])
 
 
 @settings(max_examples=30, deadline=None)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from alignment.cli import main
 from alignment.errors import CheckpointError
@@ -151,12 +150,15 @@ def comparable_rows(folder: Path) -> list[dict[str, Any]]:
 
 def make_half_used() -> HalfUsed:
     """Two rows of figures that cannot be mistaken for each other."""
-    rollout = make_rollout([(3, 2), (2, 0)])
-    rollout.finished = np.array([True, False])
-    rollout.sampler_logprobs = rollout.logprobs + 0.5
-    rollout.action_mask = np.array([[True, False], [True, True]])
-    rollout.prompts, rollout.responses = ["say \u00fc", "say\nnothing"], ["\u65e5\u672c", ""]
-    rollout.rows = [{"want": "a", "score": np.float32(0.5), "on": date(2020, 1, 2)}, {"ids": np.arange(3)}]
+    rollout = make_rollout([(3, 2), (2, 0)]).add(
+        finished=np.array([True, False]),
+        prompts=["say \u00fc", "say\nnothing"],
+        responses=["\u65e5\u672c", ""],
+        rows=[{"want": "a", "score": np.float32(0.5), "on": date(2020, 1, 2)}, {"ids": np.arange(3)}],
+    )
+    rollout = rollout.add(
+        "response", sampler_logprobs=rollout.logprobs + 0.5, action_mask=np.array([[1, 0], [1, 1]]) > 0
+    )
     draw = np.random.default_rng(0)
     names = ("logprobs", "ref_logprobs", "values", "kl", "rewards", "advantages", "returns")
     figures = {name: draw.normal(size=(2, 2)).astype(np.float32) for name in names}
@@ -178,33 +180,16 @@ def test_a_half_used_rollout_comes_back_as_it_was(tmp_path: Path) -> None:
     assert (back.position, back.first_step, back.rollout_stats, back.rows) == (
         half.position, half.first_step, half.rollout_stats, half.rows,
     )  # fmt: skip
-    for one, other in ((half.experience, back.experience), (half.experience.rollout, back.experience.rollout)):
-        for name, value in vars(one).items():
-            if isinstance(value, np.ndarray):
-                found = getattr(other, name)
-                assert found.dtype == value.dtype and (found == value).all(), name
+    assert back.experience.columns.keys() == half.experience.columns.keys()
+    for name, column in half.experience.columns.items():
+        if column.kind != "list":
+            found, value = back.experience[name], half.experience[name]
+            assert found.dtype == value.dtype and (found == value).all(), name
     assert (back.experience.score_parts["a/b|c"] == half.experience.score_parts["a/b|c"]).all()
     assert (back.experience.rollout.prompts, back.experience.rollout.responses) == (
         half.experience.rollout.prompts, half.experience.rollout.responses,
     )  # fmt: skip
     assert back.experience.rollout.rows == [{"want": "a", "score": 0.5, "on": "2020-01-02"}, {"ids": [0, 1, 2]}]
-
-
-def test_one_from_before_the_samplers_logprobs_were_kept_is_read(tmp_path: Path) -> None:
-    """They are the policy's log-probs then, which such runs used in their place; every token was the policy's."""
-    half = make_half_used()
-    half.experience.rollout.logprobs -= 1.5
-    half.experience.rollout.action_mask = None
-    save_half_used(tmp_path, half)
-    arrays = load_file(tmp_path / ARRAYS_FILE)
-    assert "rollout/action_mask" not in arrays
-    del arrays["rollout/sampler_logprobs"]
-    save_file(arrays, tmp_path / ARRAYS_FILE)
-    back = load_half_used(tmp_path)
-    assert back is not None
-    rollout = back.experience.rollout
-    assert (rollout.sampler_logprobs == rollout.logprobs).all() and (rollout.logprobs == -1.5).all()
-    assert rollout.action_mask is None and (rollout.actions == rollout.mask).all()
 
 
 @pytest.mark.parametrize("missing", [TEXTS_FILE, ARRAYS_FILE])

@@ -18,7 +18,7 @@ from alignment.rollout.rewards import RewardBatch
 from alignment.rollout.rewards.reward_model import RewardModelScorer
 from alignment.rollout.rollout import Experience
 
-from .conftest import make_rollout, metric_rows
+from .conftest import experience_with, make_rollout, metric_rows
 
 
 class Reads:
@@ -35,12 +35,15 @@ def rollout_of(tokenizer: Any, answers: list[tuple[str, bool, str]]) -> Any:
     head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     bodies = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _, _ in answers]
     rollout = make_rollout([(len(head), len(body)) for body in bodies])
-    for row, body in zip(rollout.tokens, bodies, strict=True):
+    tokens = rollout.tokens.copy()
+    for row, body in zip(tokens, bodies, strict=True):
         row[: len(head) + len(body)] = head + body
-    rollout.finished = np.array([finished for _, finished, _ in answers])
-    rollout.prompts, rollout.responses = ["say the word"] * len(answers), [text for _, _, text in answers]
-    rollout.rows = [{} for _ in answers]
-    return rollout
+    return rollout.add("token", tokens=tokens).add(
+        finished=np.array([finished for _, finished, _ in answers]),
+        prompts=["say the word"] * len(answers),
+        responses=[text for _, _, text in answers],
+        rows=[{} for _ in answers],
+    )
 
 
 def test_a_stopped_answer_reads_the_same_on_both_ways(policy_dir: Path) -> None:
@@ -75,9 +78,9 @@ def test_texts_beyond_the_reward_models_context_are_cut_and_counted(policy_dir: 
 
 def experience_of(scores: list[float], finished: bool = True, text: str = "yes") -> Experience:
     rollout = make_rollout([(2, 2)] * len(scores))
-    rollout.finished[:], rollout.responses = finished, [text] * len(scores)
+    rollout = rollout.add(finished=np.full(len(scores), finished), responses=[text] * len(scores))
     zeros, shaped = np.zeros((len(scores), 2), np.float32), np.array(scores, np.float32)
-    return Experience(rollout, zeros, zeros, zeros, shaped, {}, shaped, zeros, zeros, zeros, zeros)
+    return experience_with(rollout, zeros, shaped)
 
 
 ARGS = SimpleNamespace(clip_range_score=50.0, max_dec_len=9, top_k=3, top_p=1.0)

@@ -26,7 +26,7 @@ from alignment.rollout.roles import PolicyRole, ValueRole
 from alignment.rollout.rollout import Experience, Rollout
 from tests.precision import DTYPE, within
 
-from .conftest import make_rollout
+from .conftest import experience_with, make_rollout
 
 LENGTHS = [(5, 4), (2, 1), (7, 6), (3, 0), (1, 6), (4, 2), (2, 2), (6, 5)]
 
@@ -89,7 +89,7 @@ def test_windows_cover_every_row_once_a_pass_and_ranks_share_them(
     rollout = make_rollout([(2, 1 + i % 3) for i in range(rows)])
     zeros = np.zeros((rows, rollout.width), np.float32)
     flat = np.zeros(rows, np.float32)
-    experience = Experience(rollout, zeros, zeros, zeros, flat, {}, flat, zeros, zeros, zeros, zeros)
+    experience = experience_with(rollout, zeros, flat)
     single = list(split_windows(experience, make_args(
         update_iters=passes, per_device_train_batch_size=size * ranks, gradient_accumulation_steps=accumulation
     ), World(), 5))  # fmt: skip
@@ -110,7 +110,7 @@ def test_an_update_goes_on_where_it_was_left(
 ) -> None:
     rollout = make_rollout([(2, 1 + i % 3) for i in range(rows)])
     zeros, flat = np.zeros((rows, rollout.width), np.float32), np.zeros(rows, np.float32)
-    experience = Experience(rollout, zeros, zeros, zeros, flat, {}, flat, zeros, zeros, zeros, zeros)
+    experience = experience_with(rollout, zeros, flat)
 
     def windows(size: int, begin: Position | None = None) -> list[Window]:
         args = make_args(update_iters=passes, per_device_train_batch_size=size)
@@ -132,7 +132,7 @@ def test_an_update_goes_on_where_it_was_left(
 def test_passes_are_shuffled_afresh() -> None:
     rollout = make_rollout([(2, 2)] * 16)
     zeros, flat = np.zeros((16, 2), np.float32), np.zeros(16, np.float32)
-    experience = Experience(rollout, zeros, zeros, zeros, flat, {}, flat, zeros, zeros, zeros, zeros)
+    experience = experience_with(rollout, zeros, flat)
     windows = list(split_windows(experience, make_args(update_iters=2, per_device_train_batch_size=16), World(), 0))
     orders = [window.mine.rollout.prompt_index.tolist() for window in windows]
     assert orders[0] != orders[1] != list(range(16))
@@ -190,7 +190,7 @@ def test_the_first_pass_has_ratio_one_and_the_next_one_moves(policy_dir: Path) -
 def test_a_network_that_scores_and_trains_differently_is_caught(policy_dir: Path) -> None:
     setup = Setup(policy_dir, make_args())
     experience = make_experience(make_rollout(LENGTHS), setup.actor, setup.critic, setup.args)
-    experience.logprobs = experience.logprobs + within(0.01, "caught gap") * experience.mask
+    experience = experience.add("response", logprobs=experience.logprobs + within(0.01, "caught gap"))
     with pytest.raises(InvariantError, match="on the first pass the importance ratio must be 1"):
         setup.run(experience)
 
@@ -278,7 +278,7 @@ def test_a_policy_that_has_gone_far_away_gives_finite_gradients(policy_dir: Path
     """rl 24: a log-ratio beyond 88 has an infinite exponential, whose gradient is NaN though the loss is finite."""
     setup = Setup(policy_dir, make_args(checks="off"))
     experience = make_experience(make_rollout(LENGTHS), setup.actor, setup.critic, setup.args)
-    experience.logprobs = experience.logprobs - 200.0 * experience.mask
+    experience = experience.add("response", logprobs=experience.logprobs - 200.0 * experience.mask)
     (row,) = setup.run(experience)
     assert np.isfinite(row["train/actor_grad_norm"])
 
@@ -296,7 +296,9 @@ def test_entropy_bonus_raises_entropy(policy_dir: Path) -> None:
 def test_a_non_finite_loss_stops_with_the_batch_dumped(policy_dir: Path, tmp_path: Path, array: str) -> None:
     setup = Setup(policy_dir, make_args(output_dir=str(tmp_path)))
     experience = make_experience(make_rollout(LENGTHS), setup.actor, setup.critic, setup.args)
-    getattr(experience, array)[2, 1] = np.nan
+    broken = experience[array].copy()
+    broken[2, 1] = np.nan
+    experience = experience.add("response", **{array: broken})
     before = setup.actor_engine.parameter_fingerprints()
     with pytest.raises(NonFiniteError, match=rf"loss became nan in step 1.*non-finite values in: {array}"):
         setup.run(experience)
@@ -326,7 +328,7 @@ def test_a_window_of_empty_answers_teaches_nothing(policy_dir: Path) -> None:
 def test_the_scores_way_into_the_rewards() -> None:
     """Normalised, then the missing-EOS rule, then clipped, then at the last token."""
     rollout = make_rollout([(2, 3), (2, 1)])
-    rollout.finished = np.array([True, False])
+    rollout = rollout.add(finished=np.array([True, False]))
     zeros = np.zeros((2, 3), np.float32)
     args = make_args(missing_eos_rule="score", missing_eos_score=-7.0, clip_range_score=5.0)
     args.normalize_advantage = False

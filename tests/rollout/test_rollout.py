@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alignment.rollout.rollout import Rollout, join_rollouts
+from alignment.rollout.rollout import Rollout
 from alignment.rollout.sampler import SamplingSettings
 from tests.ppo.conftest import make_rollout
 from tests.rollout.conftest import engine_for, make_model, make_prompts
@@ -13,15 +13,14 @@ from tests.rollout.conftest import engine_for, make_model, make_prompts
 def with_tool(lengths: list[tuple[int, int]], put_in: list[tuple[int, int]]) -> Rollout:
     """A rollout in which an environment put in the given ``(row, position)`` tokens."""
     rollout = make_rollout(lengths)
-    rollout.action_mask = np.ones(rollout.mask.shape, dtype=bool)
+    chosen = np.ones(rollout.mask.shape, dtype=bool)
     for row, position in put_in:
-        rollout.action_mask[row, position] = False
-    return rollout
+        chosen[row, position] = False
+    return rollout.add("response", action_mask=chosen)
 
 
 def test_what_is_generated_today_is_all_the_policys() -> None:
     rollout = engine_for(make_model("llama")).generate(make_prompts([3, 9]), SamplingSettings(6, seed=1), 2)
-    assert rollout.action_mask is None
     np.testing.assert_array_equal(rollout.actions, rollout.mask)
     assert rollout.actions.dtype == np.float32
 
@@ -37,27 +36,25 @@ def test_selected_rows_keep_their_actions() -> None:
     rollout = with_tool([(3, 2), (2, 5), (1, 3)], [(1, 1), (2, 0)])
     chosen = rollout.select([2, 0])
     np.testing.assert_array_equal(chosen.actions, [[0, 1, 1], [1, 1, 0]])
-    assert chosen.action_mask is not None and chosen.action_mask.shape == (2, 3)
 
 
 def test_rows_of_a_rollout_without_tools_join_one_with_them() -> None:
     """In either order: what has no mask is the policy's."""
     plain, mixed = make_rollout([(3, 2)]), with_tool([(2, 5)], [(0, 4)])
     for parts in ([plain, mixed], [mixed, plain]):
-        joined = join_rollouts(parts, pad_id=0)
+        joined = Rollout.join(parts)
         for row, part in enumerate(parts):
             length = int(part.response_len[0])
             np.testing.assert_array_equal(joined.actions[row, :length], part.actions[0])
             assert not joined.actions[row, length:].any()
-    assert join_rollouts([plain, plain], pad_id=0).action_mask is None
 
 
 def test_the_samplers_logprobs_are_selected_and_joined_as_the_policys_are() -> None:
-    one, other = make_rollout([(3, 2), (1, 4)]), make_rollout([(2, 1)])
-    for part in (one, other):
-        part.logprobs -= 1 + np.arange(part.mask.size, dtype=np.float32).reshape(part.mask.shape)
-        part.sampler_logprobs = part.logprobs / 2
-    joined = join_rollouts([one, other], pad_id=0)
+    parts = []
+    for rollout in (make_rollout([(3, 2), (1, 4)]), make_rollout([(2, 1)])):
+        logprobs = -1 - np.arange(rollout.mask.size, dtype=np.float32).reshape(rollout.mask.shape)
+        parts.append(rollout.add("response", rollout_logprobs=logprobs, sampler_logprobs=logprobs / 2))
+    joined = Rollout.join(parts)
     np.testing.assert_array_equal(joined.sampler_logprobs, joined.logprobs / 2)
     chosen = joined.select([2, 0])
     assert chosen.sampler_logprobs.shape == (2, 2)
