@@ -52,7 +52,7 @@ TASKS = {
         "merge a LoRA checkpoint into its base model",
     ),
     "export": Task(
-        "alignment.run_export:main",
+        "alignment.export.run_export:main",
         "--checkpoint DIR --output DIR [options]",
         "write a model for paddlenlp or transformers",
     ),

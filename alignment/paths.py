@@ -1,9 +1,33 @@
-"""Names and modes of files that others wrote or shall read."""
+"""Names and modes of files that others wrote or shall read, and what a run's folder shows from outside."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from pathlib import Path
+
+LOCK = ".lock"
+METRICS_FILE = "metrics.jsonl"
+CACHE = "ALIGNMENT_CACHE"
+
+
+def cache_folder() -> Path:
+    """``$ALIGNMENT_CACHE``, else ``alignment`` in the user's cache folder."""
+    if os.environ.get(CACHE):
+        return Path(os.environ[CACHE])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "alignment"
+
+
+def last_step(path: Path) -> int:
+    """The highest step in a ``metrics.jsonl``; -1 where there is no row, or no file."""
+    last = -1
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a last line that was cut short
+                last = max(last, int(json.loads(line)["step"]))
+    return last
 
 
 def leaves_folder(name: str) -> bool:

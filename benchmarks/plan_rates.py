@@ -13,7 +13,7 @@ from typing import Any
 from alignment.parallel.topology import Topology
 from alignment.plan import work
 from alignment.plan.hardware import Card
-from alignment.plan.rollout import rollout_of, rollout_ops
+from alignment.plan.rollout_memory import rollout_of, rollout_ops
 from alignment.plan.setting import RolePlan, Setting
 from alignment.plan.shapes import shape_of_config
 

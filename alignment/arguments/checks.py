@@ -245,8 +245,7 @@ def _check_folders(args: Arguments, problems: Problems) -> None:
         problems.add(f"output_dir {output} is a file, not a folder", "output_dir")
     # Only the first process looks: by the time the others do, it may have begun to write.
     elif output.is_dir() and args.do_train and not resume and not args.overwrite_output_dir and device.rank() == 0:
-        from alignment.flow.lock import LOCK
-        from alignment.flow.metrics import METRICS_FILE, last_step
+        from alignment.paths import LOCK, METRICS_FILE, last_step
 
         logs = Path(args.logging_dir or "")
         harmless = _HARMLESS if last_step(output / METRICS_FILE) > 0 else _HARMLESS | _UNTRAINED

@@ -9,7 +9,7 @@ from alignment.arguments.ppo_arguments import PPOArguments
 from alignment.arguments.sft_arguments import LoRAFields
 from alignment.arguments.stage_arguments import Arguments
 from alignment.arguments.values import LATEST
-from alignment.kernels.build import cache_folder
+from alignment.paths import cache_folder
 
 _DEFAULT_METRIC = {"sft": "loss", "reward": "accuracy", "ppo": "reward"}
 _SMALLER_IS_BETTER = ("loss", "ppl", "perplexity", "kl", "kl_divergence")

@@ -38,8 +38,8 @@ from alignment.engine.optimizer import (
     make_masters,
     slots_of,
 )
+from alignment.engine.weights import load_weights_into, some_names
 from alignment.errors import CheckpointError, InvariantError, NonFiniteError
-from alignment.flow.weights import load_weights_into, some_names
 from alignment.log import say_once
 from alignment.losses.logprobs import TokenScores
 from alignment.parallel import World

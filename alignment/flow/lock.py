@@ -30,8 +30,8 @@ from alignment.errors import ArgumentsError
 from alignment.flow.checkpoint import disk_errors
 from alignment.log import get_logger
 from alignment.parallel.heartbeat import Member, machine_name
+from alignment.paths import LOCK
 
-LOCK = ".lock"
 BEAT = 5.0  # seconds between two signs of life
 STALE = 60.0  # seconds without one, after which a lock of another machine does not count any more
 

@@ -12,7 +12,6 @@ file is always strict JSON.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -26,9 +25,8 @@ from alignment.errors import ArgumentsError, CheckpointError
 from alignment.flow.checkpoint import disk_errors
 from alignment.log import get_logger
 from alignment.parallel import World
+from alignment.paths import METRICS_FILE
 from alignment.tally import format_seconds
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class Backend(Protocol):
@@ -297,16 +295,6 @@ def truncate_metrics(path: Path, last_step: int) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def last_step(path: Path) -> int:
-    """The highest step in a ``metrics.jsonl``; -1 where there is no row, or no file."""
-    last = -1
-    with contextlib.suppress(OSError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a last line that was cut short
-                last = max(last, int(json.loads(line)["step"]))
-    return last
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

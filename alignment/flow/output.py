@@ -14,11 +14,10 @@ from typing import Any
 from alignment.errors import ArgumentsError
 from alignment.flow.checkpoint import BEST, MANIFEST, CheckpointStore, disk_errors, resolve_resume, sync_folder
 from alignment.flow.lock import RunLock
-from alignment.flow.metrics import METRICS_FILE, last_step
 from alignment.flow.temporary import is_abandoned, temporary_folder
 from alignment.log import get_logger
 from alignment.parallel import World
-from alignment.paths import open_to_others
+from alignment.paths import METRICS_FILE, last_step, open_to_others
 
 PUBLISHING = ".publishing-"
 SHARED_WITHIN = 10.0  # seconds that a network file system may take to show a new file on another host

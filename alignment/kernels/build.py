@@ -16,9 +16,10 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from alignment.paths import CACHE, cache_folder
+
 SOURCES = Path(__file__).parent / "csrc"
 OPT_OUT = "ALIGNMENT_KERNELS"
-CACHE = "ALIGNMENT_CACHE"
 FLAGS = (
     "-O3",
     "-march=native",
@@ -85,14 +86,6 @@ def _compile_with_one(programs: list[list[str]], target: Path) -> None:
         except BuildError as error:
             problems.append(str(error))
     raise BuildError("; ".join(problems))
-
-
-def cache_folder() -> Path:
-    """``$ALIGNMENT_CACHE``, else ``alignment`` in the user's cache folder."""
-    if os.environ.get(CACHE):
-        return Path(os.environ[CACHE])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "alignment"
 
 
 def _fingerprint() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from alignment.errors import AlignmentError
 from alignment.plan.model import Plan, memory_everywhere, predict
-from alignment.plan.rollout import rollout_of
+from alignment.plan.rollout_memory import rollout_of
 from alignment.plan.setting import Setting
 from alignment.plan.times import times_of
 

@@ -18,7 +18,7 @@ from alignment.parallel.owners import assign_owners
 from alignment.parallel.topology import BUCKET_ELEMENTS, Topology, layers_of_stage
 from alignment.plan.activations import ChunkedHead, PlainLayer, WholeHead, layer_kind
 from alignment.plan.kernels import FLOAT, FusedHead, FusedLayer, stack_buffers
-from alignment.plan.rollout import rollout_memory
+from alignment.plan.rollout_memory import rollout_memory
 from alignment.plan.setting import RolePlan, Setting
 from alignment.plan.shapes import PartTensor, buffer_bytes, layer_of, lora_tensors, part_tensors
 

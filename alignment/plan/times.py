@@ -16,8 +16,8 @@ from alignment.plan import kernels, traffic, work
 from alignment.plan.activations import LABELS_AT_ONCE, WholeHead
 from alignment.plan.hardware import Card
 from alignment.plan.memory import part_of, residents
-from alignment.plan.rollout import rollout_of, rollout_ops
-from alignment.plan.schedule import forward_only, one_forward_one_backward
+from alignment.plan.one_f_one_b import forward_only, one_forward_one_backward
+from alignment.plan.rollout_memory import rollout_of, rollout_ops
 from alignment.plan.setting import RolePlan, Setting
 from alignment.plan.traffic import Message, layers_here
 from alignment.plan.work import Op

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from alignment.engine.batching import rank_slice
 from alignment.engine.engine import Engine
 from alignment.errors import InvariantError
-from alignment.flow.order import rank_slice
 from alignment.parallel import Topology, World
 from alignment.parallel.groups import broadcast_object
 from alignment.parallel.reshard import Moved, Resharder

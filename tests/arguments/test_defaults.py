@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from alignment.arguments import parse_ppo, parse_reward, parse_sft
-from alignment.kernels.build import cache_folder
+from alignment.paths import cache_folder
 
 SFT = ["output_dir=out", "model_name_or_path=m", "train_datasets=a"]
 RM = SFT

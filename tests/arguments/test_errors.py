@@ -301,7 +301,7 @@ def test_metrics_of_a_trained_step_are_an_earlier_run(tmp_path: Path) -> None:
 
 def test_a_folder_that_a_run_may_be_using_is_left_to_its_lock(tmp_path: Path) -> None:
     """A second start was told to overwrite the first one's folder, and only then that it is in use."""
-    from alignment.flow.lock import LOCK
+    from alignment.paths import LOCK
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "policy").mkdir()

@@ -12,7 +12,7 @@ import pytest
 
 from alignment.arguments import parse_ppo, parse_reward, parse_sft
 from alignment.errors import AlignmentError, ArgumentsError
-from alignment.kernels.build import CACHE, cache_folder
+from alignment.paths import CACHE, cache_folder
 from benchmarks.real import data, greedy, report, run
 from benchmarks.real.fetch import MEMBER, model_file
 from config.smollm2.sum_reward import right_sum

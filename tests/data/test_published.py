@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 
 from alignment.errors import DataError
 from alignment.ppo.data import Encoder, Limits, PromptTemplate
-from alignment.ppo.models import build_reward_inputs, load_tokenizer, save_tokenizer
+from alignment.ppo.models import load_tokenizer, save_tokenizer
+from alignment.rollout.rewards.reward_model import build_reward_inputs
 from tests.published import FAMILIES, render, write_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds <a> & 'b' é", "parameters": {}}}]

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from alignment.errors import ModelError
+from alignment.export.export_model import export_model
 from alignment.ppo.models import load_causal_lm, save_model, save_whole_model
-from alignment.ppo.models.export import export_model
 from alignment.ppo.models.safetensors_file import SafetensorsFile, bfloat16_to_float32, to_bfloat16
 
 

@@ -15,9 +15,9 @@ import pytest
 
 from alignment.cli import main as command
 from alignment.errors import AlignmentError, ArgumentsError, CheckpointError, ModelError
+from alignment.export.export_model import export_model, find_model
+from alignment.export.export_weights import parse_size
 from alignment.ppo.models import load_causal_lm, load_score_model, load_tokenizer
-from alignment.ppo.models.export import export_model, find_model
-from alignment.ppo.models.export_weights import parse_size
 
 MakeFolder = Callable[..., Path]
 
@@ -120,7 +120,7 @@ def test_a_lora_adapter_is_merged_on_the_way(make_folder: MakeFolder, kit: Any, 
 def test_output_appears_whole_or_not_at_all(
     make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from alignment.ppo.models import export
+    from alignment.export import export_model as export
 
     source = make_folder("qwen2")
     out = tmp_path / "out"

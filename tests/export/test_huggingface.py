@@ -12,8 +12,8 @@ import pytest
 from safetensors import safe_open
 
 from alignment.errors import ModelError
+from alignment.export.export_model import export_model
 from alignment.ppo.models import load_causal_lm, load_score_model, load_tokenizer, score_tokens, tokenizer_differs
-from alignment.ppo.models.export import export_model
 
 MakeFolder = Callable[..., Path]
 
@@ -272,7 +272,7 @@ def test_ids_outside_the_vocabulary_are_not_passed_on(kit: Any, tmp_path: Path) 
 def test_a_tokenizer_that_would_encode_otherwise_is_not_shipped(make_folder: MakeFolder, tmp_path: Path) -> None:
     """D2: an export refuses where it warned and went on."""
     from alignment.errors import ModelError
-    from alignment.ppo.models.hf_tokenizer import write_hf_tokenizer
+    from alignment.export.hf_tokenizer import write_hf_tokenizer
 
     source = make_folder("qwen2")
     tokenizer = load_tokenizer(source)

@@ -17,9 +17,10 @@ import pytest
 
 from alignment.arguments import parse_sft
 from alignment.errors import ArgumentsError, CheckpointError
-from alignment.flow.lock import LOCK, RunLock
+from alignment.flow.lock import RunLock
 from alignment.flow.output import claimed
 from alignment.parallel import World
+from alignment.paths import LOCK
 from tests.parallel.test_control import run_ranks
 
 REPO = Path(__file__).resolve().parents[2]

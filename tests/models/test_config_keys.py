@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from alignment.errors import ModelError
+from alignment.export.export_model import export_model
 from alignment.ppo.models import causal_logits, check_model_folder, load_causal_lm, model_context_length
 from alignment.ppo.models.config_keys import check_keys, standard_form
-from alignment.ppo.models.export import export_model
 from alignment.ppo.models.folders import ModelFolder, model_type_of
 from alignment.ppo.models.loading import load_config
 

@@ -16,6 +16,7 @@ import sentencepiece
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from alignment.errors import ModelError
+from alignment.export.export_model import export_model
 from alignment.plan.known import find_shape
 from alignment.ppo.models import (
     causal_logits,
@@ -24,7 +25,6 @@ from alignment.ppo.models import (
     load_tokenizer,
     model_context_length,
 )
-from alignment.ppo.models.export import export_model
 from alignment.ppo.models.gguf import PRE_TOKENIZERS, llama3_factors
 
 Kind = gguf.GGMLQuantizationType

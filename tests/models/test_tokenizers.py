@@ -13,12 +13,12 @@ import pytest
 from alignment.errors import DataError, ModelError
 from alignment.ppo.data import Encoder, Limits, PromptTemplate
 from alignment.ppo.models import (
-    build_reward_inputs,
     check_tokenizer_fits,
     load_tokenizer,
     save_tokenizer,
     tokenizer_differs,
 )
+from alignment.rollout.rewards.reward_model import build_reward_inputs
 
 Said = Callable[[], str]
 FAST = {"fast": True, "tokenizer_class": "PretrainedTokenizerFast"}

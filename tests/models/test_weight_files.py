@@ -18,10 +18,10 @@ import numpy as np
 import paddle
 import pytest
 
+from alignment.engine.weights import load_weights_into
 from alignment.errors import CheckpointError, ModelError
 from alignment.flow.checkpoint import CheckpointStore, verify
 from alignment.flow.output import publishing
-from alignment.flow.weights import load_weights_into
 from alignment.parallel.topology import Topology
 from alignment.ppo.models import (
     LoRASettings,

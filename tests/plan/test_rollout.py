@@ -12,7 +12,7 @@ from alignment.parallel.topology import Topology
 from alignment.plan import kernels, work
 from alignment.plan.activations import cache_bytes
 from alignment.plan.memory import memory_of, training_memory
-from alignment.plan.rollout import BLOCK, GPU_BLOCK, rollout_of
+from alignment.plan.rollout_memory import BLOCK, GPU_BLOCK, rollout_of
 from alignment.plan.setting import RolePlan, Setting
 from alignment.plan.shapes import ModelShape
 from alignment.plan.times import forward_ops, times_of

@@ -12,7 +12,7 @@ import pytest
 from alignment.parallel.topology import Topology
 from alignment.plan import work
 from alignment.plan.hardware import card_named
-from alignment.plan.schedule import forward_only, one_forward_one_backward
+from alignment.plan.one_f_one_b import forward_only, one_forward_one_backward
 from alignment.plan.setting import RolePlan, Setting
 from alignment.plan.shapes import ModelShape
 from alignment.plan.times import forward_ops, offload_traffic, train_ops

@@ -291,7 +291,8 @@ def test_a_reward_model_with_another_tokenizer_gets_the_answers_tokenised_anew(
     assert main(["ppo", str(file)]) == 0
     samples = [json.loads(line) for line in (tmp_path / "ppo" / "eval_samples.jsonl").read_text().splitlines()]
     from alignment.ppo.data import PromptTemplate
-    from alignment.ppo.models import build_reward_inputs, end_scores, load_score_model, load_tokenizer
+    from alignment.ppo.models import end_scores, load_score_model, load_tokenizer
+    from alignment.rollout.rewards.reward_model import build_reward_inputs
 
     tokenizer = load_tokenizer(foreign_reward)
     ids, lengths, _ = build_reward_inputs(

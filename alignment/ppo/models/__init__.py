@@ -61,8 +61,6 @@ _MODULE_OF = {
     "LoRASettings": "lora",
     "is_adapter_folder": "lora",
     "merge_lora": "lora",
-    "build_reward_inputs": "tokenizers",
-    "pad_rows": "tokenizers",
     "vocabulary_size": "tokenizers",
     "check_tokenizer_fits": "tokenizers",
     "load_tokenizer": "tokenizers",

@@ -106,7 +106,7 @@ def ordinary_folder(path: str | os.PathLike, *, role: str = "model") -> Path:
         return Path(path).expanduser()
     from filelock import FileLock
 
-    from alignment.kernels.build import CACHE, cache_folder
+    from alignment.paths import CACHE, cache_folder
 
     state = file.stat()
     cache = cache_folder() / "models"

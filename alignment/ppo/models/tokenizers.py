@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from paddlenlp.transformers import AutoTokenizer, LlamaTokenizer
 
-from alignment.errors import DataError, ModelError
+from alignment.errors import ModelError
 from alignment.log import say_once
 
 from .folders import CONFIG_FILE, looks_like_hub_name, read_json
@@ -26,9 +24,6 @@ from .json_tokenizer import (
     write_json_file,
 )
 from .upstream import fetch_tokenizer_from_hub, quiet_paddlenlp
-
-if TYPE_CHECKING:
-    from alignment.ppo.data import PromptTemplate
 
 #: Files that make up a tokenizer, and the prompt template that belongs to it.
 TOKENIZER_FILES = (
@@ -109,14 +104,14 @@ def load_tokenizer(path: str | os.PathLike, *, model_max_length: int | None = No
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Any, folder: str | os.PathLike, template: PromptTemplate | None = None) -> None:
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike, template: Any = None) -> None:
     """Save a tokenizer's files into a folder, beside a model's: the ``tokenizer.json`` that was used, as it was.
 
     Args:
         tokenizer: of :func:`load_tokenizer`.
         folder: made if absent.
-        template: what the model was trained with: written as ``prompt_template.json``, and as the tokenizer's chat
-            template, which other programs read.
+        template: the PromptTemplate that the model was trained with: written as ``prompt_template.json``, and as the
+            tokenizer's chat template, which other programs read.
 
     Raises:
         ModelError: the folder cannot be written.
@@ -207,65 +202,6 @@ PROBES = (
     "don't CamelCase snake_case 12345",
     "I'LL write f(x) = {1: 'a'} \r\n  e\u0301 \u00a0",
 )
-
-
-def build_reward_inputs(
-    prompts: Sequence[str | list[Any]],
-    responses: Sequence[str],
-    finished: Sequence[bool],
-    reward_tokenizer: Any,
-    template: PromptTemplate,
-    max_length: int,
-    systems: Sequence[str | None] | None = None,
-    tools: Sequence[Any] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokenise prompts and answers anew for a reward model that has another tokenizer than the actor.
-
-    Args:
-        prompts: raw prompts, as the data set gave them.
-        responses: the answers' texts, without special tokens.
-        finished: whether each answer ended with eos; only then does its row end with the reward model's eos.
-        reward_tokenizer: as from :func:`load_tokenizer`.
-        template: turns a prompt into the text that the reward model was trained on.
-        max_length: longest row; longer ones lose the start of their prompt, then that of their answer, since the score
-            is read at the end.
-        systems: the rows' system prompts, if they have any.
-        tools: the rows' definitions of tools, if they have any.
-
-    Returns:
-        ``ids [rows, longest]`` int64, right-padded; ``lengths [rows]`` int64, each at least 1; ``cut [rows]`` bool,
-        which rows were too long.
-
-    Raises:
-        DataError: the three lists differ in length.
-    """
-    if not len(prompts) == len(responses) == len(finished):
-        raise DataError(
-            f"{len(prompts)} prompts, {len(responses)} responses and {len(finished)} flags do not make rows"
-        )
-    from alignment.ppo.data import Encoder, Limits
-
-    # The encoder that made the reward model's training rows, so that prompt and answer meet at the same token boundary.
-    encoder = Encoder(reward_tokenizer, template, Limits(max_length=max_length))
-    rows: list[list[int]] = []
-    cut = np.zeros(len(prompts), dtype=bool)
-    for index, (prompt, response, ended) in enumerate(zip(prompts, responses, finished, strict=True)):
-        turns = [prompt] if isinstance(prompt, str) else list(prompt)
-        system, functions = systems[index] if systems else None, tools[index] if tools else None
-        head, answer = encoder.answered(turns, response, ended, system, functions)
-        cut[index] = len(head) + len(answer) > max_length
-        room = max_length - len(answer)
-        rows.append((encoder.cut_left(head, room) if room > 0 else []) + answer[-max_length:])
-    return *pad_rows(rows, reward_tokenizer.pad_token_id), cut
-
-
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """``ids [rows, longest]`` int64, padded on the right, and ``lengths [rows]`` int64."""
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    ids = np.full([len(rows), int(lengths.max(initial=0))], pad_id, dtype=np.int64)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = row
-    return ids, lengths
 
 
 class SlowTokenizer:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ArgumentsError, CheckpointError, ModelError, nearest
+from alignment.export.export_weights import export_tensors, parse_size
+from alignment.export.hf_config import causal_architecture, hf_config, hf_generation_config, score_architecture
+from alignment.export.hf_tokenizer import open_source_tokenizer, write_hf_tokenizer, write_trained_template
 from alignment.flow.checkpoint import MANIFEST, disk_errors, verify
 from alignment.log import get_logger
-
-from .export_weights import export_tensors, parse_size
-from .folders import (
+from alignment.ppo.models.folders import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     LORA_CONFIG_FILE,
@@ -26,17 +27,15 @@ from .folders import (
     check_model_folder,
     read_json,
 )
-from .gguf import ordinary_folder
-from .hf_config import causal_architecture, hf_config, hf_generation_config, score_architecture
-from .hf_layout import Weights
-from .hf_tokenizer import open_source_tokenizer, write_hf_tokenizer, write_trained_template
-from .json_tokenizer import JsonTokenizer
-from .loading import CAUSAL_MODELS, load_config
-from .lora import is_adapter_folder, merge_lora
-from .safetensors_file import DTYPE_CODES, StoredTensor, write_weights
-from .score_model import fill_score_config
-from .tokenizers import copy_tokenizer_files
-from .upstream import quiet_paddlenlp
+from alignment.ppo.models.gguf import ordinary_folder
+from alignment.ppo.models.hf_layout import Weights
+from alignment.ppo.models.json_tokenizer import JsonTokenizer
+from alignment.ppo.models.loading import CAUSAL_MODELS, load_config
+from alignment.ppo.models.lora import is_adapter_folder, merge_lora
+from alignment.ppo.models.safetensors_file import DTYPE_CODES, StoredTensor, write_weights
+from alignment.ppo.models.score_model import fill_score_config
+from alignment.ppo.models.tokenizers import copy_tokenizer_files
+from alignment.ppo.models.upstream import quiet_paddlenlp
 
 FORMATS = ("paddle", "huggingface")
 ROLES = ("policy", "value")

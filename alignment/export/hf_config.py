@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from alignment.errors import ModelError
-
-from .export_weights import head_size
-from .folders import SUPPORTED_MODEL_TYPES, ModelFolder
+from alignment.export.export_weights import head_size
+from alignment.ppo.models.folders import SUPPORTED_MODEL_TYPES, ModelFolder
 
 _COMMON = (
     "vocab_size",

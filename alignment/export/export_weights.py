@@ -9,10 +9,9 @@ import re
 from typing import Any
 
 from alignment.errors import ArgumentsError, ModelError, some_of
-
-from .folders import CONFIG_FILE
-from .hf_layout import Weights
-from .safetensors_file import DTYPE_CODES, StoredTensor
+from alignment.ppo.models.folders import CONFIG_FILE
+from alignment.ppo.models.hf_layout import Weights
+from alignment.ppo.models.safetensors_file import DTYPE_CODES, StoredTensor
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _NORMALIZER = ("normalizer.mean", "normalizer.var", "normalizer.count")

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ModelError
-
-from .folders import read_json
-from .json_tokenizer import (
+from alignment.ppo.models.folders import read_json
+from alignment.ppo.models.json_tokenizer import (
     CHAT_TEMPLATE_FILE,
     SPECIAL_NAMES,
     SPECIAL_TOKENS_FILE,
@@ -20,7 +19,7 @@ from .json_tokenizer import (
     chat_template_of,
     write_json_file,
 )
-from .tokenizers import PROBES, load_tokenizer, write_chat_template
+from alignment.ppo.models.tokenizers import PROBES, load_tokenizer, write_chat_template
 
 #: paddlenlp's class -> transformers'.
 _CLASSES = {

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     """
     options = make_parser().parse_args(argv)
     with runtime.quiet_import():
-        from alignment.ppo.models.export import export_model
+        from alignment.export.export_model import export_model
 
     report = export_model(
         options.checkpoint,

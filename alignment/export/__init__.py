@@ -1,0 +1,1 @@
+"""`alignment export`: a trained model as one folder that paddlenlp or transformers opens."""
