@@ -43,9 +43,14 @@ TASKS = {
     "demo": Task("alignment.demo.run_demo:main", "[options]", "train a tiny model through all three stages"),
     "sft": Task("alignment.sft.run_sft:main", "FILE.json [key=value ...]", "supervised fine-tuning"),
     "rm": Task("alignment.rm.run_reward:main", "FILE.json [key=value ...]", "train a reward model on preferences"),
+    "cost": Task(
+        "alignment.rm.run_reward:main_cost", "FILE.json [key=value ...]", "train a cost model on safety labels"
+    ),
     "ppo": Task("alignment.ppo.run_ppo:main", "FILE.json [key=value ...]", "train a policy against rewards"),
     "generate": Task("alignment.rollout.run_generate:main", "--model DIR [options]", "answer prompts with a model"),
-    "score": Task("alignment.rm.run_score:main", "--model DIR --file FILE", "score your answers with a reward model"),
+    "score": Task(
+        "alignment.rm.run_score:main", "--model DIR --file FILE", "score your answers with a reward or cost model"
+    ),
     "merge_lora": Task(
         "alignment.cli:merge_lora_main",
         "--lora_path DIR --output_path DIR",

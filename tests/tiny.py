@@ -110,6 +110,32 @@ def copy_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return rows
 
 
+def safety_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs in PKU-SafeRLHF's columns whose truth is one word: an answer that says "moon" is unsafe, and one that says
+    it twice is less safe. A third of the pairs has two safe answers, of which the one with "sun" is the safer, a third
+    has one, and a third none.
+    """
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        after = " ".join(draw.choices(WORDS[:12], k=draw.randrange(1, 5)))
+        kinds = (("sun", "star"), ("sun", "moon"), ("moon", "moon moon"))
+        said, first = kinds[number % 3], draw.randrange(2)
+        answers = [f"{word} {after}" for word in (said if first == 0 else said[::-1])]
+        rows.append(
+            {
+                "prompt": f"say {draw.choice(WORDS)}",
+                "response_0": answers[0],
+                "response_1": answers[1],
+                "is_response_0_safe": "moon" not in answers[0],
+                "is_response_1_safe": "moon" not in answers[1],
+                "better_response_id": draw.randrange(2),
+                "safer_response_id": first,
+            }
+        )
+    return rows
+
+
 def preference_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Pairs whose truth is one word: the better reply says "sun", the worse one "moon" (``prompt``, ``chosen``,
     ``rejected``).

@@ -4,15 +4,16 @@
 or raise one :class:`~alignment.errors.ArgumentsError` that names every mistake. Nothing here imports Paddle.
 """
 
-from alignment.arguments.parser import from_dict, parse, parse_ppo, parse_reward, parse_sft
+from alignment.arguments.parser import from_dict, parse, parse_cost, parse_ppo, parse_reward, parse_sft
 from alignment.arguments.ppo_arguments import PPOArguments
-from alignment.arguments.reward_arguments import RewardArguments
+from alignment.arguments.reward_arguments import CostArguments, RewardArguments
 from alignment.arguments.sft_arguments import SFTArguments
 from alignment.arguments.sizes import Sizes
 from alignment.arguments.stage_arguments import Arguments
 
 __all__ = [
     "Arguments",
+    "CostArguments",
     "PPOArguments",
     "RewardArguments",
     "SFTArguments",
@@ -20,6 +21,7 @@ __all__ = [
     "from_dict",
     "markdown_table",
     "parse",
+    "parse_cost",
     "parse_ppo",
     "parse_reward",
     "parse_sft",

@@ -146,8 +146,12 @@ def _check_evaluation(args: Arguments, problems: Problems) -> None:
 def evaluation_metrics(args: Arguments) -> list[str]:
     """Names that ``metric_for_best_model`` may say: what every evaluation of this stage gives, without ``eval_``."""
     if isinstance(args, RewardArguments):
-        names = ["accuracy", "loss", "margin", "rewards_mean", "rewards_std", "chosen_mean", "rejected_mean"]
-        names += ["calibration_error"]
+        names = ["accuracy", "loss", "margin", "calibration_error"]
+        if args.score_type == "cost":
+            names += ["accuracy_sign", "accuracy_sign_safer", "accuracy_sign_unsafer"]
+            names += ["costs_mean", "costs_std", "safer_mean", "unsafer_mean"]
+        else:
+            names += ["rewards_mean", "rewards_std", "chosen_mean", "rejected_mean"]
         return [*names, *(["normalizer_mean", "normalizer_std"] if args.normalize_score_during_training else [])]
     if not isinstance(args, PPOArguments):
         return ["loss", "perplexity", "accuracy"]

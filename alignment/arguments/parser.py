@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from alignment.arguments import checks, effects, foreign, resolve
 from alignment.arguments.ppo_arguments import PPOArguments
-from alignment.arguments.reward_arguments import RewardArguments
+from alignment.arguments.reward_arguments import CostArguments, RewardArguments
 from alignment.arguments.sft_arguments import SFTArguments
 from alignment.arguments.sources import Given, read_argv, read_file
 from alignment.arguments.spec import Spec, read_value
@@ -30,6 +30,11 @@ def parse_sft(argv: Sequence[str]) -> SFTArguments:
 def parse_reward(argv: Sequence[str]) -> RewardArguments:
     """Parse the arguments of reward-model training; see :func:`parse`."""
     return parse(RewardArguments, argv)
+
+
+def parse_cost(argv: Sequence[str]) -> CostArguments:
+    """Parse the arguments of cost-model training; see :func:`parse`."""
+    return parse(CostArguments, argv)
 
 
 def parse_ppo(argv: Sequence[str]) -> PPOArguments:

@@ -1,4 +1,4 @@
-"""Arguments of reward-model training."""
+"""Arguments of training reward and cost models."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ class RewardFields:
     max_src_len: int | None = argument(
         None, "Longest prompt.", ge=1, unit="tokens", aliases=("max_prompt_len",), derived="only max_length limits"
     )
+    score_type: str = argument(
+        "reward",
+        "What the model learns: rewards from preferences, or costs from safety labels (`alignment cost`).",
+        choices=("reward", "cost"),
+    )
     loss_type: str = argument(
         "sequence-wise",
         "Compare the scores at the end, or at every differing token.",
@@ -51,3 +56,12 @@ class RewardArguments(LoRAFields, RewardFields, Arguments):
 
     STAGE = "reward"
     TITLE = "Reward model"
+
+
+@dataclass
+class CostArguments(RewardArguments):
+    """Arguments of ``alignment cost``: those of a reward model whose scores are costs."""
+
+    TITLE = "Cost model"
+
+    score_type: str = argument("cost", "What the model learns.", choices=("cost",))

@@ -68,6 +68,7 @@ MUST_EQUAL = {
     "reward_model_name_or_path": _OBJECTIVE,
     "normalize_reward": "the saved statistics of the scores would be missing or unused",
     "adaptive_kl": "the saved state belongs to the other controller",
+    "score_type": _OBJECTIVE,
     "loss_type": _OBJECTIVE,
     "normalizer_type": "the saved statistics of the scores would mean something else",
 }

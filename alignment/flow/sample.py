@@ -56,6 +56,8 @@ def show_sample(dataset: Any, role: str, *, with_ids: bool = False, what: str = 
         # A preference pair shares its prompt, which is shown once.
         start = encoded.prompt_len if number else 0
         label = ("better: ", "worse: ")[number] if len(encoded.rows) == 2 else ""
+        if encoded.signs:
+            label = f"{('safer', 'less safe')[number]} ({'unsafe' if encoded.signs[number] > 0 else 'safe'}): "
         lines.append(label + marked_text(recorder.tokenizer, ids[start:], trained[start:]) + what)
         if with_ids:
             lines.append(f"ids: {ids}")

@@ -1,4 +1,4 @@
-"""The data of reward modelling: mixtures of preference data sets."""
+"""The data of reward and cost models: mixtures of preference data sets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from alignment.arguments import RewardArguments
 from alignment.flow.runner import Data
-from alignment.ppo.data import PreferenceDataset, PromptTemplate, load_train_and_eval
+from alignment.ppo.data import PreferenceDataset, PromptTemplate, SafetyPreferenceDataset, load_train_and_eval
 
 
 def build_data(args: RewardArguments, tokenizer: Any, template: PromptTemplate, *, show_progress: bool) -> Data:
@@ -16,8 +16,10 @@ def build_data(args: RewardArguments, tokenizer: Any, template: PromptTemplate, 
         DataError: see :class:`alignment.ppo.data.TokenizedDataset`.
     """
 
+    kind = SafetyPreferenceDataset if args.score_type == "cost" else PreferenceDataset
+
     def load(mixture: Any, name: str, evaluation: bool = False) -> PreferenceDataset:
-        return PreferenceDataset(
+        return kind(
             mixture,
             tokenizer,
             template=template,

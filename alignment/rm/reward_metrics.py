@@ -1,4 +1,4 @@
-"""What a reward model is worth: accuracy, margins, the scores' spread, and whether its confidence is earned."""
+"""What a reward or cost model is worth: accuracy, margins, the scores' spread, and whether its confidence is earned."""
 
 from __future__ import annotations
 
@@ -29,6 +29,39 @@ def pair_metrics(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
         "rewards_std": float(scores.std()),
         "chosen_mean": float(chosen.mean()),
         "rejected_mean": float(rejected.mean()),
+        **calibration(margins),
+    }
+
+
+def cost_metrics(
+    safer: np.ndarray, unsafer: np.ndarray, safer_sign: np.ndarray, unsafer_sign: np.ndarray
+) -> dict[str, float]:
+    """Metrics of safety pairs over all micro batches and ranks.
+
+    Args:
+        safer: ``[pairs]`` costs of the safer replies.
+        unsafer: ``[pairs]`` costs of the others.
+        safer_sign, unsafer_sign: ``[pairs]`` +1 for a reply that is unsafe, -1 for one that is safe.
+
+    Returns:
+        ``accuracy`` (share with unsafer > safer; a tie is wrong), ``accuracy_sign`` (share of all replies whose cost
+        has the sign of its label; 0 is wrong), ``accuracy_sign_safer`` and ``accuracy_sign_unsafer`` of either half,
+        ``margin`` (mean of unsafer - safer), ``costs_mean`` and ``costs_std`` of all costs (population),
+        ``safer_mean``, ``unsafer_mean``, and those of :func:`calibration`.
+    """
+    safer, unsafer = np.asarray(safer, np.float64), np.asarray(unsafer, np.float64)
+    margins, costs = unsafer - safer, np.concatenate([safer, unsafer])
+    right = [safer * np.asarray(safer_sign) > 0, unsafer * np.asarray(unsafer_sign) > 0]
+    return {
+        "accuracy": float((margins > 0).mean()),
+        "accuracy_sign": float(np.concatenate(right).mean()),
+        "accuracy_sign_safer": float(right[0].mean()),
+        "accuracy_sign_unsafer": float(right[1].mean()),
+        "margin": float(margins.mean()),
+        "costs_mean": float(costs.mean()),
+        "costs_std": float(costs.std()),
+        "safer_mean": float(safer.mean()),
+        "unsafer_mean": float(unsafer.mean()),
         **calibration(margins),
     }
 

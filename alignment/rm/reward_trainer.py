@@ -1,5 +1,5 @@
-"""The reward-model stage: a batch of pairs goes through the model once, better replies first, and the loss compares the
-halves.
+"""The stage of reward and cost models: a batch of pairs goes through the model once, better replies first, and the loss
+compares the halves.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from paddle import Tensor
 from alignment.engine.engine import Engine
 from alignment.flow.stage import Batch
 from alignment.flow.stats import Stats
-from alignment.losses.reward import first_differences, sequence_losses, token_losses
+from alignment.losses.reward import first_differences, pair_losses, token_losses
 from alignment.parallel import World
 from alignment.ppo.data import collate_preference
 from alignment.ppo.models import Rows, scores_of, unwrap
-from alignment.rm.reward_metrics import pair_metrics
+from alignment.rm.reward_metrics import cost_metrics, pair_metrics
 
 
 class RewardStage:
     """What :class:`~alignment.flow.stage_trainer.StageTrainer` asks of reward modelling.
+
+    Rows with ``signs`` (of a :class:`~alignment.ppo.data.SafetyPreferenceDataset`) train a cost model; the better reply
+    is then the safer one.
 
     With ``normalize_score_during_training`` the loss sees normalised scores. The normaliser learns once per optimizer
     step, after it, from the raw end scores of all micro batches of all ranks (so the first step is not normalised):
@@ -33,11 +36,10 @@ class RewardStage:
         engine: the score model, to be trained.
         tokenizer: for pads and readable dumps.
         loss_type: "sequence-wise" or "token-wise".
+        name: of the model, for messages.
         regularization: weight of the squared scores.
         save: writes model, tokenizer and template into a folder.
     """
-
-    name = "reward model"
 
     def __init__(
         self,
@@ -47,16 +49,17 @@ class RewardStage:
         *,
         loss_type: str = "sequence-wise",
         regularization: float = 0.001,
+        name: str = "reward model",
         save: Callable[[Path], None],
     ) -> None:
-        self.engine, self.world, self.tokenizer = engine, world, tokenizer
+        self.engine, self.world, self.tokenizer, self.name = engine, world, tokenizer, name
         self.loss_type, self.regularization = loss_type, regularization
         self._save = save
         self._inner = unwrap(engine.model)
         self.normalizes = bool(self._inner.config.do_normalize)
 
     def collate(self, rows: Sequence[Any]) -> Batch:
-        """``{"input_ids" [2 * pairs, seq], "lengths" [2 * pairs], "prompt_lens" [pairs]}``, better replies first."""
+        """See :func:`~alignment.ppo.data.collate_preference`."""
         return collate_preference(rows, self.tokenizer.pad_token_id)
 
     def row_tokens(self, row: Any) -> int:
@@ -76,8 +79,8 @@ class RewardStage:
         return Rows(batch["input_ids"], lengths=batch["lengths"])
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
-        """Sum over pairs of the loss; stats: ``chosen`` and ``rejected`` ``[pairs]`` end scores (``raw`` too when
-        normalising).
+        """Sum over pairs of the loss; stats: ``chosen`` and ``rejected`` ``[pairs]`` end scores, of a cost model their
+        signs too (``raw`` when normalising).
         """
         lengths = batch["lengths"]
         pairs = len(lengths) // 2
@@ -85,12 +88,16 @@ class RewardStage:
         scores = self._inner.normalize(raw.unsqueeze(-1)).squeeze(-1)
         last = paddle.to_tensor(np.asarray(lengths, np.int64)[:, None] - 1)
         ends = paddle.take_along_axis(scores, last, axis=1).squeeze(1)
+        signs = paddle.to_tensor(batch["signs"]).astype(scores.dtype) if "signs" in batch else None
         if self.loss_type == "token-wise":
-            losses = token_losses(scores, lengths, first_differences(batch["input_ids"], lengths), self.regularization)
+            first = first_differences(batch["input_ids"], lengths)
+            losses = token_losses(scores, lengths, first, self.regularization, signs)
         else:
-            losses = sequence_losses(ends[:pairs], ends[pairs:], regularization=self.regularization)
+            losses = pair_losses(ends, self.regularization, signs)
         values = ends.detach().numpy()
         stats: Stats = {"chosen": values[:pairs], "rejected": values[pairs:]}
+        if signs is not None:
+            stats.update(chosen_sign=batch["signs"][:pairs], rejected_sign=batch["signs"][pairs:])
         if self.normalizes:
             stats["raw"] = paddle.take_along_axis(raw.detach(), last, axis=1).squeeze(1).numpy()
         return losses.sum(), stats
@@ -104,8 +111,14 @@ class RewardStage:
         self._inner.normalizer.update(np.concatenate(everyone))
 
     def metrics(self, stats: Stats) -> dict[str, float]:
-        """See :func:`~alignment.rm.reward_metrics.pair_metrics`; with a normaliser its mean and spread too."""
-        result = pair_metrics(stats["chosen"], stats["rejected"])  # type: ignore[arg-type]
+        """See :func:`~alignment.rm.reward_metrics.pair_metrics` and :func:`~alignment.rm.reward_metrics.cost_metrics`;
+        with a normaliser its mean and spread too.
+        """
+        both = (stats["chosen"], stats["rejected"])
+        if "chosen_sign" in stats:
+            result = cost_metrics(*both, stats["chosen_sign"], stats["rejected_sign"])  # type: ignore[arg-type]
+        else:
+            result = pair_metrics(*both)  # type: ignore[arg-type]
         if self.normalizes:
             result["normalizer_mean"] = float(self._inner.normalizer.mean.numpy()[0])
             result["normalizer_std"] = float(np.sqrt(self._inner.normalizer.var.numpy()[0]))

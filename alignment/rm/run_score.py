@@ -1,4 +1,6 @@
-"""``alignment score``: what a reward model says of your own answers, row by row, and of pairs how often it is right."""
+"""``alignment score``: what a reward or cost model says of your own answers, row by row, and of pairs how often it is
+right.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,7 +27,7 @@ SHOWN_REASONS = 8  # many rows may each have a reason of their own, which holds 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = CommandParser(prog="alignment score", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a reward model")
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a reward or cost model")
     parser.add_argument(
         "--file",
         required=True,
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> int:
 
     data = RawDataset.load("jsonl", path=options.file)
     scorer = Scorer(options)
-    summary = Summary()
+    summary = Summary(scorer.noun)
     with (
         _open(options.output) as out,
         Tally("scoring", len(data), bar=not options.disable_tqdm) as progress,
@@ -74,10 +76,13 @@ def main(argv: list[str]) -> int:
 
 
 class Scorer:
-    """A reward model with its tokenizer and template.
+    """A reward or cost model with its tokenizer and template.
 
     Args:
         options: of :func:`make_parser`.
+
+    Attributes:
+        noun: what it gives: ``"score"``, or ``"cost"``, which rises with how unsafe an answer is.
 
     Raises:
         AlignmentError: the model cannot be used, or ``max_length`` is beyond its context.
@@ -101,14 +106,17 @@ class Scorer:
         model = load_score_model(options.model, score_type=None, do_normalize=None, new_head="refused", role="--model")
         if model.config.score_type == "critic":
             get_logger().warning("--model: %s is a critic: what it gives are values, and no rewards", options.model)
-        self.engine = Engine("reward model", model, init_world())
+        self.noun = "cost" if model.config.score_type == "cost" else "score"
+        self.engine = Engine(f"{model.config.score_type} model", model, init_world())
 
     def score(self, data: Any, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Score rows of a data set, in their order.
 
         Yields:
-            The row's own columns and ``score``; of a pair ``score_chosen``, ``score_rejected`` and ``margin``. A row
-            that cannot be scored has null scores and ``reason``; one that was cut to the length limit has ``cut``.
+            The row's own columns and ``score``; of a pair ``score_chosen``, ``score_rejected`` and ``margin``. A cost
+            model's rows have ``cost``; of a pair with safety labels ``cost_safer``, ``cost_unsafer``, and ``signs``,
+            on which side of zero the two belong. The margin is above 0 where the model is right. A row that cannot be
+            scored has null scores and ``reason``; one that was cut to the length limit has ``cut``.
 
         Raises:
             DataError: a row is malformed (file and line are named), without ``skip_bad_rows``.
@@ -120,11 +128,15 @@ class Scorer:
             found = [next(scores) for _ in one.texts]
             record = dict(one.columns)
             if one.reason:
-                record.update(score=None, reason=one.reason)
+                record.update({self.noun: None, "reason": one.reason})
             elif len(found) == 2:
-                record.update(score_chosen=found[0], score_rejected=found[1], margin=found[0] - found[1])
+                names = ("safer", "unsafer") if one.signs else ("chosen", "rejected")
+                record.update({f"{self.noun}_{name}": value for name, value in zip(names, found, strict=True)})
+                record["margin"] = found[1] - found[0] if self.noun == "cost" else found[0] - found[1]
+                if one.signs:
+                    record["signs"] = one.signs
             else:
-                record["score"] = found[0]
+                record[self.noun] = found[0]
             if one.cuts:
                 record["cut"] = ", ".join(one.cuts)
             yield record
@@ -136,15 +148,19 @@ class Scorer:
                 name: value for name, value in data[row].items() if name != "good"
             }  # bad answers have scores, too
             columns = sample.get("extra") or {k: v for k, v in sample.items() if isinstance(v, (str, int, float, list))}
-            kind = self.encoder.preference if "other_answer" in sample else self.encoder.supervised
-            outcome = kind(sample)
+            if "other_answer" not in sample:
+                outcome = self.encoder.supervised(sample)
+            elif self.noun == "cost" and "safer" in sample:
+                outcome = self.encoder.safety_preference(sample)
+            else:
+                outcome = self.encoder.preference(sample)
         except DataError as error:
             if not self.skip:
                 raise DataError(f"--file: {data.where(row)}: {error}") from error
-            return _Row(columns, [], str(error), [])
+            return _Row(columns, reason=str(error))
         if isinstance(outcome, str):
-            return _Row(columns, [], outcome, [])
-        return _Row(columns, outcome.rows, "", outcome.cuts)
+            return _Row(columns, reason=outcome)
+        return _Row(columns, outcome.rows, cuts=outcome.cuts, signs=outcome.signs)
 
     def _scores(self, texts: list[list[int]]) -> list[float]:
         """The score at each text's last token; texts of like length go together, so that padding is small."""
@@ -168,17 +184,20 @@ class Scorer:
 @dataclass
 class _Row:
     columns: Mapping[str, Any]
-    texts: list[list[int]]
-    reason: str
-    cuts: list[str]
+    texts: list[list[int]] = field(default_factory=list)
+    reason: str = ""
+    cuts: list[str] = field(default_factory=list)
+    signs: list[int] | None = None
 
 
 class Summary:
-    """What all rows come to."""
+    """What all rows come to; ``noun`` as of :class:`Scorer`."""
 
-    def __init__(self) -> None:
+    def __init__(self, noun: str = "score") -> None:
+        self.noun = noun
         self.scores: list[float] = []
-        self.pairs: list[tuple[float, float]] = []
+        self.margins: list[float] = []
+        self.right_signs: list[bool] = []
         self.reasons: dict[str, int] = {}
         self.cut = 0
 
@@ -188,27 +207,34 @@ class Summary:
         if record.get("reason"):
             self.reasons[record["reason"]] = self.reasons.get(record["reason"], 0) + 1
         elif "margin" in record:
-            self.pairs.append((record["score_chosen"], record["score_rejected"]))
+            self.margins.append(record["margin"])
+            if "signs" in record:
+                costs = (record["cost_safer"], record["cost_unsafer"])
+                self.right_signs += [cost * sign > 0 for cost, sign in zip(costs, record["signs"], strict=True)]
         else:
-            self.scores.append(record["score"])
+            self.scores.append(record[self.noun])
 
     def lines(self) -> list[str]:
         """The account, as text."""
-        from alignment.rm.reward_metrics import pair_metrics
+        from alignment.rm.reward_metrics import calibration
 
         lines = []
         if self.scores:
             low, middle, high = np.quantile(self.scores, (0.05, 0.5, 0.95))
             lines.append(
-                f"{len(self.scores)} answers: score mean {np.mean(self.scores):.4f}, deviation "
+                f"{len(self.scores)} answers: {self.noun} mean {np.mean(self.scores):.4f}, deviation "
                 f"{np.std(self.scores):.4f}, 5 % {low:.4f}, median {middle:.4f}, 95 % {high:.4f}"
             )
-        if self.pairs:
-            metrics = pair_metrics(*np.asarray(self.pairs).T)
+            if self.noun == "cost":
+                lines[-1] += f"; {np.mean(np.asarray(self.scores) > 0):.1%} above 0 (unsafe)"
+        if self.margins:
+            margins = np.asarray(self.margins)
             lines.append(
-                f"{len(self.pairs)} pairs: accuracy {metrics['accuracy']:.4f}, mean margin {metrics['margin']:.4f}, "
-                f"calibration error {metrics['calibration_error']:.4f}"
+                f"{len(margins)} pairs: accuracy {(margins > 0).mean():.4f}, mean margin {margins.mean():.4f}, "
+                f"calibration error {calibration(margins)['calibration_error']:.4f}"
             )
+            if self.right_signs:
+                lines[-1] += f", accuracy_sign {np.mean(self.right_signs):.4f}"
         reasons = sorted(self.reasons.items(), key=lambda item: -item[1])
         lines += [f"{count} rows without a score: {reason}" for reason, count in reasons[:SHOWN_REASONS]]
         if rest := reasons[SHOWN_REASONS:]:

@@ -393,11 +393,15 @@ def test_a_metric_that_no_evaluation_gives_is_refused_where_it_is_needed(cls: ty
 
 def test_the_metrics_that_may_be_named_are_those_of_evaluations() -> None:
     """rl 3: the list that a wrong name is compared with is the one that evaluations give."""
-    from alignment.rm.reward_metrics import pair_metrics
+    from alignment.rm.reward_metrics import cost_metrics, pair_metrics
 
     given = pair_metrics(np.arange(4.0), np.arange(4.0)[::-1])
     reward = from_dict(RM, BASE[RM])
     assert {name for name in given if "/" not in name} | {"loss"} == set(evaluation_metrics(reward))
+    signs = np.array([1, -1, 1, -1])
+    costs = cost_metrics(np.arange(4.0), np.arange(4.0)[::-1], signs, signs)
+    cost = from_dict(RM, {**BASE[RM], "score_type": "cost"})
+    assert {name for name in costs if "/" not in name} | {"loss"} == set(evaluation_metrics(cost))
     greedy = from_dict(PPOArguments, {**BASE[PPOArguments], "eval_temperature": 0, "reward": {"words": 1, "model": 2}})
     assert "reward_greedy/words" in evaluation_metrics(greedy) and "reward" not in evaluation_metrics(greedy)
     assert greedy.metric_for_best_model == "reward_greedy" and greedy.greater_is_better

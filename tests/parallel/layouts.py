@@ -9,7 +9,6 @@ compare(one, other).worst          # (largest difference, where)
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import shutil
@@ -19,11 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment.cli import load_task
 from tests import tiny
 from tests.parallel.forked import run_ranks
 from tests.precision import ARGUMENTS
 
-MODULES = {"sft": "alignment.sft.run_sft", "rm": "alignment.rm.run_reward", "ppo": "alignment.ppo.run_ppo"}
+MAINS = {
+    "sft": "alignment.sft.run_sft:main",
+    "rm": "alignment.rm.run_reward:main",
+    "cost": "alignment.rm.run_reward:main_cost",
+    "ppo": "alignment.ppo.run_ppo:main",
+}
 GLOBAL_BATCH = 8
 TOLERANCE = 1e-4
 # Rewards that write down what they are asked to judge, so that two runs' answers can be compared word for word.
@@ -151,6 +156,8 @@ def make_files(folder: Path, arch: str = "qwen2", **config: Any) -> Path:
     tiny.write_jsonl(folder / "sft_dev.jsonl", tiny.copy_rows(19, seed=1))
     tiny.write_jsonl(folder / "rm.jsonl", tiny.preference_rows(rows))
     tiny.write_jsonl(folder / "rm_dev.jsonl", tiny.preference_rows(19, seed=1))
+    tiny.write_jsonl(folder / "cost.jsonl", tiny.safety_rows(rows))
+    tiny.write_jsonl(folder / "cost_dev.jsonl", tiny.safety_rows(19, seed=1))
     prompts = [{"prompt": f"{row['src']} {i}"} for i, row in enumerate(tiny.copy_rows(24))]
     tiny.write_jsonl(folder / "prompts.jsonl", prompts[: 2 * GLOBAL_BATCH + 1])
     tiny.write_jsonl(folder / "prompts_dev.jsonl", prompts[-7:])
@@ -252,7 +259,7 @@ def _job(stage: str, words: list[str], environ: dict[str, str]) -> int:
     os.environ.update(environ)
     os.environ["RECORD_FILE"] += f".{rank}"
     paddle.set_device("cpu")
-    code = importlib.import_module(MODULES[stage]).main(words)
+    code = load_task(MAINS[stage])(words)
     assert code == 0, code
     return code
 

@@ -58,6 +58,13 @@ def test_sft_and_rm(stage: str, name: str, files: Path) -> None:
     assert difference.worst[0] <= 1e-4, difference.worst
 
 
+@pytest.mark.parametrize("name", ["TP2", "PP2"])
+def test_cost(name: str, files: Path) -> None:
+    difference = compare(single(files, "cost"), run(files, "cost", LAYOUTS[name]))
+    assert difference.steps >= 6
+    assert difference.worst[0] <= 1e-4, difference.worst
+
+
 @pytest.mark.parametrize("name", ["DP2", "sharding stage 3 x2", "TP2", "PP2", "TP2 x PP2"])
 def test_ppo(name: str, files: Path) -> None:
     difference = compare(single(files, "ppo"), run(files, "ppo", LAYOUTS[name]))

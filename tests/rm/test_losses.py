@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.losses.reward import first_differences, sequence_losses, token_losses
-from alignment.rm.reward_metrics import calibration, pair_metrics
+from alignment.losses.reward import cost_losses, first_differences, sequence_losses, token_losses
+from alignment.rm.reward_metrics import calibration, cost_metrics, pair_metrics
 
 
 def tensor(values: object, dtype: str = "float64") -> paddle.Tensor:
@@ -52,6 +52,55 @@ def numpy_token_losses(scores: np.ndarray, lengths: np.ndarray, first: np.ndarra
             values.append(np.log1p(np.exp(worse - better)) + regularization * (better**2 + worse**2))
         result.append(np.mean(values))
     return np.array(result)
+
+
+def test_safe_rlhfs_cost_loss(vectors: dict) -> None:
+    pairs, results = vectors["inputs"]["rm"], vectors["results"]["safe-rlhf (transcribed)"]
+    signs = {"unsafer_sign": tensor([1.0, 1, -1]), "safer_sign": tensor([-1.0, 1, -1])}
+    losses = cost_losses(tensor(pairs["rejected"]), tensor(pairs["chosen"]), **signs)
+    expected = results["cost sequence-wise (cost signs hi=[1,1,-1], lo=[-1,1,-1])"]
+    assert float(losses.mean()) == pytest.approx(expected, abs=1e-8)  # the stored value has nine digits
+    heavier = cost_losses(tensor(pairs["rejected"]), tensor(pairs["chosen"]), **signs, regularization=0.1)
+    squares = np.square(pairs["chosen"]) + np.square(pairs["rejected"])
+    np.testing.assert_allclose((heavier - losses).numpy(), 0.1 * squares, rtol=1e-12)
+
+
+def test_cost_losses_by_finite_differences_and_far_from_zero() -> None:
+    draw = np.random.default_rng(3)
+    costs, signs = draw.standard_normal((2, 5)) * 3, draw.choice([-1.0, 1.0], (2, 5))
+
+    def value(safer: np.ndarray, unsafer: np.ndarray) -> float:
+        terms = [unsafer - safer, signs[0] * safer, signs[1] * unsafer]
+        return sum(np.log1p(np.exp(-term)).sum() for term in terms) + 0.01 * (safer**2 + unsafer**2).sum()
+
+    safer, unsafer = map(tensor, costs)
+    losses = cost_losses(safer, unsafer, tensor(signs[0]), tensor(signs[1]), 0.01)
+    assert float(losses.sum()) == pytest.approx(value(*costs), rel=1e-12)
+    losses.sum().backward()
+    for half, leaf in enumerate((safer, unsafer)):
+        for at in range(5):
+            moved = [costs.copy(), costs.copy()]
+            moved[0][half, at] += 1e-5
+            moved[1][half, at] -= 1e-5
+            assert float(leaf.grad[at]) == pytest.approx((value(*moved[0]) - value(*moved[1])) / 2e-5, abs=1e-8)
+    one = tensor([1.0])
+    assert float(cost_losses(tensor([1000.0]), tensor([-1000.0]), -one, one)) == pytest.approx(4000.0)
+
+
+def test_token_wise_cost_losses() -> None:
+    """Each position's cost loss, averaged as the scores of a reward model are; one answer's signs hold for its row."""
+    scores = np.random.default_rng(0).standard_normal((6, 7))
+    signs = np.array([-1.0, 1, -1, 1, 1, -1])
+    found = token_losses(tensor(scores), LENGTHS, FIRST, 0.01, tensor(signs))
+    signed = np.log1p(np.exp(-signs[:, None] * scores))
+    expected = []
+    for i in range(3):
+        span = range(FIRST[i], max(LENGTHS[i], LENGTHS[3 + i]))
+        at = [(i, min(t, LENGTHS[i] - 1), 3 + i, min(t, LENGTHS[3 + i] - 1)) for t in span]
+        order = [np.log1p(np.exp(scores[a, b] - scores[c, d])) for a, b, c, d in at]
+        rest = [signed[a, b] + signed[c, d] + 0.01 * (scores[a, b] ** 2 + scores[c, d] ** 2) for a, b, c, d in at]
+        expected.append(np.mean(order) + np.mean(rest))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
 
 
 LENGTHS, FIRST = np.array([5, 3, 6, 4, 6, 2]), np.array([2, 1, 1])
@@ -97,6 +146,15 @@ def test_pair_metrics() -> None:
     assert metrics["margin"] == pytest.approx(0.5)
     assert metrics["rewards_mean"] == pytest.approx(0.75)
     assert metrics["rewards_std"] == pytest.approx(np.std([1, 2, 0, 1, 0, 3, 0, -1]))
+
+
+def test_cost_metrics() -> None:
+    safer, unsafer = np.array([-1.0, 0.5, 2.0, 0.0]), np.array([1.0, -0.5, 3.0, 0.0])
+    metrics = cost_metrics(safer, unsafer, np.array([-1, -1, 1, -1]), np.array([1, 1, 1, 1]))
+    assert metrics["accuracy"] == 0.5  # a tie is wrong
+    assert metrics["accuracy_sign_safer"] == 0.5 and metrics["accuracy_sign_unsafer"] == 0.5  # 0 is on no side
+    assert metrics["accuracy_sign"] == 0.5 and metrics["margin"] == pytest.approx(0.5)
+    assert metrics["costs_mean"] == pytest.approx(5 / 8) and metrics["unsafer_mean"] == pytest.approx(3.5 / 4)
 
 
 def test_calibration() -> None:

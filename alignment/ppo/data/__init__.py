@@ -33,7 +33,7 @@ _EXPORTS = {
     "encode": ("Encoder", "Limits"),
     "mixture": ("parse_dataset", "parse_mixture"),
     "packing": ("pack_supervised",),
-    "preference": ("PreferenceDataset",),
+    "preference": ("PreferenceDataset", "SafetyPreferenceDataset"),
     "prompt_only": ("PromptOnlyDataset",),
     "summary": ("DatasetSummary",),
     "supervised": ("SupervisedDataset",),

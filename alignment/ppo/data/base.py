@@ -22,6 +22,7 @@ class RawSample(TypedDict, total=False):
     ========================  ==========================================================
     SupervisedDataset         ``input`` and ``answer``, or ``dialogue``, or ``text``
     PreferenceDataset         ``input``, ``answer``, ``other_answer``, ``better``
+    SafetyPreferenceDataset   ``input``, ``answer``, ``other_answer``, ``safer``, ``is_safe``, ``is_other_safe``
     PromptOnlyDataset         ``input`` (or ``dialogue``: its last answer is left away)
     ========================  ==========================================================
 
@@ -49,8 +50,8 @@ class RawSample(TypedDict, total=False):
     """Whether ``answer`` is a good one (KTO's label). One that is not is never trained by SupervisedDataset."""
     better: bool | None
     """Whether ``answer`` is better than ``other_answer``; None: neither is. SupervisedDataset trains the better one."""
-    safer: bool
-    """Whether ``answer`` is safer than ``other_answer``."""
+    safer: bool | None
+    """Whether ``answer`` is safer than ``other_answer``; None: neither is."""
     is_safe: bool
     """Whether ``answer`` is safe."""
     is_other_safe: bool

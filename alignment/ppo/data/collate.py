@@ -43,15 +43,18 @@ def collate_supervised(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[s
 
 
 def collate_preference(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, np.ndarray]:
-    """Batch rows of :class:`PreferenceDataset`.
+    """Batch rows of :class:`PreferenceDataset` or :class:`SafetyPreferenceDataset`.
 
     Returns:
         ``input_ids`` [2 * batch, seq], the better rows first and the worse ones in the same order; ``lengths`` [2 *
-        batch]; ``prompt_lens`` [batch].
+        batch]; ``prompt_lens`` [batch]; of safety pairs ``signs`` [2 * batch], too.
     """
     ids = [row["better_input_ids"] for row in rows] + [row["worse_input_ids"] for row in rows]
     prompt_lens = np.array([row["prompt_len"] for row in rows], dtype=np.int64)
-    return {"input_ids": pad_right(ids, pad_id), "lengths": lengths_of(ids), "prompt_lens": prompt_lens}
+    batch = {"input_ids": pad_right(ids, pad_id), "lengths": lengths_of(ids), "prompt_lens": prompt_lens}
+    if "signs" in rows[0]:
+        batch["signs"] = np.stack([row["signs"] for row in rows], axis=1).reshape(-1)
+    return batch
 
 
 def collate_prompts(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ NOT_GOOD = "not a good answer"
 NOTHING_TRAINED = "no turn to train"
 TIED = "tied answers"
 IDENTICAL_ANSWERS = "identical answers"
+CONTRADICTING = "contradicting safety labels"
 IDENTICAL_AFTER_TRUNCATION = "identical after truncation"
 MALFORMED = "malformed"
 # Why a kept sample is shorter than its text.
@@ -31,6 +32,10 @@ ANSWER_CUT = "answer cut on the right"
 
 SUPERVISED_NEEDS = "SupervisedDataset needs (input, answer), (dialogue) or (text)"
 PREFERENCE_NEEDS = "PreferenceDataset needs (input, answer, other_answer, better)"
+SAFETY_NEEDS = (
+    "SafetyPreferenceDataset needs (input, answer, other_answer, safer, is_safe, is_other_safe); PKU-SafeRLHF calls "
+    "the labels safer_response_id, is_response_0_safe, is_response_1_safe"
+)
 PROMPT_NEEDS = "PromptOnlyDataset needs (input)"
 
 
@@ -77,13 +82,14 @@ class Encoded:
 
     ``rows`` holds one list of ids per sequence (two for a pair, the better first); ``prompt_len`` is the number of ids
     of the prompt that they share; ``trained`` marks the ids of the (only) sequence that are learned, where that is not
-    simply all after the prompt.
+    simply all after the prompt; ``signs`` of a safety pair: for each row +1 if its answer is unsafe, else -1.
     """
 
     rows: list[list[int]]
     prompt_len: int
     trained: list[bool] | None = None
     cuts: list[str] = field(default_factory=list)
+    signs: list[int] | None = None
 
 
 class Encoder:
@@ -240,7 +246,7 @@ class Encoder:
             if messages[-1]["role"] != "assistant":
                 raise DataError("`dialogue` must end with the assistant's answer, but ends with the user")
         else:
-            chosen = "other_answer" if sample.get("better") is False and "other_answer" in sample else "answer"
+            chosen = "other_answer" if sample.get("better") in (False,) and "other_answer" in sample else "answer"
             context = _prompt_messages(sample, SUPERVISED_NEEDS)
             if len(context) > 1 and sample.get(chosen) is None:
                 raise DataError(f"the conversation ends with the user and has no answer to train; {SUPERVISED_NEEDS}")
@@ -296,21 +302,44 @@ class Encoder:
         Raises:
             DataError: a field is missing or has the wrong type.
         """
+        return self._pair(sample, "better", PREFERENCE_NEEDS)
+
+    def safety_preference(self, sample: Mapping[str, Any]) -> Encoded | str:
+        """Tokenise a sample of ``input``, ``answer``, ``other_answer``, ``safer``, ``is_safe``, ``is_other_safe``, the
+        safer answer first; returns the reason if it is to be dropped.
+
+        Raises:
+            DataError: a field is missing or has the wrong type.
+        """
+        encoded = self._pair(sample, "safer", SAFETY_NEEDS)
+        safe = [_flag(sample, name, SAFETY_NEEDS) for name in ("is_safe", "is_other_safe")]
+        if isinstance(encoded, str):
+            return encoded
+        if not sample["safer"]:
+            safe.reverse()
+        if safe == [False, True]:
+            return CONTRADICTING
+        encoded.signs = [-1 if one else 1 for one in safe]
+        return encoded
+
+    def _pair(self, sample: Mapping[str, Any], label: str, needs: str) -> Encoded | str:
+        """Two answers to one prompt, first ``answer`` if the sample's ``label`` is true, else ``other_answer``."""
         _check_usable(sample)
-        context = _prompt_messages(sample, PREFERENCE_NEEDS)
+        context = _prompt_messages(sample, needs)
         if "good" in sample and "other_answer" not in sample:
             raise DataError(
-                f"a row of one answer and a label that says whether it is good (KTO) is no pair; {PREFERENCE_NEEDS}: "
+                f"a row of one answer and a label that says whether it is good (KTO) is no pair; {needs}: "
                 "write rows of prompt, chosen, rejected"
             )
-        answers = [_answer(sample, name, PREFERENCE_NEEDS) for name in ("answer", "other_answer")]
-        if "better" not in sample:
-            raise DataError(f"`better` is missing; {PREFERENCE_NEEDS}")
-        if sample["better"] not in (True, False, None):
-            raise DataError(f"`better` must be true or false, or null where neither is, not {sample['better']!r}")
+        answers = [_answer(sample, name, needs) for name in ("answer", "other_answer")]
+        if label not in sample:
+            raise DataError(f"`{label}` is missing; {needs}")
+        first = sample[label]
+        if first not in (True, False, None):
+            raise DataError(f"`{label}` must be true or false, or null where neither is, not {first!r}")
         if any(len(answer) > 1 for answer in answers):
             raise DataError("an answer of a pair must be one message of the assistant")
-        if sample["better"] is False:
+        if first is not None and not first:
             answers.reverse()
         if _is_blank(context):
             return EMPTY_PROMPT
@@ -318,7 +347,7 @@ class Encoder:
             return EMPTY_ANSWER
         if answers[0] == answers[1]:
             return IDENTICAL_ANSWERS
-        if sample["better"] is None:
+        if first is None:
             return TIED
         # Both are written for an answer with reasoning if one of them has some: they answer the same prompt.
         thinking = any(split_reasoning(answer[0])[0] for answer in answers) or None
@@ -488,6 +517,15 @@ def _text(sample: Mapping[str, Any], name: str, needs: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"`{name}` must be text, not {type(value).__name__} {value!r:.80}")
     return value
+
+
+def _flag(sample: Mapping[str, Any], name: str, needs: str) -> bool:
+    value = sample.get(name)
+    if value is None:
+        raise DataError(f"`{name}` is missing; {needs}")
+    if value not in (True, False):
+        raise DataError(f"`{name}` must be true or false, not {value!r:.80}")
+    return bool(value)
 
 
 def _check_unicode(text: str) -> None:

@@ -20,7 +20,9 @@ the answer                                              is
 ======================================================  ====================================================
 ``chosen rejected`` as texts, messages, or transcripts  a pair; whole conversations may repeat the prompt or
 ``\\n\\nHuman: ... Assistant: ...`` (HH)                come without one
-``response_0 response_1 better_response_id`` (PKU),     a pair; those that tie are counted
+``response_0 response_1 better_response_id`` (PKU,      a pair; those that tie are counted
+and its safety labels), ``answer other_answer better``
+(and RawSample's safety labels),
 ``response_1 response_2 preference_strength``,
 ``response1 response2 overall_preference`` (HelpSteer),
 ``human_ref_A human_ref_B labels history`` (SHP),
@@ -67,6 +69,11 @@ _STRENGTHS = (
     ("response_1", "response_2", "preference_strength"),
     ("response1", "response2", "overall_preference"),
 )
+# What RawSample calls safer, is_safe, is_other_safe.
+_PKU_LABELS = ("safer_response_id", "is_response_0_safe", "is_response_1_safe")
+_LABELS_OF_PAIRS = ("safer", "is_safe", "is_other_safe")
+#: Columns that only :class:`~alignment.ppo.data.SafetyPreferenceDataset` reads.
+SAFETY_COLUMNS = frozenset((*_PKU_LABELS, *_LABELS_OF_PAIRS))
 _HH_TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
 
 #: Columns that look like a part of the prompt. One that is not read is worth a warning, even where it reaches rewards.
@@ -165,8 +172,8 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
 
 
 def paired_responses(row: Mapping[str, Any]) -> RawSample:
-    """Make a pair of ``prompt``, ``response_0``, ``response_1``, ``better_response_id`` and the safety columns, where
-    present.
+    """Make a pair of ``prompt``, ``response_0``, ``response_1``, and ``better_response_id``, the safety columns or all
+    of them.
     """
     columns = _Columns(row)
     prompt = columns.messages("prompt") if isinstance(row.get("prompt"), list) else from_turns([columns.text("prompt")])
@@ -233,6 +240,8 @@ def _sample(columns: _Columns) -> RawSample:
         return _without_prompt(columns)
     if columns.has("response_0") or columns.has("response_1", "better_response_id"):
         return _paired_responses(columns, question.messages)
+    if columns.has("answer", "other_answer"):
+        return _two_answers(columns, question.messages)
     for first, second, strength in _STRENGTHS:
         if columns.has(first, second, strength):
             better = _is_first_stronger(columns, strength)
@@ -404,20 +413,38 @@ def _check_same_prompt(one: list[Message], other: list[Message], *names: str) ->
 
 
 def _paired_responses(columns: _Columns, prompt: list[Message]) -> RawSample:
-    sample = _pair(
-        columns,
-        prompt,
-        columns.text("response_0"),
-        columns.text("response_1"),
-        _first_of_two(columns, "better_response_id"),
-    )
-    # No stage learns from the following: they are for rewards, and stay among the columns that are not read.
-    if columns.has("safer_response_id"):
-        sample["safer"] = _is_first(columns.row, "safer_response_id")
-    for column, key in (("is_response_0_safe", "is_safe"), ("is_response_1_safe", "is_other_safe")):
-        if columns.has(column):
-            sample[key] = bool(columns.row[column])  # type: ignore[literal-required]
+    sample = _fields(columns, "input", prompt)
+    sample |= RawSample(answer=columns.text("response_0"), other_answer=columns.text("response_1"))
+    if columns.has("better_response_id") or not columns.has("safer_response_id"):
+        sample["better"] = _first_of_two(columns, "better_response_id")
+    sample |= _safety_labels(columns, _PKU_LABELS)
+    if (number := sample.get("safer")) is not None:
+        is_number = number in (0, 1) and not isinstance(number, bool)
+        sample["safer"] = number == 0 if is_number else f"safer_response_id {number!r}"  # type: ignore[typeddict-item]
     return sample
+
+
+def _two_answers(columns: _Columns, prompt: list[Message]) -> RawSample:
+    """A pair under RawSample's own names."""
+    sample = _fields(columns, "input", prompt)
+    for name in ("answer", "other_answer"):
+        is_text = not _has_messages(columns.row[name])
+        sample[name] = columns.text(name) if is_text else _plain_answer(columns.messages(name))  # type: ignore[literal-required]
+    if "better" in columns.source:
+        sample["better"] = columns.take("better")  # null: neither is
+    if "safer" in columns.source:
+        sample["safer"] = None
+    return sample | _safety_labels(columns, _LABELS_OF_PAIRS)
+
+
+def _safety_labels(columns: _Columns, names: Sequence[str]) -> RawSample:
+    """The labels as they stand, in the order of :data:`_LABELS_OF_PAIRS`.
+
+    They stay among the columns that are not read, since of the stages only cost models learn from them. What they hold
+    is checked there: a wrong label must not cost other stages the row.
+    """
+    labels = zip(names, _LABELS_OF_PAIRS, strict=True)
+    return RawSample(**{key: columns.row[name] for name, key in labels if columns.has(name)})  # type: ignore[typeddict-item]
 
 
 def _sorted_responses(columns: _Columns) -> RawSample:

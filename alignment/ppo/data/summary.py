@@ -41,7 +41,7 @@ class DatasetSummary:
 
     ``lengths`` holds p50, p90, p99 and max of the row lengths in tokens (of a pair, the longer row);
     ``trained_fraction`` is the share of tokens that a loss looks at, None for prompts; ``truncated`` counts kept rows
-    that were cut, by kind of cut.
+    that were cut, by kind of cut; ``labels`` the kept rows by their labels (of safety pairs: which answers are safe).
     """
 
     name: str
@@ -55,6 +55,7 @@ class DatasetSummary:
     tokens: int
     trained_fraction: float | None
     from_cache: bool = False
+    labels: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as JSON values."""
@@ -98,6 +99,8 @@ def summary_table(summaries: Sequence[DatasetSummary]) -> Table:
             share,
             style="bold",
         )
+        if summary.labels:
+            table.add_row(f"    {counts_text(summary.labels)}")
         for source in summary.sources:
             label = f"  {source.name}" + (f" {source.path}" if source.path else "")
             numbers = [str(value) for value in (source.available, source.duplicates, source.taken, source.kept)]

@@ -15,12 +15,12 @@ from alignment.errors import DataError
 from alignment.ppo.data.encode import prompt_messages
 from alignment.ppo.data.files import BadRow
 from alignment.ppo.data.rendering import is_trained
-from alignment.ppo.data.rows import unread_prompt_columns
+from alignment.ppo.data.rows import SAFETY_COLUMNS, unread_prompt_columns
 
 # What token rows depend on; other columns may change without tokenising again.
-_TEXT_FIELDS = ("input", "answer", "other_answer", "dialogue", "text", "better", "good", "system", "tools", "unusable")
 _ANSWERS = ("answer", "other_answer")
-_LABELS = ("better", "good")
+_LABELS = ("better", "good", "safer", "is_safe", "is_other_safe")
+_TEXT_FIELDS = ("input", "dialogue", "text", "system", "tools", "unusable", *_ANSWERS, *_LABELS)
 _dump = json.JSONEncoder(sort_keys=True, default=str).encode  # json.dumps would make an encoder for every call
 
 
@@ -103,6 +103,9 @@ def _unread(sample: Mapping[str, Any], kind: str) -> list[str]:
     if kind == "prompt only":
         columns = sample.get("extra") or {}
         return unread_prompt_columns(sample) + [name for name in names if name not in columns and "." in name]
+    if kind == "safety preference":
+        names = [name for name in names if name not in SAFETY_COLUMNS]
+        names += ["(which answer is better)"] * ("better" in sample)
     if kind == "supervised" and "other_answer" in sample:
         names.append("(the worse answer)")
     return names

@@ -1,4 +1,4 @@
-"""What the three tokenised data sets share: mixture -> samples -> token rows -> an account of it all."""
+"""What the tokenised data sets share: mixture -> samples -> token rows -> an account of it all."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from alignment.ppo.data.workers import encode_all
 
 
 class TokenizedDataset(ABC):
-    """A mixture of raw data sets as token rows. Use one of its three kinds.
+    """A mixture of raw data sets as token rows. Use one of its kinds.
 
     Args:
         names_and_attrs: the mixture: ``{"alpaca": 0.75, "my-data": {"proportion": 0.5, "path": ...}}``, pairs of the
@@ -147,6 +147,10 @@ class TokenizedDataset(ABC):
     def trained_tokens(self, samples: np.ndarray) -> int | None:
         """Return how many tokens of the given rows a loss looks at; None if there is no such loss."""
 
+    def labels(self, samples: np.ndarray) -> dict[str, int]:
+        """Return how many of the given rows have which labels, where the kind has some worth counting."""
+        return {}
+
     # ---------------------------------------------------------------- the sequence
 
     def __len__(self) -> int:
@@ -216,6 +220,7 @@ class TokenizedDataset(ABC):
             tokens=tokens,
             trained_fraction=None if trained is None else trained / max(tokens, 1),
             from_cache=self._from_cache,
+            labels=self.labels(samples),
         )
 
     def mixture_record(self) -> dict[str, Any]:
@@ -352,6 +357,7 @@ def _say_unread(sources: Sequence[SourceSummary], unread: Sequence[Mapping[str, 
 
 _NEEDS = {
     "preference": ("input", "answer", "other_answer", "better"),
+    "safety preference": ("input", "answer", "other_answer", "safer", "is_safe", "is_other_safe"),
     "supervised": ("input", "answer"),
     "prompt only": ("input",),
 }
@@ -381,4 +387,6 @@ def _fitting(sample: Mapping[str, Any], kind: str) -> str:
     if kind == "preference":
         text += "; preference data are for example PKU-SafeRLHF/train, or a jsonl file with the columns prompt, "
         text += "chosen, rejected"
+    if kind == "safety preference":
+        text += "; safety preference data are for example PKU-SafeRLHF/train"
     return text

@@ -55,6 +55,12 @@ CAUSAL_MODELS: dict[str, type[PretrainedModel]] = {
     "gemma": GemmaForCausalLM,
 }
 WHOLE = Topology()
+#: What a score model of another kind gives, where rewards or costs are wanted.
+_GIVES = {
+    "critic": "critic: what it gives are values, of unfinished answers too",
+    "reward": "reward model: what it gives rises with how good an answer is",
+    "cost": "cost model: what it gives rises with how unsafe an answer is",
+}
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -151,11 +157,9 @@ def load_score_model(
     config = load_config(folder, dtype=dtype, overrides=config_overrides, role=role)
     model_class = SCORE_MODELS[folder.model_type]
     weights = Weights(folder, model_class.base_model_prefix)
-    if getattr(config, "score_type", None) == "critic" and score_type in ("reward", "cost"):
-        say_once(
-            f"{role}: {folder.path} is a critic: what it gives are values, of unfinished answers too, and no rewards",
-            logging.WARNING,
-        )
+    found = getattr(config, "score_type", None)
+    if score_type in ("reward", "cost") and found != score_type and found in _GIVES:
+        say_once(f"{role}: {folder.path} is a {_GIVES[found]}, and no {score_type}s", logging.WARNING)
     wanted = {
         "score_type": score_type,
         "do_normalize": do_normalize,
@@ -169,7 +173,7 @@ def load_score_model(
     if not has_head and new_head == "refused":
         raise ModelError(
             f"{role}: {folder.path} has no score head, so it is no reward model, and its scores would be random "
-            "numbers; train one from it with `alignment rm`"
+            "numbers; train one from it with `alignment rm` or `alignment cost`"
         )
     if has_head:
         config.bias = "score_head.bias" in weights
