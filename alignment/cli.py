@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from alignment import __version__, runtime
-from alignment.errors import AlignmentError, ArgumentsError, nearest
+from alignment.errors import AlignmentError, ArgumentsError
 
 EXIT_BUG = 1
 EXIT_USER = 2
@@ -41,12 +41,18 @@ class Task:
 
 TASKS = {
     "demo": Task("alignment.demo.run_demo:main", "[options]", "train a tiny model through all three stages"),
-    "sft": Task("alignment.sft.run_sft:main", "FILE.json [key=value ...]", "supervised fine-tuning"),
-    "rm": Task("alignment.rm.run_reward:main", "FILE.json [key=value ...]", "train a reward model on preferences"),
-    "cost": Task(
-        "alignment.rm.run_reward:main_cost", "FILE.json [key=value ...]", "train a cost model on safety labels"
+    "sft": Task("alignment.sft.run_sft:main", "FILE [key=value ...]", "supervised fine-tuning"),
+    "rm": Task(
+        "alignment.rm.run_reward:main", "FILE [key=value ...]", "train a reward model on preferences (also reward)"
     ),
-    "ppo": Task("alignment.ppo.run_ppo:main", "FILE.json [key=value ...]", "train a policy against rewards"),
+    "cost": Task("alignment.rm.run_reward:main_cost", "FILE [key=value ...]", "train a cost model on safety labels"),
+    "ppo": Task("alignment.ppo.run_ppo:main", "FILE [key=value ...]", "train a policy against rewards"),
+    "methods": Task(
+        "alignment.methods.start:list_command", "[plugins=...]", "list all methods, each of them a task too"
+    ),
+    "run": Task(
+        "alignment.methods.start:run_command", "NAME [FILE] [key=value ...]", "train with a method of your own"
+    ),
     "generate": Task("alignment.rollout.run_generate:main", "--model DIR [options]", "answer prompts with a model"),
     "score": Task(
         "alignment.rm.run_score:main", "--model DIR --file FILE", "score your answers with a reward or cost model"
@@ -63,10 +69,16 @@ TASKS = {
     ),
     "plan": Task(
         "alignment.plan.run_plan:main",
-        "FILE.json [options] [key=value ...]",
+        "FILE [options] [key=value ...]",
         "predict memory and time of a run on given cards",
     ),
 }
+#: The tasks that are methods and have runners of their own.
+RUNNERS = ("sft", "rm", "cost", "ppo")
+#: What starts every other method: ``main([NAME, ...])``.
+METHODS = "alignment.methods.start:main"
+#: Other names of tasks.
+ALIASES = {"reward": "rm"}
 
 
 def help_text() -> str:
@@ -77,11 +89,12 @@ def help_text() -> str:
         [
             "usage: alignment TASK ...",
             "",
-            "Language-model alignment on PaddlePaddle: SFT -> reward model -> PPO.",
+            "Language-model alignment on PaddlePaddle: SFT -> reward model -> PPO and its kin.",
             "",
             "tasks:",
             *lines,
             "",
+            "FILE is JSON or YAML.",
             "`alignment TASK --help` explains one task; `alignment --version` prints the version.",
             "Several processes:",
             "  python -m paddle.distributed.launch --nproc_per_node 2 alignment/ppo/run_ppo.py FILE.json",
@@ -101,10 +114,18 @@ def _dispatch(argv: list[str]) -> int:
     if argv[0] in ("-V", "--version", "version"):
         print(f"alignment {__version__}")
         return 0
-    name = argv[0].replace("-", "_")
-    if name not in TASKS:
-        raise ArgumentsError(f"unknown task {argv[0]!r}{nearest(name, TASKS)}\nThe tasks are: {', '.join(TASKS)}.")
-    return load_task(TASKS[name].target)(argv[1:])
+    if argv[0] == "run" and task_named(argv[1:2]) in RUNNERS:
+        argv = argv[1:]
+    name = task_named(argv[:1])
+    if name in TASKS:
+        return load_task(TASKS[name].target)(argv[1:]) or 0
+    return load_task(METHODS)([name, *argv[1:]])
+
+
+def task_named(words: Sequence[str]) -> str:
+    """The task or method that the first of ``words`` names; empty without words."""
+    name = words[0].replace("-", "_") if words else ""
+    return ALIASES.get(name, name)
 
 
 def load_task(target: str) -> Callable[[list[str]], int | None]:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from alignment.arguments import device
+from alignment.arguments.critic_keys import CriticKeys
+from alignment.arguments.foreign import RL_ALGORITHMS
 from alignment.arguments.layout import topology_of
-from alignment.arguments.ppo_arguments import PPOArguments
+from alignment.arguments.online_arguments import OnlineArguments
 from alignment.arguments.resolve import default_metric, greater_is_better
 from alignment.arguments.reward_arguments import RewardArguments
+from alignment.arguments.row_arguments import RowArguments
 from alignment.arguments.sft_arguments import LoRAFields, SFTArguments
 from alignment.arguments.stage_arguments import Arguments
 from alignment.arguments.training import BF16_ON_CPU
@@ -75,10 +78,15 @@ def check(args: Arguments, problems: Problems) -> None:
         _check_lora(args, problems)
     if isinstance(args, SFTArguments):
         _check_sft(args, problems)
+    if isinstance(args, RowArguments):
+        _check_rows(args, problems)
     if isinstance(args, RewardArguments):
-        _check_reward(args, problems)
-    if isinstance(args, PPOArguments):
-        _check_ppo(args, problems)
+        _check_reward(args)
+    if isinstance(args, OnlineArguments):
+        _check_online(args, problems)
+    if isinstance(args, CriticKeys):
+        _check_critic(args, problems)
+    args.check_keys(problems)
 
 
 def _check_length(args: Arguments, problems: Problems) -> None:
@@ -123,6 +131,12 @@ def _check_evaluation(args: Arguments, problems: Problems) -> None:
             "evaluation_strategy",
         )
     _check_best_metric(args, problems)
+    if args.early_stopping_patience is not None and args.evaluation_strategy == "no":
+        problems.add(
+            "early_stopping_patience counts evaluations: set evaluation_strategy to steps or epoch",
+            "early_stopping_patience",
+            "evaluation_strategy",
+        )
     if evaluation and args.eval_split_ratio is not None:
         args.notes.append("eval_split_ratio is not used, because eval_datasets is given")
     if args.load_best_model_at_end:
@@ -146,16 +160,14 @@ def _check_evaluation(args: Arguments, problems: Problems) -> None:
 def evaluation_metrics(args: Arguments) -> list[str]:
     """Names that ``metric_for_best_model`` may say: what every evaluation of this stage gives, without ``eval_``."""
     if isinstance(args, RewardArguments):
-        names = ["accuracy", "loss", "margin", "calibration_error"]
-        if args.score_type == "cost":
-            names += ["accuracy_sign", "accuracy_sign_safer", "accuracy_sign_unsafer"]
-            names += ["costs_mean", "costs_std", "safer_mean", "unsafer_mean"]
-        else:
-            names += ["rewards_mean", "rewards_std", "chosen_mean", "rejected_mean"]
-        return [*names, *(["normalizer_mean", "normalizer_std"] if args.normalize_score_during_training else [])]
-    if not isinstance(args, PPOArguments):
-        return ["loss", "perplexity", "accuracy"]
-    found = []
+        cost = ("accuracy_sign", "accuracy_sign_safer", "accuracy_sign_unsafer")
+        cost += ("costs_mean", "costs_std", "safer_mean", "unsafer_mean")
+        reward = ("rewards_mean", "rewards_std", "chosen_mean", "rejected_mean")
+        normalizer = ("normalizer_mean", "normalizer_std") if args.normalize_score_during_training else ()
+        return [*args.METRICS, *(cost if args.score_type == "cost" else reward), *normalizer]
+    if not isinstance(args, OnlineArguments):
+        return list(args.METRICS)
+    found = [name for name in args.METRICS if name != "reward"]
     for suffix in ("", "_greedy") if args.eval_temperature > 0 else ("_greedy",):
         found += [f"{name}{suffix}" for name in ("reward", "mean_generated_length", "truncation_rate")]
         if isinstance(args.reward, dict) and len(args.reward) > 1:
@@ -336,7 +348,7 @@ def _check_data_folder(args: SFTArguments, name: str, problems: Problems) -> Non
         problems.add(f"dataset_name_or_path: {error}{way_out}", "dataset_name_or_path", "eval_split_ratio")
 
 
-def _check_reward(args: RewardArguments, problems: Problems) -> None:
+def _check_rows(args: RowArguments, problems: Problems) -> None:
     if args.do_train and not args.train_datasets:
         problems.add("there are no training data: give train_datasets", "train_datasets")
     if args.max_src_len is not None and args.max_src_len >= args.max_length:
@@ -345,6 +357,9 @@ def _check_reward(args: RewardArguments, problems: Problems) -> None:
             "max_src_len",
             "max_length",
         )
+
+
+def _check_reward(args: RewardArguments) -> None:
     if (
         "normalizer_momentum" in args.given
         and args.normalizer_type == "RunningMeanStd"
@@ -353,14 +368,20 @@ def _check_reward(args: RewardArguments, problems: Problems) -> None:
         args.notes.append("normalizer_momentum is not used by RunningMeanStd")
 
 
-def _check_ppo(args: PPOArguments, problems: Problems) -> None:
+def _check_online(args: OnlineArguments, problems: Problems) -> None:
     if args.do_train and not args.train_datasets:
         problems.add("there are no training prompts: give train_datasets", "train_datasets")
     _check_rewards(args, problems)
     _check_windows(args, problems)
-    _check_ppo_limits(args, problems)
-    if args.given & {"critic_learning_rate", "critic_min_learning_rate", "critic_lr_scheduler_type"}:
-        _check_learning_rate(args, problems, "critic_")
+    _check_answer_limits(args, problems)
+    algorithm = args.passthrough.get("rl_algorithm")
+    if algorithm is not None and RL_ALGORITHMS[algorithm] != args.STAGE:
+        problems.add(
+            f"rl_algorithm is {algorithm}, but this is {args.TITLE}: start it with `alignment "
+            f"{RL_ALGORITHMS[algorithm]}`, or with `alignment ppo`, which reads rl_algorithm",
+            "rl_algorithm",
+        )
+    _check_correction(args, problems)
     if args.ptx_coeff > 0 and not args.ptx_datasets:
         problems.add(
             f"ptx_coeff is {args.ptx_coeff:g}, but there are no ptx_datasets: give them, or set ptx_coeff to 0",
@@ -386,7 +407,24 @@ def _check_ppo(args: PPOArguments, problems: Problems) -> None:
         args.notes.append("target_kl does nothing: each rollout is trained on in a single optimizer step")
 
 
-def _check_rewards(args: PPOArguments, problems: Problems) -> None:
+def _check_correction(args: OnlineArguments, problems: Problems) -> None:
+    keys = ("rollout_correction_low", "rollout_correction_high")
+    low, high = args.rollout_correction_low, args.rollout_correction_high
+    given = [key for key in keys if key in args.given]
+    if args.rollout_correction == "none" and given:
+        args.notes.append(f"{' and '.join(given)}: not used, because rollout_correction is none")
+    elif args.rollout_correction == "tis" and keys[0] in given:
+        args.notes.append(f"{keys[0]} is not used: rollout_correction tis bounds weights from above only")
+    elif low is not None and high is not None and low >= high:
+        problems.add(f"rollout_correction_low {low:g} is not below rollout_correction_high {high:g}", *keys)
+
+
+def _check_critic(args: Any, problems: Problems) -> None:
+    if args.given & {"critic_learning_rate", "critic_min_learning_rate", "critic_lr_scheduler_type"}:
+        _check_learning_rate(args, problems, "critic_")
+
+
+def _check_rewards(args: OnlineArguments, problems: Problems) -> None:
     names = [args.reward] if isinstance(args.reward, str) else list(args.reward or {"model": 1.0})
     if "model" in names and not args.reward_model_name_or_path:
         asked, other = "there is no reward", ', or reward as "file.py:function"'
@@ -394,7 +432,8 @@ def _check_rewards(args: PPOArguments, problems: Problems) -> None:
             asked, other = "reward asks for the reward model", ""
         problems.add(f"{asked}: give reward_model_name_or_path{other}", "reward", "reward_model_name_or_path")
     if "model" not in names and args.reward_model_name_or_path:
-        only = "" if "reward_critic_model_name_or_path" in args.given else " except to start the critic"
+        starts_critic = isinstance(args, CriticKeys) and "reward_critic_model_name_or_path" not in args.given
+        only = " except to start the critic" if starts_critic else ""
         args.notes.append(f"reward_model_name_or_path is not used{only}, because reward does not name the reward model")
     for name in names:
         file, colon, function = name.rpartition(":")
@@ -408,7 +447,7 @@ def _check_rewards(args: PPOArguments, problems: Problems) -> None:
             problems.add(f"reward: {file} does not exist (looked in {Path.cwd()})", "reward")
 
 
-def _check_windows(args: PPOArguments, problems: Problems) -> None:
+def _check_windows(args: OnlineArguments, problems: Problems) -> None:
     """Refuse a rollout that the windows of the optimizer steps do not fill exactly."""
     prompts, samples = args.per_device_prompt_batch_size, args.num_return_sequences
     rows = prompts * samples
@@ -429,7 +468,7 @@ def _check_windows(args: PPOArguments, problems: Problems) -> None:
     )
 
 
-def _check_ppo_limits(args: PPOArguments, problems: Problems) -> None:
+def _check_answer_limits(args: OnlineArguments, problems: Problems) -> None:
     if args.min_dec_len > args.max_dec_len:  # type: ignore[operator]
         problems.add(
             f"min_dec_len {args.min_dec_len} is above max_dec_len {args.max_dec_len}",

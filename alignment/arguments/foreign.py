@@ -34,6 +34,8 @@ _OPERATORS = {
 
 _GPU_OPTION = "a setting of paddlenlp's GPU kernels or of their model classes that this version does not use"
 _GRPO = "belongs to GRPO; PPO's KL term is part of the reward (kl_coeff)"
+_PYTHON_REWARD = 'write the call as a Python reward: "reward": "file.py:function"'
+_GLOBAL_BATCH = "give per_device_prompt_batch_size, per_device_train_batch_size and gradient_accumulation_steps"
 _LATER = "not available yet in this version"
 _STATIC = "the score and causal models return what this toolkit needs"
 
@@ -111,20 +113,37 @@ COMMON = _table(
     _option("chat_template", None, unavailable="use prompt_template: chat, or a Jinja string", neutral=("none",)),
     _option("eos_token", "", unavailable="the end of a text is the tokenizer's eos token"),
     _option("continue_training", True, unavailable="training always starts from model_name_or_path's weights"),
-    _option("early_stopping", False, unavailable=_LATER),
-    _option("early_stopping_patience", 4, "early_stopping is not available yet in this version", ge=1),
-    _option("early_stopping_threshold", 0.0, "early_stopping is not available yet in this version", ge=0),
+    _option(
+        "early_stopping", False, help="true: early_stopping_patience is 4 unless it is given; false: it is not used."
+    ),
+    _option("early_stopping_threshold", 0.0, unavailable="every improvement counts", ge=0),
 )
 
-#: Options of the reference's PPO script in its later versions.
-PPO = _table(
+#: The method that each value of paddlenlp's ``rl_algorithm`` means.
+RL_ALGORITHMS = {"ppo": "ppo", "grpo": "grpo", "reinforce_plus_plus": "reinforce"}
+
+
+def _reference_settings(cls: type) -> dict[str, dict[str, Any]]:
+    """What paddlenlp's algorithms take for granted and the methods here do not."""
+    return {"grpo": {"kl_coeff": 0.001}}
+
+
+#: Options of the reference's reinforcement-learning script in its later versions, for every method that generates.
+ONLINE = _table(
     _option(
-        "rl_algorithm", "ppo", unavailable="this version has PPO only", choices=("ppo", "grpo", "reinforce_plus_plus")
+        "rl_algorithm",
+        "ppo",
+        choices=tuple(RL_ALGORITHMS),
+        sets=_reference_settings,
+        help="Chooses the method, with `alignment ppo` and run_ppo.py: "
+        + ", ".join(f"{name}: {method}" for name, method in RL_ALGORITHMS.items())
+        + ".",
     ),
     _option("kl_loss_coeff", 0.001, _GRPO, ge=0),
-    _option("pg_loss_coeff", 1.0, _GRPO, ge=0),
-    _option("use_rm_server", False, unavailable='write the call as a Python reward: "reward": "file.py:function"'),
-    _option("reward_server", None, unavailable='write the call as a Python reward: "reward": "file.py:function"'),
+    _option("pg_loss_coeff", 1.0, unavailable="scale learning_rate instead", ge=0),
+    _option("use_rm_server", False, unavailable=_PYTHON_REWARD),
+    _option("reward_server", None, unavailable=_PYTHON_REWARD),
+    _option("use_rule_reward", False, unavailable=_PYTHON_REWARD),
     _option("use_tgt_len_value", False, unavailable=_LATER),
     _option("use_fp32_compute", False, "log-probabilities, rewards and statistics are always float32"),
     _option(
@@ -140,7 +159,28 @@ PPO = _table(
     _option("shard_ema", False, "use_ema is not available yet in this version"),
     _option("offload_ema", True, "use_ema is not available yet in this version"),
     _option("ema_beta", 0.992, "use_ema is not available yet in this version", ge=0, lt=1),
+    # paddlenlp/rl, the last version: batches are counted over all processes there
+    *(_option(name, -1, unavailable=_GLOBAL_BATCH) for name in ("global_batch_size", "global_mini_batch_size")),
+    _option("global_gen_batch_size", -1, unavailable=_GLOBAL_BATCH),
+    _option("per_device_logprob_batch_size", None, unavailable="use rollout_logprob_batch_size", kind="int"),
+    _option("per_device_reward_batch_size", None, unavailable="use rollout_logprob_batch_size", kind="int"),
+    _option("per_device_value_batch_size", None, unavailable="use rollout_logprob_batch_size", kind="int"),
+    _option("rollout_max_num_seqs", 8, unavailable="use per_device_rollout_batch_size", ge=1),
+    _option("rollout_quant_type", "", unavailable="the rollout's weights are the training's own"),
+    _option("rollout_tensor_parallel_degree", -1, unavailable="use eval_mode: the rollout's layout"),
+    _option("balance_batch", False, "max_tokens_per_micro_batch groups rows by length"),
+    _option("use_remove_padding", False, "max_tokens_per_micro_batch keeps padding small"),
+    _option("dynamic_sampling", False, unavailable=_LATER),
+    _option("max_gen_batches", 32, "dynamic_sampling is off", ge=1),
+    _option("enable_overlong_reward_buffer", False, unavailable=_LATER),
+    _option("overlong_reward_buffer", 256, "enable_overlong_reward_buffer is off", ge=0),
+    _option("overlong_penalty_factor", 1.0, "enable_overlong_reward_buffer is off", ge=0),
+    _option("prompt_key", "src", unavailable="a row's layout is known by its columns' names (docs/rows.md)"),
+    _option("response_key", "tgt", unavailable="a row's layout is known by its columns' names (docs/rows.md)"),
 )
+
+#: The same, where PPO answers otherwise.
+PPO = _table(_option("pg_loss_coeff", 1.0, _GRPO, ge=0))
 
 #: Options of the reference's reward-model script that do nothing there either.
 REWARD = _table(

@@ -26,12 +26,12 @@ def fit(args: Arguments, context: int, where: str) -> list[str]:
     """
     if args.context_needed <= context:
         return []
-    return _fit_rollout(args, context, where) if args.STAGE == "ppo" else _fit_row(args, context, where)
+    return _fit_rollout(args, context, where) if hasattr(args, "max_dec_len") else _fit_row(args, context, where)
 
 
 def _fit_row(args: Arguments, context: int, where: str) -> list[str]:
-    """SFT and reward models: ``max_length`` bounds the whole row, a prompt limit a part of it."""
-    prompt_key = "src_length" if args.STAGE == "sft" else "max_src_len"
+    """Given rows: ``max_length`` bounds the whole row, a prompt limit a part of it."""
+    prompt_key = "src_length" if hasattr(args, "src_length") else "max_src_len"
     prompt_limit = getattr(args, prompt_key)
     if "max_length" in args.given:
         raise ArgumentsError(
@@ -52,7 +52,7 @@ def _fit_row(args: Arguments, context: int, where: str) -> list[str]:
 
 
 def _fit_rollout(args: Arguments, context: int, where: str) -> list[str]:
-    """PPO: a prompt of at most ``max_src_len`` and an answer of at most ``max_dec_len`` tokens stand in one row."""
+    """Methods that generate: prompt (at most ``max_src_len`` tokens) and answer (``max_dec_len``) stand in one row."""
     total = f"max_src_len {args.max_src_len} + max_dec_len {args.max_dec_len} = {args.context_needed} tokens"
     error = (
         f"{total}, but {where} has a context of {context}: "

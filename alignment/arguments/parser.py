@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alignment.arguments import checks, effects, foreign, resolve
+from alignment.arguments import checks, effects, foreign, presets, resolve
 from alignment.arguments.ppo_arguments import PPOArguments
 from alignment.arguments.reward_arguments import CostArguments, RewardArguments
-from alignment.arguments.sft_arguments import SFTArguments
+from alignment.arguments.sft_arguments import LoRAFields, SFTArguments
 from alignment.arguments.sources import Given, read_argv, read_file
 from alignment.arguments.spec import Spec, read_value
 from alignment.arguments.stage_arguments import Arguments, help_text
 from alignment.errors import nearest
 
+#: The classes that this room makes itself; :func:`all_stages` has the others.
 STAGES: tuple[type[Arguments], ...] = (SFTArguments, RewardArguments, PPOArguments)
-_FOREIGN = {"sft": foreign.SFT, "reward": foreign.REWARD, "ppo": foreign.PPO}
-_NO_LORA = "LoRA is trained in SFT and reward models only; merge the adapters first (`alignment merge_lora`)"
+#: The registry of methods: by its name, since it is the room above.
+METHODS = "alignment.methods"
+_NO_LORA = (
+    "LoRA is trained in SFT, reward models and other methods on given rows only; merge the adapters first "
+    "(`alignment merge_lora`)"
+)
 
 A = TypeVar("A", bound=Arguments)
 
@@ -43,7 +49,7 @@ def parse_ppo(argv: Sequence[str]) -> PPOArguments:
 
 
 def parse(cls: type[A], argv: Sequence[str]) -> A:
-    """Read ``[FILE.json] [key=value | --key value | --key=value | --flag]...``; the command line wins over the file.
+    """Read ``[FILE] [key=value | --key value | --key=value | --flag]...``; the command line wins over the file.
 
     Args:
         cls: the stage's class.
@@ -93,20 +99,19 @@ def build(cls: type[A], given: Sequence[Given], file: str | None) -> A:
             )
         origin[spec.name] = item
         (values if spec.name in cls.specs() else foreign_values)[spec.name] = value
-    args = _construct(cls, values)
+    given_values = {key: value for key, value in {**values, **foreign_values}.items() if value is not None}
+    settings = presets.settings_for(cls, {**foreign_specs(cls), **cls.specs()}, given_values)
+    args = cls(**settings.values, **{key: value for key, value in given_values.items() if key in values})
+    args.set_by, args.remarks = settings.set_by, settings.remarks
     args.raw = {item.key: item.value for item in given}
-    args.given = frozenset(key for key, value in {**values, **foreign_values}.items() if value is not None)
-    args.passthrough = {key: value for key, value in foreign_values.items() if value is not None}
+    args.given = frozenset(given_values)
+    args.passthrough = {key: value for key, value in given_values.items() if key in foreign_values}
     args.file = file
     resolve.resolve(args)
     checks.check(args, problems)
     problems.raise_all()
     args.unused = effects.unused(args)
     return args
-
-
-def _construct(cls: type[A], values: Mapping[str, Any]) -> A:
-    return cls(**{key: value for key, value in values.items() if value is not None})
 
 
 def find(cls: type[Arguments], key: str) -> Spec | None:
@@ -117,23 +122,36 @@ def find(cls: type[Arguments], key: str) -> Spec | None:
     for spec in own.values():
         if key in spec.aliases:
             return spec
-    return _FOREIGN[cls.STAGE].get(key) or foreign.COMMON.get(key) or foreign.paddlenlp_keys().get(key)
+    return cls.FOREIGN.get(key) or foreign.COMMON.get(key) or foreign.paddlenlp_keys().get(key)
 
 
 def known_keys(cls: type[Arguments]) -> list[str]:
     """Return every key and alias that a stage accepts."""
     own = cls.specs()
     names = [*own, *(alias for spec in own.values() for alias in spec.aliases)]
-    tables = (_FOREIGN[cls.STAGE], foreign.COMMON, foreign.paddlenlp_keys())
+    tables = (cls.FOREIGN, foreign.COMMON, foreign.paddlenlp_keys())
     return list(dict.fromkeys([*names, *(key for table in tables for key in table)]))
 
 
 def foreign_specs(cls: type[Arguments]) -> dict[str, Spec]:
     """Return the accepted keys of a stage that have no attribute."""
     own = cls.specs()
-    merged = {**foreign.paddlenlp_keys(), **foreign.COMMON, **_FOREIGN[cls.STAGE]}
+    merged = {**foreign.paddlenlp_keys(), **foreign.COMMON, **cls.FOREIGN}
     aliases = {alias for spec in own.values() for alias in spec.aliases}
     return {key: spec for key, spec in merged.items() if key not in own and key not in aliases}
+
+
+def all_stages() -> list[type[Arguments]]:
+    """The classes of all methods, registered ones too. Their modules are imported for it, so it is asked only where
+    something is to be said of them all: in an error, in the documentation.
+    """
+    registry = importlib.import_module(METHODS)
+    return list({**{cls.STAGE: cls for cls in STAGES}, **registry.all_arguments()}.values())
+
+
+def _and(names: list[str]) -> str:
+    """``"PPO, GRPO and RLOO"``."""
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _kind(cls: type[Arguments], key: str) -> str | None:
@@ -142,13 +160,11 @@ def _kind(cls: type[Arguments], key: str) -> str | None:
 
 
 def _unknown(cls: type[Arguments], key: str) -> str:
-    if key.startswith("lora") and cls.STAGE == "ppo":
+    if key.startswith("lora") and not issubclass(cls, LoRAFields):
         return f"unknown argument: {_NO_LORA}"
-    others = [
-        other.TITLE for other in STAGES if other is not cls and (key in other.specs() or key in _FOREIGN[other.STAGE])
-    ]
+    others = [other.TITLE for other in all_stages() if key in other.specs() or key in other.FOREIGN]
     if others:
-        return f"is an argument of {' and '.join(others)}, not of {cls.TITLE}{nearest(key, known_keys(cls))}"
+        return f"is an argument of {_and(others)}, not of {cls.TITLE}{nearest(key, known_keys(cls))}"
     here = [known for known in foreign.named_elsewhere(key) if known in cls.specs()]
     if here:
         return f"unknown argument; here that is {' or '.join(map(repr, here))}"

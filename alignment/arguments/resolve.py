@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from alignment.arguments.ppo_arguments import PPOArguments
+from alignment.arguments.critic_keys import FROM_ACTOR, CriticKeys
+from alignment.arguments.online_arguments import OnlineArguments
 from alignment.arguments.sft_arguments import LoRAFields
 from alignment.arguments.stage_arguments import Arguments
 from alignment.arguments.values import LATEST
 from alignment.paths import cache_folder
 
-_DEFAULT_METRIC = {"sft": "loss", "reward": "accuracy", "ppo": "reward"}
+#: Bounds of rollout_correction where they are not given: (low, high).
+_CORRECTION_BOUNDS = {"none": (None, None), "tis": (None, 2.0), "icepop": (0.5, 5.0), "mask": (0.99, 1.01)}
+#: paddlenlp's early_stopping_patience, where only its early_stopping is given.
+_PADDLENLP_PATIENCE = 4
 _SMALLER_IS_BETTER = ("loss", "ppl", "perplexity", "kl", "kl_divergence")
 
 
@@ -35,11 +40,14 @@ def resolve(args: Arguments) -> None:
     if args.warmup_steps > 0 and args.warmup_ratio > 0:
         args.notes.append(f"warmup_steps {args.warmup_steps} wins over warmup_ratio {args.warmup_ratio:g}")
     _resolve_evaluation(args)
-    args.plugins = [_beside_file(plugin, args.file) for plugin in args.plugins]
+    args.plugins = [beside_file(plugin, args.file) for plugin in args.plugins]
     if isinstance(args, LoRAFields) and args.lora_alpha is None:
         args.lora_alpha = 2 * args.lora_rank
-    if isinstance(args, PPOArguments):
-        _resolve_ppo(args)
+    if isinstance(args, OnlineArguments):
+        _resolve_online(args)
+    if isinstance(args, CriticKeys):
+        _resolve_critic(args)
+    args.resolve_keys()
 
 
 def _resolve_evaluation(args: Arguments) -> None:
@@ -49,6 +57,11 @@ def _resolve_evaluation(args: Arguments) -> None:
     args.do_eval = args.do_eval or args.evaluation_strategy != "no"
     if args.eval_steps is None:
         args.eval_steps = args.logging_steps
+    if args.passthrough.get("early_stopping") and args.early_stopping_patience is None:
+        args.early_stopping_patience = _PADDLENLP_PATIENCE
+    elif args.passthrough.get("early_stopping") is False and args.early_stopping_patience is not None:
+        args.remarks.append("early_stopping_patience is not used, because early_stopping is false")
+        args.early_stopping_patience = None
     if args.metric_for_best_model is None:
         args.metric_for_best_model = default_metric(args)
     if args.greater_is_better is None:
@@ -57,8 +70,8 @@ def _resolve_evaluation(args: Arguments) -> None:
 
 def default_metric(args: Arguments) -> str:
     """What ``metric_for_best_model`` is unless the user says."""
-    greedy_only = isinstance(args, PPOArguments) and args.eval_temperature == 0
-    return "reward_greedy" if greedy_only else _DEFAULT_METRIC[args.STAGE]
+    greedy_only = isinstance(args, OnlineArguments) and args.eval_temperature == 0
+    return "reward_greedy" if greedy_only and args.METRICS[0] == "reward" else args.METRICS[0]
 
 
 def greater_is_better(metric: str) -> bool:
@@ -66,7 +79,7 @@ def greater_is_better(metric: str) -> bool:
     return not metric.endswith(_SMALLER_IS_BETTER)
 
 
-def _beside_file(name: str, argument_file: str | None) -> str:
+def beside_file(name: str, argument_file: str | None) -> str:
     """Return where a ``.py`` file (or ``file.py:function``) is: as given, else beside the argument file.
 
     A name that is no such file, or is found in neither place, comes back unchanged.
@@ -78,17 +91,15 @@ def _beside_file(name: str, argument_file: str | None) -> str:
     return f"{beside}{colon}{function}" if beside.is_file() else name
 
 
-def _resolve_ppo(args: PPOArguments) -> None:
+def _resolve_online(args: OnlineArguments) -> None:
     if isinstance(args.reward, str):
-        args.reward = _beside_file(args.reward, args.file)
+        args.reward = beside_file(args.reward, args.file)
     elif args.reward:
-        args.reward = {_beside_file(name, args.file): weight for name, weight in args.reward.items()}
+        args.reward = {beside_file(name, args.file): weight for name, weight in args.reward.items()}
     if args.max_src_len is None:
         args.max_src_len = args.max_length
     if args.max_dec_len is None:
         args.max_dec_len = args.max_length
-    if args.reward_critic_model_name_or_path is None:
-        args.reward_critic_model_name_or_path = args.reward_model_name_or_path or args.actor_model_name_or_path
     if args.rollout_logprob_batch_size is None:
         args.rollout_logprob_batch_size = args.per_device_train_batch_size
     if args.clip_range_ratio_low is None:
@@ -100,14 +111,16 @@ def _resolve_ppo(args: PPOArguments) -> None:
     args.eval_mode = args.eval_mode or ""
     if args.offload_dir is None:
         args.offload_dir = str(Path(args.output_dir) / ".offload")
-    for name in (
-        "learning_rate",
-        "min_learning_rate",
-        "weight_decay",
-        "lr_scheduler_type",
-        "warmup_ratio",
-        "decay_steps",
-        "recompute",
-    ):
+    low, high = _CORRECTION_BOUNDS[args.rollout_correction]
+    if args.rollout_correction_low is None:
+        args.rollout_correction_low = low
+    if args.rollout_correction_high is None:
+        args.rollout_correction_high = high
+
+
+def _resolve_critic(args: Any) -> None:
+    if args.reward_critic_model_name_or_path is None:
+        args.reward_critic_model_name_or_path = args.reward_model_name_or_path or args.actor_model_name_or_path
+    for name in FROM_ACTOR:
         if getattr(args, f"critic_{name}") is None:
             setattr(args, f"critic_{name}", getattr(args, name))

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from alignment.arguments.sft_arguments import LoRAFields
+from alignment.arguments import foreign
+from alignment.arguments.row_arguments import RowArguments
 from alignment.arguments.spec import argument
-from alignment.arguments.stage_arguments import Arguments
-from alignment.arguments.training import dataset_argument
 
 
 @dataclass
 class RewardFields:
-    """Model, data and loss of a reward model."""
+    """Loss and scores of a reward model."""
 
     GROUP = "Reward model"
 
-    model_name_or_path: str = argument(
-        "", "Folder (or name) of the model to start from, usually the SFT model.", required=True
-    )
-    train_datasets: str | dict[str, Any] | None = dataset_argument("Training mixture of preference data.")
-    eval_datasets: str | dict[str, Any] | None = dataset_argument("Evaluation mixture.")
-    max_length: int = argument(2048, "Longest row: prompt and answer.", ge=2, unit="tokens")
-    max_src_len: int | None = argument(
-        None, "Longest prompt.", ge=1, unit="tokens", aliases=("max_prompt_len",), derived="only max_length limits"
-    )
     score_type: str = argument(
         "reward",
         "What the model learns: rewards from preferences, or costs from safety labels (`alignment cost`).",
@@ -51,11 +40,14 @@ class RewardFields:
 
 
 @dataclass
-class RewardArguments(LoRAFields, RewardFields, Arguments):
+class RewardArguments(RewardFields, RowArguments):
     """Arguments of ``run_reward.py``; see :class:`~alignment.arguments.stage_arguments.Arguments`."""
 
     STAGE = "reward"
     TITLE = "Reward model"
+    FOREIGN = foreign.REWARD
+    METRICS = ("accuracy", "loss", "margin", "calibration_error")
+    ROWS_EACH = 2
 
 
 @dataclass

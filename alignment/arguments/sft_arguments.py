@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from alignment.arguments import foreign
 from alignment.arguments.spec import argument
 from alignment.arguments.stage_arguments import Arguments
 from alignment.arguments.training import dataset_argument
@@ -66,3 +67,5 @@ class SFTArguments(LoRAFields, SFTFields, Arguments):
 
     STAGE = "sft"
     TITLE = "SFT"
+    FOREIGN = foreign.SFT
+    METRICS = ("loss", "perplexity", "accuracy")

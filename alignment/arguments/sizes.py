@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from alignment.errors import ArgumentsError
 
 if TYPE_CHECKING:
-    from alignment.arguments.ppo_arguments import PPOArguments
+    from alignment.arguments.online_arguments import OnlineArguments
     from alignment.arguments.stage_arguments import Arguments
 
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 class Sizes:
     """Derived sizes of a run.
 
-    "Global" counts over all data ranks; a step is one optimizer step (in PPO: of actor and critic).
+    "Global" counts over all data ranks; a step is one optimizer step (of all models that are trained). Online methods
+    are those that generate.
 
     Attributes:
-        stage: ``"sft"``, ``"reward"`` or ``"ppo"``.
-        rows: training rows (PPO: prompts).
+        stage: the method's name: ``"sft"``, ``"reward"``, ``"ppo"``, ...
+        rows: training rows (online: prompts).
         world_size: data ranks: processes that work on rows of their own.
         epochs: passes over the data that ``total_steps`` make.
         rows_per_step: global rows of a full step.
@@ -31,14 +32,14 @@ class Sizes:
         total_steps: steps of the run.
         warmup_steps: of these, steps in which the learning rate rises.
         tokens_per_step: upper bound of the tokens of a step, global.
-        prompts_per_rollout: PPO: global prompts of a full rollout.
-        prompt_batches_per_rollout: PPO: batches of ``per_device_prompt_batch_size`` that a process reads for one
+        prompts_per_rollout: Online: global prompts of a full rollout.
+        prompt_batches_per_rollout: Online: batches of ``per_device_prompt_batch_size`` that a process reads for one
             rollout.
-        rows_per_rollout: PPO: global samples of a full rollout.
-        steps_per_rollout: PPO: steps made with a full rollout (``update_iters`` passes).
-        rollouts_per_epoch: PPO: rollouts of one epoch; a partial last one counts.
-        rollouts: PPO: rollouts of the run.
-        ptx_rows_per_step: PPO: global rows of the ptx loss in a step; 0 without it.
+        rows_per_rollout: Online: global samples of a full rollout.
+        steps_per_rollout: Online: steps made with a full rollout (``update_iters`` passes).
+        rollouts_per_epoch: Online: rollouts of one epoch; a partial last one counts.
+        rollouts: Online: rollouts of the run.
+        ptx_rows_per_step: Online: global rows of the ptx loss in a step; 0 without it.
         micro_batch_tokens: the budget of padded tokens of a micro batch; 0 for fixed numbers of rows.
     """
 
@@ -68,12 +69,12 @@ class Sizes:
 
     def render(self) -> str:
         """Return the sizes as lines of text."""
-        name = "prompts" if self.stage == "ppo" else "rows"
+        name = "prompts" if self.rollouts else "rows"
         entries = [
             (f"training {name}", f"{self.rows:,}"),
             ("data ranks", f"{self.world_size:,}"),
         ]
-        if self.stage == "ppo":
+        if self.rollouts:
             entries += [
                 ("prompts per rollout", f"{self.prompts_per_rollout:,}"),
                 ("samples per rollout", f"{self.rows_per_rollout:,}"),
@@ -95,12 +96,11 @@ class Sizes:
 
 
 def supervised_sizes(args: Arguments, num_rows: int, world_size: int) -> Sizes:
-    """Sizes of SFT and reward-model training; see :meth:`Arguments.derive_sizes`."""
+    """Sizes of training on given rows; see :meth:`Arguments.derive_sizes`."""
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
     per_epoch = num_rows // per_step if args.dataloader_drop_last else math.ceil(num_rows / per_step)
     _refuse_nothing(args, num_rows, per_epoch, per_step, "rows")
     total = _total_steps(args, per_epoch)
-    sequences = 2 if args.STAGE == "reward" else 1
     return Sizes(
         stage=args.STAGE,
         rows=num_rows,
@@ -112,12 +112,12 @@ def supervised_sizes(args: Arguments, num_rows: int, world_size: int) -> Sizes:
         steps_per_epoch=per_epoch,
         total_steps=total,
         warmup_steps=_warmup_steps(args, total),
-        tokens_per_step=per_step * args.context_needed * sequences,
+        tokens_per_step=per_step * args.context_needed * args.ROWS_EACH,
     )
 
 
-def ppo_sizes(args: PPOArguments, num_prompts: int, world_size: int) -> Sizes:
-    """Sizes of PPO; see :meth:`Arguments.derive_sizes`.
+def online_sizes(args: OnlineArguments, num_prompts: int, world_size: int) -> Sizes:
+    """Sizes of a method that generates; see :meth:`Arguments.derive_sizes`.
 
     A rollout is one batch of prompts per process, or as many as fill one optimizer step. It is trained on in
     ``update_iters`` passes, each cut into windows of ``per_device_train_batch_size * gradient_accumulation_steps``
@@ -135,9 +135,10 @@ def ppo_sizes(args: PPOArguments, num_prompts: int, world_size: int) -> Sizes:
         rollouts_per_epoch += 1
     _refuse_nothing(args, num_prompts, per_epoch, prompts, "prompts")
     total = _total_steps(args, per_epoch)
-    if args.critic_warmup_steps >= total:
+    warmup = getattr(args, "critic_warmup_steps", 0)
+    if warmup >= total:
         raise ArgumentsError(
-            f"critic_warmup_steps is {args.critic_warmup_steps}, but the run has {total} optimizer steps: the "
+            f"critic_warmup_steps is {warmup}, but the run has {total} optimizer steps: the "
             "actor would never be trained"
         )
     epochs, rest = divmod(total, per_epoch)

@@ -12,13 +12,13 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: What the reference's parser takes for a truth value, on the command line and in strings of a JSON file.
-TRUE_WORDS = frozenset({"yes", "true", "t", "y", "1"})
-FALSE_WORDS = frozenset({"no", "false", "f", "n", "0"})
+#: What the reference's parser takes for a truth value, on the command line and in strings of a file, and YAML's words.
+TRUE_WORDS = frozenset({"yes", "true", "t", "y", "1", "on"})
+FALSE_WORDS = frozenset({"no", "false", "f", "n", "0", "off"})
 
 _KIND_WORDS = {
     "bool": "true or false",
@@ -55,6 +55,8 @@ class Spec:
         unavailable: why any value but the default is refused.
         neutral: further values that ask for nothing and of which nothing need be said.
         group: the heading under which the documentation lists it.
+        sets: of a key whose values stand for settings of other keys: ``sets(cls)`` gives ``{value: {key: setting}}``
+            for a class of arguments. Keys that are given themselves stay.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Spec:
     unavailable: str = ""
     neutral: tuple[Any, ...] = ()
     group: str = ""
+    sets: Callable[[type], Mapping[str, Mapping[str, Any]]] | None = None
 
     def is_neutral(self, value: Any) -> bool:
         """Say whether ``value`` asks for nothing: the default, nothing at all, or one of ``neutral``."""
@@ -193,7 +196,7 @@ def _check_range(spec: Spec, value: Any) -> None:
 
 
 def read_bool(value: Any, is_text: bool = False) -> bool:
-    """Read true/false, 1/0, yes/no, y/n, t/f; raise ``ValueError`` for anything else."""
+    """Read true/false, 1/0, yes/no, on/off, y/n, t/f; raise ``ValueError`` for anything else."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int) and value in (0, 1):

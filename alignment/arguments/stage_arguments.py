@@ -1,4 +1,4 @@
-"""What the three stages' argument classes have in common besides their fields: writing, showing, derived values."""
+"""What all methods' argument classes have in common besides their fields: writing, showing, derived values."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import logging
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from alignment.arguments import device, limits
+from alignment.arguments import device, limits, presets
 from alignment.arguments.layout import topology_of
 from alignment.arguments.sizes import Sizes, supervised_sizes
 from alignment.arguments.spec import Spec, specs
@@ -19,13 +20,16 @@ from alignment.arguments.training import TrainingFields
 from alignment.log import say_once
 from alignment.parallel.topology import Topology
 
+if TYPE_CHECKING:
+    from alignment.arguments.checks import Problems
+
 #: Accepted keys whose values are neither written nor shown.
 SECRETS = frozenset({"wandb_api_key", "aistudio_token"})
 
 
 @dataclass
 class Arguments(TrainingFields):
-    """Arguments of one run; made by ``parse_sft``, ``parse_reward`` and ``parse_ppo``.
+    """Arguments of one run; made by :func:`alignment.arguments.parse`.
 
     Every key is an attribute. After parsing, values that follow from other keys are filled in: an attribute is None
     only where None means something (it says so in ``docs/arguments.md``).
@@ -33,17 +37,28 @@ class Arguments(TrainingFields):
     Attributes:
         raw: keys and values as the user wrote them, command line over file.
         given: the keys that were given, under their canonical names.
+        set_by: key -> what set it in the user's place (``"compat verl"``).
         unused: key -> why it changes nothing in this run.
+        remarks: what is worth knowing, and nothing to worry about.
         notes: what is worth saying about combinations of keys.
         passthrough: values of accepted keys that have no attribute.
         file: the argument file, or None.
     """
 
+    #: The method's name, as commands and checkpoints have it, and as people read it.
     STAGE: ClassVar[str] = ""
     TITLE: ClassVar[str] = ""
+    #: Accepted keys without an attribute, besides those of all stages.
+    FOREIGN: ClassVar[Mapping[str, Spec]] = {}
+    #: What an evaluation gives, without ``eval_``; ``metric_for_best_model`` is the first unless the user says.
+    METRICS: ClassVar[tuple[str, ...]] = ("loss",)
+    #: Token rows of one row of the data: 2 where a row is a pair of answers.
+    ROWS_EACH: ClassVar[int] = 1
 
     raw: dict[str, Any] = dataclasses.field(default_factory=dict)
     given: frozenset[str] = frozenset()
+    set_by: dict[str, str] = dataclasses.field(default_factory=dict)
+    remarks: list[str] = dataclasses.field(default_factory=list)
     unused: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     passthrough: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -53,6 +68,12 @@ class Arguments(TrainingFields):
     def specs(cls) -> dict[str, Spec]:
         """Return the description of every key that has an attribute."""
         return specs(cls)
+
+    def resolve_keys(self) -> None:
+        """Fill in, in place, what follows for the method's own keys; called when all shared keys are resolved."""
+
+    def check_keys(self, problems: Problems) -> None:
+        """Note in ``problems`` what cannot be run, and in ``self.notes`` what is odd, about the method's own keys."""
 
     @property
     def on_cpu(self) -> bool:
@@ -89,7 +110,7 @@ class Arguments(TrainingFields):
 
     def report(self) -> None:
         """Log, once, every key that changes nothing here and every note about combinations."""
-        for line in self.unused_lines():
+        for line in self.remarks + self.unused_lines():
             say_once(line)
         for note in self.notes:
             say_once(note, logging.WARNING)
@@ -192,13 +213,14 @@ class Arguments(TrainingFields):
                 group = spec.group
                 lines += ["", group]
             value = getattr(self, name)
-            mark = "*" if name in self.given and not spec.is_neutral(value) else " "
-            lines.append(f"{mark} {name:<{width}}  {json.dumps(value, ensure_ascii=False)}")
+            mark = "*" if (name in self.given or name in self.set_by) and not spec.is_neutral(value) else " "
+            source = f"  (by {self.set_by[name]})" if name in self.set_by else ""
+            lines.append(f"{mark} {name:<{width}}  {json.dumps(value, ensure_ascii=False)}{source}")
         shown = self._shown_passthrough()
         if shown:
             lines += ["", "Accepted without a field of their own"]
             lines += [f"  {name:<{width}}  {json.dumps(value)}" for name, value in shown.items()]
-        remarks = self.unused_lines() + self.notes
+        remarks = self.remarks + self.unused_lines() + self.notes
         if remarks:
             lines += ["", "Remarks", *(f"- {remark}" for remark in remarks)]
         if sizes is not None:
@@ -209,9 +231,10 @@ class Arguments(TrainingFields):
 def help_text(cls: type[Arguments]) -> str:
     """Return what ``--help`` prints for a stage: how arguments are given, then every key by group."""
     lines = [
-        f"{cls.TITLE}: FILE.json [key=value | --key value | --key=value | --flag] ...",
+        f"{cls.TITLE}: FILE [key=value | --key value | --key=value | --flag] ...",
         "",
-        "The command line wins over the file. --dry_run prints the resolved arguments and sizes, and stops.",
+        "FILE holds the same keys as JSON or YAML; the command line wins over it.",
+        "--dry_run prints the resolved arguments and sizes, and stops.",
         "docs/arguments.md has ranges and effects as a table.",
     ]
     group = ""
@@ -222,4 +245,6 @@ def help_text(cls: type[Arguments]) -> str:
         default = "required" if spec.required else spec.derived or json.dumps(spec.default, ensure_ascii=False)
         allowed = f" [{spec.range_text()}]" if spec.range_text() and spec.kind != "bool" else ""
         lines += [f"  {name}  (default: {default}){allowed}", f"      {spec.help}"]
+        for value, settings in presets.settings_of(cls, spec).items():
+            lines.append(f"      {value}: {presets.in_words(settings)}")
     return "\n".join(lines)

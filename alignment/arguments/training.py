@@ -133,10 +133,17 @@ class EvaluationFields:
     metric_for_best_model: str | None = argument(
         None,
         "Evaluation metric that decides which checkpoint is best.",
-        derived="SFT: loss, reward model: accuracy, PPO: reward",
+        derived="SFT: loss, reward model: accuracy, methods that generate: reward",
     )
     greater_is_better: bool | None = argument(
         None, "Whether a greater metric is better.", derived="false for a loss, perplexity or KL, else true"
+    )
+    early_stopping_patience: int | None = argument(
+        None,
+        "End the run when this many evaluations in a row have not improved metric_for_best_model.",
+        ge=1,
+        unit="evaluations",
+        derived="off",
     )
     unified_checkpoint: bool = argument(
         False,

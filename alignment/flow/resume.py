@@ -135,7 +135,8 @@ def check_resumable(args: Any, world: World, checkpoint: Path | None) -> None:
     stage = origin.get("stage", args.STAGE)
     if stage != args.STAGE:
         raise CheckpointError(
-            f"{checkpoint} is a checkpoint of {_WORDS.get(stage, stage)}, and this is {_WORDS[args.STAGE]}: "
+            f"{checkpoint} is a checkpoint of {_WORDS.get(stage, stage)}, and this is "
+            f"{_WORDS.get(args.STAGE, args.TITLE)}: "
             "give its model as the one to start from, and no resume_from_checkpoint"
         )
     _check_models(args, checkpoint)
@@ -225,14 +226,13 @@ def _change(key: str, then: Any, now: Any) -> str:
 
 def _check_models(args: Any, checkpoint: Path) -> None:
     """Compare the configurations of the saved models with those that this run starts from."""
-    if args.STAGE == "ppo":
-        critic = args.reward_critic_model_name_or_path or args.reward_model_name_or_path
-        pairs = {
-            "policy": ("actor_model_name_or_path", args.actor_model_name_or_path),
-            "value": ("reward_critic_model_name_or_path", critic or args.actor_model_name_or_path),
-        }
-    else:
+    if not hasattr(args, "actor_model_name_or_path"):
         pairs = {".": ("model_name_or_path", args.model_name_or_path)}
+    else:
+        pairs = {"policy": ("actor_model_name_or_path", args.actor_model_name_or_path)}
+        if hasattr(args, "reward_critic_model_name_or_path"):
+            critic = args.reward_critic_model_name_or_path or args.reward_model_name_or_path
+            pairs["value"] = ("reward_critic_model_name_or_path", critic or args.actor_model_name_or_path)
     for name, (key, source) in pairs.items():
         then, now = _read(checkpoint / name / "config.json"), _read(Path(source) / "config.json")
         differing = [k for k in _MODEL_KEYS if k in then and k in now and then[k] != now[k]]

@@ -62,7 +62,11 @@ def main(argv: list[str]) -> int:
         AlignmentError: whatever the user can mend.
     """
     from alignment.flow.runner import run_stage
+    from alignment.methods.start import chosen_method, run_method
 
+    other = chosen_method(argv)  # paddlenlp's rl_algorithm
+    if other is not None:
+        return run_method(other, argv)
     return run_stage(argv, parse_ppo, _run)
 
 

@@ -45,7 +45,11 @@ CASES: list[tuple[type, dict[str, Any], list[str]]] = [
     (SFT, {"learning_rat": 1}, ["did you mean 'learning_rate'?"]),
     (RM, {"kl_coeff": 1}, ["kl_coeff: is an argument of PPO, not of Reward model"]),
     (PPOArguments, {"regularization": 1}, ["is an argument of Reward model, not of PPO"]),
-    (PPOArguments, {"lora": True}, ["LoRA is trained in SFT and reward models only", "merge_lora"]),
+    (
+        PPOArguments,
+        {"lora": True},
+        ["LoRA is trained in SFT, reward models and other methods on given", "merge_lora"],
+    ),
     # wrong types
     (PPOArguments, {"seed": "x"}, ['seed: must be a whole number, not "x"']),
     (PPOArguments, {"seed": 2.0}, ["seed: must be a whole number, not 2.0"]),
@@ -103,7 +107,7 @@ CASES: list[tuple[type, dict[str, Any], list[str]]] = [
     (SFT, {"prefix_tuning": True}, ["prefix_tuning: True cannot be used", "lora is"]),
     (SFT, {"eval_with_do_generation": True}, ["evaluation by generation is not available yet in this version"]),
     (SFT, {"continue_training": False}, ["training always starts from model_name_or_path's weights"]),
-    (PPOArguments, {"rl_algorithm": "grpo"}, ["'grpo' cannot be used: this version has PPO only"]),
+    (PPOArguments, {"rl_algorithm": "grpo"}, ["rl_algorithm is grpo, but this is PPO", "`alignment grpo`"]),
     (PPOArguments, {"use_rm_server": True}, ["write the call as a Python reward"]),
     (PPOArguments, {"chat_template": "x.json"}, ["use prompt_template"]),
     # contradictions

@@ -54,7 +54,7 @@ def test_unknown_task_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["generte"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: unknown task 'generte'; did you mean 'generate'?\n")
-    assert "demo, sft, rm, cost, ppo, generate, score, merge_lora" in said
+    assert "demo, sft, rm, cost, ppo, methods, run, generate, score, merge_lora" in said
 
 
 @pytest.mark.parametrize("name", cli.TASKS)
