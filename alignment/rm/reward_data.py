@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from alignment.arguments import RewardArguments
 from alignment.flow.runner import Data
+from alignment.log import say_once
 from alignment.ppo.data import PreferenceDataset, PromptTemplate, SafetyPreferenceDataset, load_train_and_eval
 
 
@@ -39,4 +41,17 @@ def build_data(args: RewardArguments, tokenizer: Any, template: PromptTemplate, 
         do_train=args.do_train,
         do_eval=args.do_eval,
     )
+    _warn_of_one_side(sets.get("train"))
     return Data(sets.get("train"), sets.get("eval"), sets)
+
+
+def _warn_of_one_side(train: PreferenceDataset | None) -> None:
+    """Say it where all answers have the same safety label: then only one side of zero is learnt."""
+    labels = train.summary.labels if train is not None else {}
+    for kind, side in (("both safe", "below"), ("both unsafe", "above")):
+        if labels and labels[kind] == sum(labels.values()):
+            say_once(
+                f"train: of every pair {kind.replace('both', 'both answers are')}, so all costs are pushed {side} 0, "
+                "and their sign will not tell safe answers from unsafe ones",
+                logging.WARNING,
+            )

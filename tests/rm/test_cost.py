@@ -41,13 +41,15 @@ def cost_model(model_dir: Path, safety_dir: Path, tmp_path_factory: pytest.TempP
     return out
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [4, 5, 7])
 def test_it_learns_the_order_and_the_sign(model_dir: Path, safety_dir: Path, tmp_path: Path, seed: int) -> None:
-    """Bands on held-out pairs, three seeds: order 0.85, sign 0.9, from about a half."""
+    """Bands on held-out pairs: order 0.85, sign 0.9. The three seeds are ones whose random head orders most pairs wrong
+    (others happen to order all of them right); a half of the signs is right before.
+    """
     rows = train(model_dir, safety_dir, tmp_path / "run", max_steps=60, seed=seed, evaluation_strategy="steps",
                  eval_steps=60)  # fmt: skip
     before, after = (row for row in rows if "eval/loss" in row)
-    assert before["eval/accuracy_sign"] < 0.7
+    assert before["eval/accuracy"] < 0.6 and before["eval/accuracy_sign"] < 0.7
     assert after["eval/accuracy"] > 0.85 and after["eval/accuracy_sign"] > 0.9, after
     assert min(after["eval/accuracy_sign_safer"], after["eval/accuracy_sign_unsafer"]) > 0.85
     assert after["eval/safer_mean"] < 0 < after["eval/unsafer_mean"]
@@ -97,6 +99,15 @@ def test_it_resumes_exactly_and_is_no_reward_model(
         main_cost(command(model_dir, safety_dir, tmp_path / "c", score_type="reward"))
     with pytest.raises(DataError, match=r"train\.jsonl, line 1: `safer` is missing; SafetyPreferenceDataset needs"):
         main_cost(command(model_dir, data_dir, tmp_path / "c"))
+
+
+def test_labels_of_one_side_are_said(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("alignment"), "propagate", True)
+    write_jsonl(tmp_path / "train.jsonl", safety_rows(24)[::3])
+    assert main_cost(command(model_dir, tmp_path, tmp_path / "run", eval_datasets=None, dry_run=True)) == 0
+    assert "of every pair both answers are safe, so all costs are pushed below 0" in caplog.text
 
 
 def test_a_model_of_the_other_kind_is_said(
