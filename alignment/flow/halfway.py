@@ -9,13 +9,15 @@ from the seed and the rollout's number.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from alignment.errors import CheckpointError
 from alignment.flow.statistics import Statistics
 from alignment.ppo.update import Position
-from alignment.rollout.rollout import Experience
+from alignment.rollout.rollout import Experience, Rollout
 
 ARRAYS_FILE = "rollout.safetensors"
 TEXTS_FILE = "rollout.json"
@@ -64,7 +66,9 @@ def load_half_used(folder: Path) -> HalfUsed | None:
         folder: ``trainer/`` of a checkpoint that was verified.
 
     Returns:
-        The half-used rollout; ``None`` in a checkpoint between two rollouts.
+        The half-used rollout; ``None`` in a checkpoint between two rollouts. In files from before rollouts had a
+        ``sampler_logprobs`` it is ``rollout_logprobs``: exact where top-k, top-p, the repetition penalty and the
+        shortest length were off, and what such a run went by in any case.
 
     Raises:
         CheckpointError: a file is missing or cannot be read.
@@ -74,7 +78,11 @@ def load_half_used(folder: Path) -> HalfUsed | None:
     if not (folder / TEXTS_FILE).exists() and not (folder / ARRAYS_FILE).exists():
         return None
     try:
-        experience, texts = Experience.load(folder / "rollout")
+        texts = json.loads((folder / TEXTS_FILE).read_text(encoding="utf-8"))
+        if "kinds" in texts:
+            experience, texts = Experience.load(folder / "rollout")
+        else:
+            experience = _from_before(folder / ARRAYS_FILE, texts)
         return HalfUsed(
             experience=experience,
             position=Position(**texts["position"]),
@@ -86,3 +94,19 @@ def load_half_used(folder: Path) -> HalfUsed | None:
         raise CheckpointError(
             f"{folder}: the half-used rollout ({TEXTS_FILE}, {ARRAYS_FILE}) cannot be read: {error!r}"
         ) from error
+
+
+def _from_before(file: Path, texts: dict[str, Any]) -> Experience:
+    """Of files from before a rollout was a batch: padded arrays, those of the rollout and of the scores' parts under
+    ``rollout/`` and ``score_parts/``.
+    """
+    from safetensors.numpy import load_file
+
+    arrays: dict[str, dict[str, Any]] = {"rollout": {}, "score_parts": {}, "": {}}
+    for name, array in load_file(str(file)).items():
+        group, _, own = name.partition("/")
+        arrays[group if own else ""][own or name] = array
+    rollout = arrays["rollout"]
+    rollout.setdefault("sampler_logprobs", rollout["logprobs"])
+    lists = {name: texts[name] for name in ("prompts", "responses", "rows")}
+    return Experience(Rollout(**rollout, **lists), arrays["score_parts"], **arrays[""])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from alignment.cli import main
 from alignment.errors import CheckpointError
@@ -190,6 +191,47 @@ def test_a_half_used_rollout_comes_back_as_it_was(tmp_path: Path) -> None:
         half.experience.rollout.prompts, half.experience.rollout.responses,
     )  # fmt: skip
     assert back.experience.rollout.rows == [{"want": "a", "score": 0.5, "on": "2020-01-02"}, {"ids": [0, 1, 2]}]
+
+
+def test_one_from_before_the_samplers_logprobs_were_kept_is_read(tmp_path: Path) -> None:
+    """They are the policy's log-probs then, which its run used in their place; every token was the policy's."""
+    half = make_half_used()
+    experience, rollout = half.experience, half.experience.rollout
+    rollout = rollout.add("response", rollout_logprobs=rollout.logprobs - 1.5)
+    names = ("tokens", "prompt_len", "response_len", "finished", "prompt_index", "sample_index")
+    arrays = {f"rollout/{name}": rollout[name] for name in names} | {"rollout/logprobs": rollout.logprobs}
+    figures = (
+        "logprobs",
+        "ref_logprobs",
+        "values",
+        "kl",
+        "rewards",
+        "advantages",
+        "returns",
+        "scores",
+        "shaped_scores",
+    )
+    arrays |= {name: experience[name] for name in figures}
+    arrays |= {f"score_parts/{name}": part for name, part in experience.score_parts.items()}
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, tmp_path / ARRAYS_FILE)
+    (tmp_path / "now").mkdir()
+    save_half_used(tmp_path / "now", half)
+    texts = json.loads((tmp_path / "now" / TEXTS_FILE).read_text())
+    del texts["kinds"]
+    texts |= texts.pop("lists")
+    (tmp_path / TEXTS_FILE).write_text(json.dumps(texts))
+    back = load_half_used(tmp_path)
+    assert back is not None
+    assert (back.position, back.first_step, back.rollout_stats, back.rows) == (
+        half.position, half.first_step, half.rollout_stats, half.rows,
+    )  # fmt: skip
+    read = back.experience
+    assert read.columns.keys() == experience.columns.keys()
+    for name in figures:
+        np.testing.assert_array_equal(read[name], experience[name])
+    assert (read.score_parts["a/b|c"] == experience.score_parts["a/b|c"]).all()
+    assert read.responses == experience.responses and (read.flat("tokens") == rollout.flat("tokens")).all()
+    assert (read.sampler_logprobs == rollout.logprobs).all() and (read.actions == read.mask).all()
 
 
 @pytest.mark.parametrize("missing", [TEXTS_FILE, ARRAYS_FILE])
