@@ -1,4 +1,4 @@
-"""Where values come from: a JSON file, then the command line.
+"""Where values come from: a JSON or YAML file, then the command line.
 
 Nothing here knows any key's meaning; it yields ``Given(key, value, where)`` in the order in which they apply.
 """
@@ -16,6 +16,8 @@ from alignment.arguments.spec import FALSE_WORDS, TRUE_WORDS
 from alignment.errors import ArgumentsError
 
 COMMAND_LINE = "command line"
+YAML_ENDINGS = (".yaml", ".yml")
+ENDINGS = (".json", *YAML_ENDINGS)
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,10 @@ class Given:
 
 
 def read_file(path: str) -> list[Given]:
-    """Read a JSON file of arguments.
+    """Read a file of arguments: YAML if it is called so, else JSON.
 
     Raises:
-        ArgumentsError: the file is missing, unreadable, not JSON, not an object, or has a key twice; with line and
+        ArgumentsError: the file is missing, unreadable, not JSON or YAML, no object, or has a key twice; with line and
             column.
     """
     file = Path(path).expanduser()
@@ -54,6 +56,20 @@ def read_file(path: str) -> list[Given]:
     except OSError as error:
         raise ArgumentsError(f"{path}: cannot be read: {error.strerror}") from None
     try:
+        if file.suffix in YAML_ENDINGS:
+            from alignment.arguments.yaml_file import read_yaml
+
+            items = read_yaml(text, path)
+        else:
+            items = _read_json(text, path)
+    except RecursionError:
+        raise ArgumentsError(f"{path}: its brackets are nested too deeply") from None
+    return [Given(key, value, f"{path}, line {line}") for key, value, line in items]
+
+
+def _read_json(text: str, path: str) -> list[tuple[str, Any, int]]:
+    """``(key, value, line)`` of every key."""
+    try:
         content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
     except json.JSONDecodeError as error:
         raise ArgumentsError(
@@ -64,7 +80,7 @@ def read_file(path: str) -> list[Given]:
     if not isinstance(content, dict):
         raise ArgumentsError(f'{path}: must hold one JSON object ({{"key": value, ...}}), not {_json_type(content)}')
     lines = key_lines(text)
-    return [Given(key, value, f"{path}, line {lines[key]}") for key, value in content.items()]
+    return [(key, value, lines[key]) for key, value in content.items()]
 
 
 def key_lines(text: str) -> dict[str, int]:
@@ -152,7 +168,7 @@ def read_argv(argv: Sequence[str], kind: Callable[[str], str | None]) -> tuple[s
     """
     words = [str(word) for word in argv]
     file = None
-    if words and not words[0].startswith("-") and (words[0].endswith(".json") or "=" not in words[0]):
+    if words and not words[0].startswith("-") and (words[0].endswith(ENDINGS) or "=" not in words[0]):
         file = words.pop(0)
     given, problems = [], []
     while words:
@@ -168,7 +184,7 @@ def read_argv(argv: Sequence[str], kind: Callable[[str], str | None]) -> tuple[s
             given.append(Given(bare, value, COMMAND_LINE, True))
         elif equals and bare and not name.startswith("-"):
             given.append(Given(bare, value, COMMAND_LINE, True))
-        elif word.endswith(".json"):
+        elif word.endswith(ENDINGS):
             problems.append(f"{COMMAND_LINE}: {word!r}: only one argument file can be given, and it must come first")
         else:
             problems.append(f"{COMMAND_LINE}: {word!r} is not understood; write key=value, --key value or --key=value")

@@ -8,7 +8,7 @@ from alignment.arguments.foreign import RL_ALGORITHMS
 from alignment.arguments.parser import find
 from alignment.arguments.presets import in_words
 from alignment.arguments.resolve import beside_file
-from alignment.arguments.sources import Given, read_argv, read_file
+from alignment.arguments.sources import ENDINGS, Given, read_argv, read_file
 from alignment.arguments.spec import read_list
 from alignment.cli import RUNNERS, TASKS
 from alignment.errors import ArgumentsError, nearest
@@ -65,7 +65,7 @@ def run_command(argv: list[str]) -> int:
         print(RUN_USAGE)
         return 0
     name, rest = argv[0], argv[1:]
-    if name.endswith((".json", ".yaml", ".yml")) or ("=" in name):
+    if name.endswith(ENDINGS) or "=" in name:
         raise ArgumentsError(f"{name!r} is no method's name\n{RUN_USAGE}")
     file, _ = _load_plugins(rest)
     return run_method(methods.find_method(beside_file(name, file)), rest)
