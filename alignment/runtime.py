@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import os
 import platform
 import random
@@ -30,6 +31,8 @@ from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from alignment import frontpage
 
@@ -284,6 +287,29 @@ def quiet_import() -> Iterator[None]:
     """
     with contextlib.redirect_stderr(_WithoutNoise(sys.stderr)):
         yield
+
+
+class _Lazy(ModuleType):
+    """A module that is imported, quietly, when something of it is first used."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Not importlib's LazyLoader: that one puts its stand-in into sys.modules, where others look whether Paddle is
+        # loaded.
+        module = self.__dict__.get("_module")
+        if module is None:
+            with quiet_import():
+                module = self.__dict__["_module"] = importlib.import_module(self.__name__)
+        return getattr(module, name)
+
+
+def lazy(name: str) -> Any:
+    """A stand-in for the module ``name`` that loads it at the first look at one of its names.
+
+    For what should be importable without loading Paddle (which takes seconds)::
+
+        paddle = lazy("paddle")
+    """
+    return _Lazy(name)
 
 
 class _WithoutNoise:

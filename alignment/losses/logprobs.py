@@ -8,12 +8,19 @@ each rank gives its own columns of the logits, and three numbers per token trave
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import paddle
-from paddle import Tensor
-from paddle.autograd import PyLayer
+from alignment.runtime import lazy
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+paddle = lazy("paddle")
+
+# Stands for minus infinity where a token may not be chosen: its probability is exactly 0, and 0 times it is 0.
+FORBIDDEN = -1e30
 
 
 class Shard(Protocol):
@@ -48,56 +55,62 @@ class _Whole:
         return values
 
 
-class _TokenLogProbs(PyLayer):
-    """``(logits [N, V], labels [N]) -> (logprobs [N], entropy [N], greedy [N])``.
+@functools.cache
+def _token_logprobs() -> Any:
+    """The layer; a function, because its base class is Paddle's."""
 
-    Keeps the probabilities ``[N, V]`` for the backward, and the log-probabilities too where the entropy is to be
-    differentiated. ``greedy`` is 1 where no logit is larger than the label's.
-    """
+    class TokenLogProbs(paddle.autograd.PyLayer):
+        """``(logits [N, V], labels [N]) -> (logprobs [N], entropy [N], greedy [N])``.
 
-    @staticmethod
-    def forward(ctx, logits, labels, temperature, want_entropy, entropy_grad, shard):  # type: ignore[no-untyped-def]
-        dtype = paddle.float64 if logits.dtype == paddle.float64 else paddle.float32
-        scaled = logits.astype(dtype)
-        if temperature != 1.0:
-            scaled = scaled / temperature
-        shifted = scaled - shard.largest(scaled.max(axis=-1, keepdim=True))
-        probs = shifted.exp()
-        total = shard.total(probs.sum(axis=-1, keepdim=True))
-        log_total = total.log()
-        column = labels - shard.start
-        here = paddle.logical_and(column >= 0, column < shard.size).astype(dtype).unsqueeze(-1)
-        column = column.clip(0, shard.size - 1).unsqueeze(-1)
-        picked = shard.total(paddle.take_along_axis(shifted, column, axis=-1) * here)
-        logprobs = (picked - log_total).squeeze(-1)
-        probs.divide_(total)
-        if want_entropy:
-            # H = log Z - sum p z with z the shifted logits: no logarithm of a vanishing probability
-            entropy = (log_total - shard.total((probs * shifted).sum(axis=-1, keepdim=True))).squeeze(-1)
-        else:
-            entropy = paddle.zeros_like(logprobs)
-        ctx.temperature, ctx.input_dtype, ctx.entropy_grad = temperature, logits.dtype, entropy_grad
-        if entropy_grad:
-            ctx.save_for_backward(probs, column, here, shifted - log_total, entropy)
-        else:
-            ctx.save_for_backward(probs, column, here)
-        return logprobs, entropy, (picked >= 0).astype(dtype).squeeze(-1)
+        Keeps the probabilities ``[N, V]`` for the backward, and the log-probabilities too where the entropy is to be
+        differentiated. ``greedy`` is 1 where no logit is larger than the label's.
+        """
 
-    @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy, grad_greedy):  # type: ignore[no-untyped-def]
-        saved = ctx.saved_tensor()
-        probs, column, here = saved[0], saved[1], saved[2]
-        # d logp(label) / d z = onehot - p
-        grad = paddle.put_along_axis(
-            probs * -grad_logprobs.unsqueeze(-1), column, grad_logprobs.unsqueeze(-1) * here, axis=-1, reduce="add"
-        )
-        if ctx.entropy_grad:
-            # d H / d z = -p (log p + H)
-            log_probs, entropy = saved[3], saved[4]
-            grad = grad - grad_entropy.unsqueeze(-1) * probs * (log_probs + entropy.unsqueeze(-1))
-        if ctx.temperature != 1.0:
-            grad = grad / ctx.temperature
-        return grad.astype(ctx.input_dtype), None
+        @staticmethod
+        def forward(ctx, logits, labels, temperature, want_entropy, entropy_grad, shard):  # type: ignore[no-untyped-def]
+            dtype = paddle.float64 if logits.dtype == paddle.float64 else paddle.float32
+            scaled = logits.astype(dtype)
+            if temperature != 1.0:
+                scaled = scaled / temperature
+            shifted = scaled - shard.largest(scaled.max(axis=-1, keepdim=True))
+            probs = shifted.exp()
+            total = shard.total(probs.sum(axis=-1, keepdim=True))
+            log_total = total.log()
+            column = labels - shard.start
+            here = paddle.logical_and(column >= 0, column < shard.size).astype(dtype).unsqueeze(-1)
+            column = column.clip(0, shard.size - 1).unsqueeze(-1)
+            picked = shard.total(paddle.take_along_axis(shifted, column, axis=-1) * here)
+            logprobs = (picked - log_total).squeeze(-1)
+            probs.divide_(total)
+            if want_entropy:
+                # H = log Z - sum p z with z the shifted logits: no logarithm of a vanishing probability
+                entropy = (log_total - shard.total((probs * shifted).sum(axis=-1, keepdim=True))).squeeze(-1)
+            else:
+                entropy = paddle.zeros_like(logprobs)
+            ctx.temperature, ctx.input_dtype, ctx.entropy_grad = temperature, logits.dtype, entropy_grad
+            if entropy_grad:
+                ctx.save_for_backward(probs, column, here, shifted - log_total, entropy)
+            else:
+                ctx.save_for_backward(probs, column, here)
+            return logprobs, entropy, (picked >= 0).astype(dtype).squeeze(-1)
+
+        @staticmethod
+        def backward(ctx, grad_logprobs, grad_entropy, grad_greedy):  # type: ignore[no-untyped-def]
+            saved = ctx.saved_tensor()
+            probs, column, here = saved[0], saved[1], saved[2]
+            # d logp(label) / d z = onehot - p
+            grad = paddle.put_along_axis(
+                probs * -grad_logprobs.unsqueeze(-1), column, grad_logprobs.unsqueeze(-1) * here, axis=-1, reduce="add"
+            )
+            if ctx.entropy_grad:
+                # d H / d z = -p (log p + H)
+                log_probs, entropy = saved[3], saved[4]
+                grad = grad - grad_entropy.unsqueeze(-1) * probs * (log_probs + entropy.unsqueeze(-1))
+            if ctx.temperature != 1.0:
+                grad = grad / ctx.temperature
+            return grad.astype(ctx.input_dtype), None
+
+    return TokenLogProbs
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,7 @@ def score_labels(
     entropy: bool = False,
     entropy_grad: bool = False,
     shard: Shard | None = None,
+    keep: Tensor | None = None,
 ) -> TokenScores:
     """Look chosen tokens up in ``softmax(logits / temperature)``.
 
@@ -133,9 +147,16 @@ def score_labels(
         entropy: whether to compute the entropy.
         entropy_grad: whether the entropy is to be differentiated (keeps one more ``[..., V]`` tensor).
         shard: where the other columns are; every holder calls with the same labels.
+        keep: ``[..., V]`` bool, the tokens that could be chosen (with ``shard`` its columns); the probabilities are
+            renormalised over them (NLPO, Ramamurthy et al. 2023). A label outside has the log-prob
+            :data:`FORBIDDEN`, nearly. ``None`` for all.
     """
+    if keep is not None:
+        # in float32 at least: float16 does not hold FORBIDDEN
+        logits = logits.astype(paddle.float64 if logits.dtype == paddle.float64 else paddle.float32)
+        logits = paddle.where(keep, logits, paddle.full_like(logits, FORBIDDEN))
     shape, columns = labels.shape, logits.shape[-1]
-    parts = _TokenLogProbs.apply(
+    parts = _token_logprobs().apply(
         logits.reshape([-1, columns]),
         labels.reshape([-1]),
         float(temperature),

@@ -7,10 +7,16 @@ model add the two signs. Mean over pairs of a value here is the loss that papers
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import paddle
-import paddle.nn.functional as F
-from paddle import Tensor
+
+from alignment.runtime import lazy
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+paddle = lazy("paddle")
 
 LOSS_TYPES = ("sequence-wise", "token-wise")
 
@@ -33,7 +39,7 @@ def sequence_losses(
     difference = chosen - rejected
     if margin is not None:
         difference = difference - margin
-    loss = -F.log_sigmoid(difference)
+    loss = -paddle.nn.functional.log_sigmoid(difference)
     if regularization:
         loss = loss + regularization * (chosen.square() + rejected.square())
     return loss
@@ -58,7 +64,8 @@ def cost_losses(
     Returns:
         The shape and dtype of the costs.
     """
-    signs = F.log_sigmoid(safer_sign * safer) + F.log_sigmoid(unsafer_sign * unsafer)
+    log_sigmoid = paddle.nn.functional.log_sigmoid
+    signs = log_sigmoid(safer_sign * safer) + log_sigmoid(unsafer_sign * unsafer)
     return sequence_losses(unsafer, safer, regularization=regularization) - signs
 
 

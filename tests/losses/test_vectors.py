@@ -10,7 +10,9 @@ import paddle
 import pytest
 
 from alignment.losses.advantages import gae, whiten
+from alignment.losses.estimators import ADVANTAGES, AdvantageInputs, AdvantageOptions
 from alignment.losses.kl import AdaptiveKLController, FixedKLController, kl_estimate, shape_rewards
+from alignment.losses.lagrange import LagrangeMultiplier, safe_advantages
 from alignment.losses.policy import aggregate, policy_loss, value_loss
 
 TOLERANCE = {np.float32: 1e-6, np.float64: 1e-8}
@@ -169,3 +171,67 @@ def test_adaptive_kl_controller(vectors: dict) -> None:
     fixed = FixedKLController(0.2)
     fixed.update(100.0, 256)
     assert fixed.kl_coeff == 0.2
+
+
+def cost_advantages_of(case: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The cost's token stream, with the KL added, and its advantages (the vectors' cost critic says ``new_values``)."""
+    safe = case["inputs"]["safe_rlhf"]
+    costs = np.asarray(safe["cost"], case["scores"].dtype)
+    kl = kl_estimate(case["logprobs"], case["ref_logprobs"], "k1") * case["mask"]
+    stream = shape_rewards(costs, kl, case["response_len"], -case["inputs"]["kl_coef"], safe["clip_range_score"])
+    return stream, gae(stream, case["new_values"], case["mask"], case["inputs"]["gamma"], case["inputs"]["lam"])[0]
+
+
+def test_streams_and_advantages_of_reward_and_cost_are_safe_rlhfs(case: dict) -> None:
+    wanted = case["results"]["safe-rlhf (transcribed)"]
+    stream, advantages = cost_advantages_of(case)
+    close(rewards_of(case), wanted["reward stream"], case)
+    close(stream, wanted["cost stream (+beta*KL)"], case)
+    close(advantages_of(case)[0], wanted["reward_adv(no whitening)"], case)
+    close(advantages, wanted["cost_adv"], case)
+
+
+def test_policy_loss_on_safe_advantages_is_ppo_lags(case: dict) -> None:
+    wanted = case["results"]["safe-rlhf (transcribed)"]["ppo_lag actor_loss, A=(Ar-lam*Ac)/(1+lam)"]
+    mixed = safe_advantages(
+        advantages_of(case)[0], cost_advantages_of(case)[1], case["inputs"]["safe_rlhf"]["lambda"]
+    ).astype(case["mask"].dtype)
+    new, old, advantages, mask = tensors(case["new_logprobs"], case["logprobs"], mixed, case["mask"])
+    close(policy_loss(new, old, advantages, mask, mean="sequence").loss, wanted, case)
+
+
+def test_lagrange_multiplier_is_safe_rlhfs(vectors: dict) -> None:
+    (wanted,) = (value for key, value in vectors["results"]["safe-rlhf (transcribed)"].items() if "lambda" in key)
+    multiplier, got = LagrangeMultiplier(1.0, learning_rate=0.1, limit=0.0, largest=5.0), []
+    for cost in (0.5, 0.5, -0.2, 2.0):
+        resumed = LagrangeMultiplier(1.0, learning_rate=0.1, limit=0.0, largest=5.0)
+        resumed.load_state_dict(multiplier.state_dict())
+        multiplier = resumed
+        multiplier.update(cost)
+        got.append(multiplier.value)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-8)
+    for _ in range(100):
+        multiplier.update(2.0)
+    assert multiplier.value == 5.0
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "options"),
+    [
+        ("grpo(norm by std)", "grpo", {}),
+        ("dr_grpo(no std)", "grpo", {"scale": "none"}),
+        ("rloo", "rloo", {}),
+        ("reinforce++", "reinforce_plus_plus", {}),
+        ("reinforce++_baseline", "reinforce_plus_plus_baseline", {}),
+    ],
+)
+def test_group_estimators_are_verls(vectors: dict, key: str, name: str, options: dict) -> None:
+    group = vectors["inputs"]["group"]
+    inputs = AdvantageInputs(
+        scores=np.asarray(group["scores_at_last_token"], np.float64),
+        mask=np.asarray(group["mask"]),
+        groups=np.unique(group["prompt_index"], return_inverse=True)[1],
+        options=AdvantageOptions(**options),
+    )
+    wanted = vectors["results"]["verl HEAD core_algos"][key]
+    np.testing.assert_allclose(ADVANTAGES[name](inputs).advantages, wanted, rtol=0, atol=1e-8)

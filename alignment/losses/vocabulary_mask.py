@@ -1,0 +1,82 @@
+"""NLPO: which tokens the policy may choose, from a lagging copy of it (NumPy; the differentiable log-probs are
+:func:`~alignment.losses.logprobs.score_labels` with ``keep``).
+
+Source: Ramamurthy et al. 2023 (RL4LMs, NLPO), section 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from alignment.named import Named
+
+# From logits [..., V], the threshold and the least number of tokens to keep [..., V] bool.
+VOCABULARY_MASKS: Named[Callable[[np.ndarray, float, int], np.ndarray]] = Named("mask_type")
+
+
+def vocabulary_mask(
+    kind: str, mask_logits: np.ndarray, top_mask: float, keep_at_least: int = 1, always: Iterable[int] = ()
+) -> np.ndarray:
+    """The tokens that may be chosen.
+
+    Args:
+        kind: a name of :data:`VOCABULARY_MASKS`.
+        mask_logits: ``[..., V]`` of the lagging policy (of the policy itself for RL4LMs' ``topk``).
+        top_mask: p or k; -1 keeps all tokens.
+        keep_at_least: tokens kept in any case, the most probable ones; ``learned_top_p`` only.
+        always: token ids that may always be chosen (the tokenizer's special ids).
+
+    Returns:
+        ``[..., V]`` bool.
+
+    Raises:
+        ArgumentsError: ``kind`` is unknown.
+    """
+    choose, logits = VOCABULARY_MASKS[kind], np.asarray(mask_logits, np.float64)
+    keep = np.ones(logits.shape, bool) if top_mask == -1 else choose(logits, top_mask, keep_at_least)
+    keep[..., list(always)] = True
+    return keep
+
+
+@VOCABULARY_MASKS.register("learned_top_p")
+def nucleus_mask(logits: np.ndarray, top_p: float, keep_at_least: int) -> np.ndarray:
+    """The most probable tokens in front of which a mass of at most p lies: the one that crosses p stays."""
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    probs = np.take_along_axis(masked_softmax(logits)[0], order, axis=-1)
+    before = np.cumsum(probs, axis=-1) - probs
+    keep_sorted = before <= top_p
+    keep_sorted[..., : max(1, keep_at_least)] = True
+    keep = np.zeros(logits.shape, bool)
+    np.put_along_axis(keep, order, keep_sorted, axis=-1)
+    return keep
+
+
+@VOCABULARY_MASKS.register("learned_top_k", "topk")
+def largest_mask(logits: np.ndarray, top_k: float, keep_at_least: int) -> np.ndarray:
+    """The k most probable tokens; equal ones by their number."""
+    order = np.argsort(-logits, axis=-1, kind="stable")[..., : int(top_k)]
+    keep = np.zeros(logits.shape, bool)
+    np.put_along_axis(keep, order, True, axis=-1)
+    return keep
+
+
+def masked_softmax(logits: np.ndarray, keep: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distribution over the tokens that may be chosen, renormalised.
+
+    Args:
+        logits: ``[..., V]``.
+        keep: ``[..., V]`` bool; ``None`` for all.
+
+    Returns:
+        ``(probs, logprobs, entropy)``, ``[..., V]``, ``[..., V]`` (minus infinity where a token may not be chosen) and
+        ``[...]``, float64.
+    """
+    wide = np.asarray(logits, np.float64)
+    wide = wide if keep is None else np.where(keep, wide, -np.inf)
+    shifted = wide - wide.max(axis=-1, keepdims=True)
+    probs = np.exp(shifted)
+    total = probs.sum(axis=-1, keepdims=True)
+    logprobs, probs = shifted - np.log(total), probs / total
+    return probs, logprobs, -(probs * np.where(probs > 0, logprobs, 0.0)).sum(axis=-1)
