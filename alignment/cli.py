@@ -97,7 +97,7 @@ def help_text() -> str:
             "FILE is JSON or YAML.",
             "`alignment TASK --help` explains one task; `alignment --version` prints the version.",
             "Several processes:",
-            "  python -m paddle.distributed.launch --nproc_per_node 2 alignment/ppo/run_ppo.py FILE.json",
+            "  python -m paddle.distributed.launch --nproc_per_node 2 alignment/__main__.py TASK ...",
         ]
     )
 

@@ -23,6 +23,7 @@ from alignment.arguments.stage_arguments import Arguments
 from alignment.arguments.training import BF16_ON_CPU
 from alignment.arguments.values import LATEST, short_names
 from alignment.errors import ArgumentsError, DataError, nearest
+from alignment.losses.compat import compat_settings
 
 #: What an output_dir may hold without counting as an earlier run: what a start leaves that fails before its first step.
 _HARMLESS = {
@@ -381,6 +382,11 @@ def _check_online(args: OnlineArguments, problems: Problems) -> None:
             f"{RL_ALGORITHMS[algorithm]}`, or with `alignment ppo`, which reads rl_algorithm",
             "rl_algorithm",
         )
+    if args.compat is not None:
+        try:
+            compat_settings(args.compat, args.STAGE)
+        except ArgumentsError as error:
+            problems.add(str(error), "compat")
     _check_correction(args, problems)
     if args.ptx_coeff > 0 and not args.ptx_datasets:
         problems.add(

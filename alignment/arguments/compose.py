@@ -32,8 +32,6 @@ def compose(
 
         @dataclass
         class Keys:
-            GROUP = "GRPO"
-
             scale: str = argument("group", "What the advantages are divided by.", choices=("group", "batch", "none"))
 
             def check_keys(self, problems):
@@ -42,9 +40,9 @@ def compose(
         compose(Keys, OnlineArguments, "grpo", "GRPO", changes={"num_return_sequences": {"default": 8, "ge": 2}})
 
     Args:
-        keys: a dataclass whose fields are made by :func:`~alignment.arguments.spec.argument`; its ``GROUP`` is the
-            heading in the documentation. It may define ``resolve_keys`` and ``check_keys`` (see
-            :class:`~alignment.arguments.stage_arguments.Arguments`) and derive from
+        keys: a dataclass whose fields are made by :func:`~alignment.arguments.spec.argument`; they stand under
+            ``title`` in the documentation, or under its ``GROUP``. It may define ``resolve_keys`` and ``check_keys``
+            (see :class:`~alignment.arguments.stage_arguments.Arguments`) and derive from
             :class:`~alignment.arguments.critic_keys.CriticKeys`. None: there are none.
         base: :class:`~alignment.arguments.OnlineArguments`, :class:`~alignment.arguments.RowArguments` or another class
             of arguments.
@@ -71,7 +69,7 @@ def compose(
     namespace: dict[str, Any] = {
         "STAGE": stage,
         "TITLE": title,
-        "GROUP": getattr(keys, "GROUP", title),
+        "GROUP": title if keys is None else keys.__dict__.get("GROUP", title),
         "__doc__": f"Arguments of {title}; see :class:`~alignment.arguments.stage_arguments.Arguments`.",
     }
     if metrics:

@@ -33,7 +33,7 @@ _OPERATORS = {
 }
 
 _GPU_OPTION = "a setting of paddlenlp's GPU kernels or of their model classes that this version does not use"
-_GRPO = "belongs to GRPO; PPO's KL term is part of the reward (kl_coeff)"
+_GRPO = "it is of paddlenlp's GRPO; here kl_coeff weighs the KL"
 _PYTHON_REWARD = 'write the call as a Python reward: "reward": "file.py:function"'
 _GLOBAL_BATCH = "give per_device_prompt_batch_size, per_device_train_batch_size and gradient_accumulation_steps"
 _LATER = "not available yet in this version"
@@ -125,7 +125,7 @@ RL_ALGORITHMS = {"ppo": "ppo", "grpo": "grpo", "reinforce_plus_plus": "reinforce
 
 def _reference_settings(cls: type) -> dict[str, dict[str, Any]]:
     """What paddlenlp's algorithms take for granted and the methods here do not."""
-    return {"grpo": {"kl_coeff": 0.001}}
+    return {"grpo": {"kl_coeff": 0.001}, "reinforce_plus_plus": {"kl_coeff": 0.02}}
 
 
 #: Options of the reference's reinforcement-learning script in its later versions, for every method that generates.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +10,23 @@ from alignment.arguments.sizes import Sizes, online_sizes
 from alignment.arguments.spec import argument, read_int
 from alignment.arguments.stage_arguments import Arguments
 from alignment.arguments.training import ONE_PROCESS, dataset_argument
+from alignment.losses.compat import COMPAT
 
-#: Peers whose constants ``compat`` can set.
-COMPAT_NAMES = ("trl0.24", "trl1", "trl", "verl", "openrlhf", "nemo", "compose")
+#: What :mod:`alignment.losses.compat` calls keys that have older names here.
+_COMPAT_KEYS = {
+    "aggregation": "policy_loss_mean",
+    "clip_range_low": "clip_range_ratio_low",
+    "clip_range_high": "clip_range_ratio_high",
+    "kl_kind": "kl_estimator",
+}
 
 
-def compat_settings(cls: type[Arguments]) -> Mapping[str, Mapping[str, Any]]:
-    """What each value of ``compat`` sets for a method: the peer's constants, of the keys that the method has."""
-    from alignment import losses
-
-    known = cls.specs()
-    tables = getattr(losses, "COMPAT", {})
-    return {name: {key: value for key, value in tables.get(name, {}).items() if key in known} for name in COMPAT_NAMES}
+def _compat_settings(cls: type[Arguments]) -> dict[str, dict[str, Any]]:
+    """What each value of ``compat`` sets for a method: the peer's constants under the names of keys."""
+    return {
+        peer: {_COMPAT_KEYS.get(name, name): value for name, value in methods.get(cls.STAGE, {}).items()}
+        for peer, methods in COMPAT.items()
+    }
 
 
 @dataclass
@@ -193,8 +197,8 @@ class ObjectiveFields:
         None,
         "Set constants as a peer does, where they are not given: the same names mean other maths there. What is set is "
         "said.",
-        choices=COMPAT_NAMES,
-        sets=compat_settings,
+        choices=tuple(COMPAT),
+        sets=_compat_settings,
         derived="this toolkit's",
     )
 
@@ -253,3 +257,10 @@ class OnlineArguments(CorrectionFields, ObjectiveFields, RolloutFields, OnlineDa
     def derive_sizes(self, num_rows: int, world_size: int = 1) -> Sizes:
         """Derive the numbers of rollouts and steps from the number of prompts; see the base class."""
         return online_sizes(self, num_rows, world_size)
+
+    def correction_bounds(self) -> dict[str, float | None]:
+        """Return the given fields of ``CorrectionOptions`` of :mod:`alignment.losses.correction` as a dict."""
+        kind, low, high = self.rollout_correction, self.rollout_correction_low, self.rollout_correction_high
+        if kind == "none":
+            return {}
+        return {"tis_cap": high} if kind == "tis" else {f"{kind}_low": low, f"{kind}_high": high}

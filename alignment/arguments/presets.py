@@ -20,7 +20,7 @@ class Settings:
     Attributes:
         values: key -> value.
         set_by: key -> what set it: ``"compat verl"``.
-        remarks: one line for each such key: what it set, and what it left as given.
+        remarks: one line for each such key: what it set, what it left as given, and what it could not set.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -28,15 +28,24 @@ class Settings:
     remarks: list[str] = field(default_factory=list)
 
 
-def settings_of(cls: type, spec: Spec) -> Mapping[str, Mapping[str, Any]]:
+def settings_of(cls: type, spec: Spec) -> dict[str, dict[str, Any]]:
     """What the values of a key set in a class of arguments: value -> {key: setting}; for most keys nothing."""
-    return {} if spec.sets is None else spec.sets(cls)
+    if spec.sets is None:
+        return {}
+    names = _own_names(cls)
+    return {
+        value: {names[key]: setting for key, setting in settings.items() if key in names}
+        for value, settings in spec.sets(cls).items()
+    }
 
 
 def in_words(settings: Mapping[str, Any]) -> str:
     """Settings of keys in words: ``"kl_coeff 0.001, scale none"``."""
-    words = (f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items())
-    return ", ".join(words) or "nothing else"
+
+    def word(value: Any) -> str:
+        return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+    return ", ".join(f"{key} {word(value)}" for key, value in settings.items())
 
 
 def settings_for(cls: type, known: Mapping[str, Spec], given: Mapping[str, Any]) -> Settings:
@@ -48,21 +57,27 @@ def settings_for(cls: type, known: Mapping[str, Spec], given: Mapping[str, Any])
             method's own.
         given: keys and values of the user.
     """
-    own, result = cls.specs(), Settings()
-    asked: list[tuple[str, dict[str, Any]]] = []
-    for name, spec in known.items():
-        if spec.sets is not None and name in given:
-            source, wanted = f"{name} {given[name]}", settings_of(cls, spec).get(given[name], {})
-            wanted = {key: value for key, value in wanted.items() if key in own}
-            if wanted or name in own:
-                asked.append((source, wanted))
-            for key, value in wanted.items():
-                if key not in given:
-                    result.values[key] = read_value(own[key], value, is_text=False)
-                    result.set_by[key] = source
-    for source, wanted in asked:
+    specs, result = cls.specs(), Settings()  # type: ignore[attr-defined]
+    choosers = [(f"{name} {given[name]}", known[name]) for name in known if known[name].sets and name in given]
+    for source, chooser in choosers:
+        for key, value in settings_of(cls, chooser).get(given[chooser.name], {}).items():
+            if key not in given:
+                result.values[key] = read_value(specs[key], value, is_text=False)
+                result.set_by[key] = source
+    for source, chooser in choosers:
+        wanted = settings_of(cls, chooser).get(given[chooser.name], {})
         done = {key: value for key, value in wanted.items() if result.set_by.get(key) == source}
         kept = [key for key in wanted if key in given]
-        as_given = f" ({', '.join(kept)}: as given)" if kept else ""
-        result.remarks.append(f"{source} sets {in_words(done)}{as_given}")
+        asked = chooser.sets(cls).get(given[chooser.name], {})  # type: ignore[misc]
+        missing = [key for key in asked if key not in _own_names(cls)]
+        parts = [f"{source} sets {in_words(done) or 'nothing'}"] if asked else []
+        parts += [f"{', '.join(kept)}: as given"] * bool(kept)
+        parts += [f"there is no key for {', '.join(missing)}"] * bool(missing)
+        result.remarks += ["; ".join(parts)] * bool(parts)
     return result
+
+
+def _own_names(cls: type) -> dict[str, str]:
+    """Names and aliases of the keys of a class of arguments -> their names."""
+    specs = cls.specs()  # type: ignore[attr-defined]
+    return {**{alias: spec.name for spec in specs.values() for alias in spec.aliases}, **{name: name for name in specs}}

@@ -106,6 +106,9 @@ def _resolve_online(args: OnlineArguments) -> None:
         args.clip_range_ratio_low = args.clip_range_ratio
     if args.clip_range_ratio_high is None:
         args.clip_range_ratio_high = args.clip_range_ratio
+    if args.passthrough.get("rl_algorithm") == "grpo" and (args.normalize_reward or args.normalize_advantage):
+        args.remarks.append("normalize_reward and normalize_advantage are false, as in paddlenlp's GRPO")
+        args.normalize_reward = args.normalize_advantage = False
     args.normalize_reward = bool(args.normalize_reward)
     args.normalize_advantage = bool(args.normalize_advantage)
     args.eval_mode = args.eval_mode or ""

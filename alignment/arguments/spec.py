@@ -120,7 +120,7 @@ def specs(cls: type) -> dict[str, Spec]:
     groups = {}
     for base in reversed(cls.__mro__):
         for name in base.__dict__.get("__annotations__", {}):
-            groups.setdefault(name, getattr(base, "GROUP", ""))
+            groups.setdefault(name, base.__dict__.get("GROUP") or getattr(cls, "GROUP", ""))
     result = {}
     for field in dataclasses.fields(cls):
         if "help" in field.metadata:

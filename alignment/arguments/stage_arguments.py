@@ -246,5 +246,5 @@ def help_text(cls: type[Arguments]) -> str:
         allowed = f" [{spec.range_text()}]" if spec.range_text() and spec.kind != "bool" else ""
         lines += [f"  {name}  (default: {default}){allowed}", f"      {spec.help}"]
         for value, settings in presets.settings_of(cls, spec).items():
-            lines.append(f"      {value}: {presets.in_words(settings)}")
+            lines += [f"      {value}: {presets.in_words(settings)}"] * bool(settings)
     return "\n".join(lines)

@@ -51,7 +51,10 @@ def main(argv: list[str]) -> int:
     found = methods.with_preset(name)
     if found is None:
         known = list(dict.fromkeys([*TASKS, *methods.BUILT_IN]))
-        raise ArgumentsError(f"unknown task {name!r}{nearest(name, known)}\nThe tasks are: {', '.join(known)}.")
+        raise ArgumentsError(
+            f"unknown task {name!r}{nearest(name, known)}\nThe tasks are: {', '.join(known)}. A method of your own is "
+            "started with `alignment run NAME FILE`."
+        )
     return run_method(found, rest, name)
 
 

@@ -21,6 +21,7 @@ from alignment.arguments import (
 )
 from alignment.arguments.stage_arguments import help_text
 from alignment.errors import ArgumentsError
+from alignment.losses.correction import CorrectionOptions
 
 ONLINE = {"output_dir": "out", "actor_model_name_or_path": "m", "reward_model_name_or_path": "r", "train_datasets": "a"}
 ROWS = {"output_dir": "out", "model_name_or_path": "m", "train_datasets": "a"}
@@ -105,11 +106,11 @@ def test_own_keys_are_checked_as_all_are() -> None:
 def test_the_critics_keys_are_mixed_in() -> None:
     @dataclass
     class Own(CriticKeys):
-        GROUP = "Mine"
         masks: int = argument(3, "Masks.", ge=1)
 
     args = from_dict(compose(Own, OnlineArguments, "mine", "Mine"), {**ONLINE, "learning_rate": 0.1})
     assert (args.masks, args.critic_learning_rate, args.reward_critic_model_name_or_path) == (3, 0.1, "r")
+    assert type(args).GROUP == "Mine"
     groups = {name: spec.group for name, spec in type(args).specs().items()}
     assert (groups["masks"], groups["gae_lambda"], groups["gamma"]) == ("Mine", "Critic", "Online methods: objective")
 
@@ -147,10 +148,10 @@ def test_a_preset_lies_below_what_is_given_and_is_said() -> None:
     args = made(preset="plain", kl_coeff=0.25)
     assert (args.scale, args.kl_coeff) == ("none", 0.25)
     assert args.set_by == {"scale": "preset plain"}
-    assert args.remarks == ["preset plain sets scale none (kl_coeff: as given)"]
+    assert args.remarks == ["preset plain sets scale none; kl_coeff: as given"]
     text = args.dry_run_text()
     assert re.search(r'\n\* scale +"none"  \(by preset plain\)\n', text)
-    assert "- preset plain sets scale none (kl_coeff: as given)" in text
+    assert "- preset plain sets scale none; kl_coeff: as given" in text
 
 
 def test_an_alias_that_is_given_wins_over_a_preset() -> None:
@@ -171,6 +172,37 @@ def test_help_says_what_the_presets_set() -> None:
     text = help_text(GROUPED)
     assert '\nGrouped\n  scale  (default: "group") [group, batch, none]' in text
     assert "      sharp: scale batch, clip_range_ratio_high 0.28" in text
+
+
+def test_compat_sets_a_peers_constants(said: list[tuple[str, str]]) -> None:
+    args = from_dict(PPOArguments, {**ONLINE, "compat": "nemo", "clip_range_ratio_high": 0.3})
+    assert (args.dual_clip, args.clip_range_ratio_low, args.clip_range_ratio_high) == (10.0, 0.2, 0.3)
+    assert args.set_by["dual_clip"] == "compat nemo" and "clip_range_ratio_high" not in args.set_by
+    (remark,) = args.remarks
+    assert remark.startswith("compat nemo sets policy_loss_mean token, dual_clip 10.0, clip_range_ratio_low 0.2; ")
+    assert "; clip_range_ratio_high: as given; there is no key for kl_log_ratio_clamp, " in remark
+    args.report()
+    assert ("INFO", remark) in said
+
+
+def test_compat_of_a_peer_without_the_method_is_refused() -> None:
+    text = refused(PPOArguments, {**ONLINE, "compat": "trl1"})
+    assert "compat 'trl1' says nothing of 'ppo': it knows grpo, rloo" in text
+    assert "compat: 'trlx' is not one of 'trl0.24', " in refused(PPOArguments, {**ONLINE, "compat": "trlx"})
+
+
+def test_compat_finds_a_key_by_its_other_name_and_yields_to_a_preset() -> None:
+    @dataclass
+    class Own:
+        advantage_eps: float = argument(1e-6, "Added to the deviation.", aliases=("eps",))
+        std: str = argument("unbiased", "Deviation.", choices=("unbiased", "biased"))
+
+    cls = compose(Own, OnlineArguments, "grpo", "GRPO", presets={"ours": {"std": "unbiased"}})
+    args = from_dict(cls, {**ONLINE, "compat": "compose"})
+    assert (args.advantage_eps, args.std, args.policy_loss_mean) == (1e-4, "biased", "sequence")
+    args = from_dict(cls, {**ONLINE, "compat": "compose", "preset": "ours"})
+    assert (args.std, args.set_by["std"]) == ("unbiased", "preset ours")
+    assert any(line.startswith("compat compose sets policy_loss_mean sequence, ") for line in args.remarks)
 
 
 # ---- what authors get wrong --------
@@ -226,6 +258,7 @@ def test_early_stopping_that_a_reference_file_switches_off_stays_off() -> None:
 def test_bounds_of_the_correction_follow_from_its_kind(mode: str, bounds: tuple[Any, Any]) -> None:
     args = made(rollout_correction=mode)
     assert (args.rollout_correction_low, args.rollout_correction_high) == bounds
+    assert CorrectionOptions(**args.correction_bounds()) == CorrectionOptions(), "the same as in the function"
 
 
 def test_the_correction_is_checked() -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alignment.arguments import PPOArguments, RewardArguments, SFTArguments, markdown_table, parser
+from alignment.arguments import markdown_table, parser
 
 
 def test_parsing_is_quick_and_loads_neither_paddle_nor_paddlenlp(repo: Path) -> None:
@@ -38,12 +38,12 @@ def test_the_page_is_up_to_date(repo: Path) -> None:
 
 def test_the_page_names_every_key() -> None:
     page = markdown_table()
-    for cls in (SFTArguments, RewardArguments, PPOArguments):
+    for cls in parser.all_stages():
         assert [key for key in parser.known_keys(cls) if f"`{key}`" not in page] == []
 
 
 def test_every_argument_says_what_it_does() -> None:
-    for cls in (SFTArguments, RewardArguments, PPOArguments):
+    for cls in parser.all_stages():
         for name, spec in cls.specs().items():
             assert spec.help.endswith("."), name
             assert spec.default is not None or spec.optional, name

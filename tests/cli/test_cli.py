@@ -79,6 +79,12 @@ def test_merge_lora_of_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFi
     assert "Traceback" not in said
 
 
+def test_the_launchers_script_takes_every_task(repo: Path) -> None:
+    """A method without a script of its own starts on several processes, too."""
+    done = run(repo, "__main__.py", "run", "nobody", cwd=repo / "alignment")
+    assert done.returncode == 2 and "unknown method 'nobody'" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("script", ["sft/run_sft.py", "rm/run_reward.py", "ppo/run_ppo.py"])
 def test_scripts_start_from_their_own_folder(repo: Path, script: str) -> None:
     folder, name = (repo / "alignment" / script).parent, Path(script).name
