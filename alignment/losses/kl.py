@@ -72,7 +72,7 @@ def _straight_through(value: Callable[[Any], Any], difference: Any) -> Any:
 
 
 def _is_tensor(values: Any) -> bool:
-    return not isinstance(values, (np.ndarray, float, int))
+    return not isinstance(values, (np.ndarray, np.generic, float, int))
 
 
 def kl_estimate(

@@ -100,7 +100,7 @@ def test_every_compat_setting_is_one_of_a_function_here() -> None:
         "advantage": ADVANTAGES,
         "policy_loss": POLICY_LOSSES,
         "aggregation": AGGREGATIONS,
-        "kl_kind": KL_ESTIMATORS,
+        "kl_estimator": KL_ESTIMATORS,
     }
     for methods in COMPAT.values():
         for settings in methods.values():
@@ -108,7 +108,24 @@ def test_every_compat_setting_is_one_of_a_function_here() -> None:
             assert all(value in names[key] for key, value in settings.items() if key in names)
     assert COMPAT["trl"] is COMPAT["trl1"]
     assert compat_settings("nemo", "grpo")["leave_one_out"]
+    assert compat_settings("verl", "grpo")["aggregation"] == "token"
+    assert "aggregation" not in compat_settings("verl", "grpo", "gspo")  # always the mean over answers there
+    assert compat_settings("trl", "rloo", "rloo")["aggregation"] == "sequence"
+    compat_settings("verl", "grpo").clear()
+    assert COMPAT["verl"]["grpo"]
     with pytest.raises(ArgumentsError, match="did you mean 'verl'.*\nKnown: .*openrlhf"):
         compat_settings("ver", "grpo")
     with pytest.raises(ArgumentsError, match="says nothing of 'remax': it knows grpo, rloo"):
         compat_settings("trl", "remax")
+
+
+def test_the_page_about_compat_states_every_setting() -> None:
+    page = (Path(alignment.losses.__file__).parents[2] / "docs" / "compat.md").read_text()
+    for peer, methods in COMPAT.items():
+        for method, settings in methods.items():
+            if peer != "trl":
+                assert f"| {peer} | `{method}` | {stated(settings)} |" in page
+
+
+def stated(settings: dict) -> str:
+    return ", ".join(f"`{key}: {'off' if value is None else value}`" for key, value in settings.items())
