@@ -42,6 +42,7 @@ from alignment.engine.weights import load_weights_into, some_names
 from alignment.errors import CheckpointError, InvariantError, NonFiniteError
 from alignment.log import say_once
 from alignment.losses.logprobs import TokenScores
+from alignment.losses.token_sets import TokenSets
 from alignment.parallel import World
 from alignment.parallel.gradients import add_up_in_float32, gradient, set_gradient
 from alignment.parallel.layerwise import Layerwise
@@ -275,6 +276,7 @@ class Engine:
         *,
         entropy: bool = False,
         entropy_grad: bool = False,
+        allowed: TokenSets | None = None,
     ) -> TokenScores:
         """Look tokens up in what a causal model predicts, its vocabulary divided or not; the logits are never whole in
         memory, see :func:`alignment.engine.label_scores.label_scores`.
@@ -282,16 +284,15 @@ class Engine:
         Args:
             states: ``[N, hidden]`` final hidden states of the positions that predict the labels.
             labels: ``[N]`` int64.
-            temperature, entropy, entropy_grad: as there.
+            temperature, entropy, entropy_grad, allowed: as there.
         """
         shard = None
         if self.topology.tensor > 1 and divides_vocabulary(self.model):
             assert self.world.groups is not None
             columns = head_columns(self.model)
             shard = VocabularyShard(self.world.groups.tensor, columns * self.topology.tensor_rank, columns)
-        return label_scores(
-            self.model, states, labels, temperature, entropy=entropy, entropy_grad=entropy_grad, shard=shard
-        )
+        how = {"entropy": entropy, "entropy_grad": entropy_grad, "shard": shard, "allowed": allowed}
+        return label_scores(self.model, states, labels, temperature, **how)
 
     @property
     def _schedule(self) -> Any:

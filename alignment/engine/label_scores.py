@@ -17,6 +17,7 @@ from paddle.autograd import PyLayer
 
 from alignment.kernels.ops import kernels
 from alignment.losses.logprobs import Shard, TokenScores, score_labels
+from alignment.losses.token_sets import TokenSets
 from alignment.ppo.models import head_is_tied, kept_tokens, lm_logits, unwrap
 
 #: Labels whose logits exist at a time where no kernel computes them: 512 rows of a vocabulary of 152,000 are 311 MB in
@@ -33,6 +34,7 @@ def label_scores(
     entropy: bool = False,
     entropy_grad: bool = False,
     shard: Shard | None = None,
+    allowed: TokenSets | None = None,
 ) -> TokenScores:
     """Look tokens up in what a causal model predicts; see :func:`alignment.losses.logprobs.score_labels`.
 
@@ -42,30 +44,39 @@ def label_scores(
         labels: ``[N]`` int64.
         temperature, entropy, entropy_grad: as there.
         shard: where the other columns of the LM head are; None when this process has all of them.
+        allowed: N sets of tokens, of the whole vocabulary: the softmax of each position is over its set alone. The
+            kernel has no such masks, so the labels go in chunks on every device.
 
     Returns:
         ``[N]`` each.
     """
     operators = kernels()
     head = unwrap(model).lm_head
-    if operators is not None and shard is None and states.dtype == head.weight.dtype == paddle.float32:
+    if (
+        operators is not None
+        and shard is None
+        and allowed is None
+        and states.dtype == head.weight.dtype == paddle.float32
+    ):
         weight, tied = head.weight, head_is_tied(head)
         settings = (operators, float(temperature), tied, kept_tokens(model), entropy or entropy_grad, entropy_grad)
         parts = _LabelScores.apply(states, weight, labels, settings)
         return _scores(parts, entropy_grad)
 
-    def compute(some: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(some: Tensor, theirs: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         logits = lm_logits(model, some, own_columns=shard is not None)
-        found = score_labels(logits, theirs, temperature, entropy=entropy, entropy_grad=entropy_grad, shard=shard)
+        mask = None if allowed is None else _mask(allowed, first, logits, shard)
+        how = {"entropy": entropy, "entropy_grad": entropy_grad, "shard": shard, "keep": mask}
+        found = score_labels(logits, theirs, temperature, **how)
         return found.logprobs, found.entropy, found.greedy
 
     count = int(labels.shape[0])
     if count <= LABELS_AT_ONCE:
-        return TokenScores(*compute(states, labels))
+        return TokenScores(*compute(states, labels, 0))
     pieces = []
     for start in range(0, count, LABELS_AT_ONCE):
         piece = slice(start, min(start + LABELS_AT_ONCE, count))
-        pieces.append(_made_twice(compute, states[piece], labels[piece]))
+        pieces.append(_made_twice(compute, states[piece], labels[piece], start))
     return _scores([paddle.concat(list(part)) for part in zip(*pieces, strict=True)], entropy_grad)
 
 
@@ -80,17 +91,32 @@ def _scores(parts: Any, entropy_grad: bool) -> TokenScores:
     return TokenScores(logprobs, entropy if entropy_grad else entropy.detach(), greedy.detach())
 
 
-def _made_twice(compute: Any, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _made_twice(compute: Any, states: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
     """``compute`` with nothing kept for the backward but its inputs."""
     if not paddle.is_grad_enabled():
-        return compute(states, labels)
+        return compute(states, labels, first)
     from paddle.distributed.fleet.utils import recompute
 
     if states.stop_gradient:
         # a frozen decoder under a trained head: the recomputation hangs on a differentiable input
         states = states.detach()
         states.stop_gradient = False
-    return recompute(compute, states, labels, preserve_rng_state=False, use_reentrant=True)
+    return recompute(compute, states, labels, first, preserve_rng_state=False, use_reentrant=True)
+
+
+def _mask(allowed: TokenSets, first: int, logits: Tensor, shard: Shard | None) -> Tensor:
+    """``[rows, columns]`` bool, shaped as the logits of the positions from ``first`` on: which of these columns are
+    allowed.
+    """
+    rows, columns = logits.shape
+    position, token = allowed.entries(first, first + rows)
+    token = token - (shard.start if shard is not None else 0)
+    here = (token >= 0) & (token < columns)
+    mask = paddle.zeros([rows * columns], dtype="bool")
+    if here.any():
+        index = paddle.to_tensor(position[here] * columns + token[here])
+        mask = paddle.index_put(mask, (index,), paddle.ones([1], dtype="bool"))
+    return mask.reshape([rows, columns])
 
 
 def _columns(weight: Tensor, kept: int | None, tied: bool) -> Tensor:

@@ -76,9 +76,12 @@ class PolicyRole:
         self.engine, self.temperature = engine, temperature
         self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
 
-    def of_hidden(self, hidden: Tensor, rollout: Rollout, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+    def of_hidden(
+        self, hidden: Tensor, rollout: Rollout, entropy_grad: bool = False, masked: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """``(logprobs, entropy)``, both ``[B, R]`` float32, zero behind the ends, from final hidden states
-        ``[B, T, hidden]``; differentiable when the engine is trainable.
+        ``[B, T, hidden]``; differentiable when the engine is trainable. With ``masked`` of the policy over
+        ``rollout.allowed`` alone.
         """
         positions = ResponsePositions.of(rollout)
         if not len(positions.labels):
@@ -90,6 +93,7 @@ class PolicyRole:
             self.temperature,
             entropy=True,
             entropy_grad=entropy_grad,
+            allowed=rollout.allowed if masked else None,
         )
         return positions.spread(scores.logprobs), positions.spread(scores.entropy)
 
@@ -99,6 +103,7 @@ class PolicyRole:
         rollout_of: Callable[[B], Rollout],
         loss: Callable[[Tensor, Tensor, B], tuple[Tensor, R]],
         entropy_grad: bool = False,
+        masked: bool = False,
     ) -> list[R]:
         """Forward and backward of micro batches.
 
@@ -108,6 +113,7 @@ class PolicyRole:
             loss: from ``(logprobs, entropy)`` and the micro batch to a scalar and a result; see
                 :meth:`Engine.train_pass`.
             entropy_grad: whether the entropy is to be differentiated.
+            masked: of the policy over the tokens of ``rollout.allowed`` alone (NLPO).
 
         Returns:
             The results.
@@ -115,7 +121,7 @@ class PolicyRole:
         return self.engine.train_pass(
             parts,
             lambda part: rows_of(rollout_of(part)),
-            lambda hidden, part: loss(*self.of_hidden(hidden, rollout_of(part), entropy_grad), part),
+            lambda hidden, part: loss(*self.of_hidden(hidden, rollout_of(part), entropy_grad, masked), part),
         )
 
     def train_supervised(
@@ -155,15 +161,18 @@ class PolicyRole:
         scores = self.engine.score_labels(states, paddle.to_tensor(labels[row, column + 1]))
         return -scores.logprobs.sum(), len(row)
 
-    def logprobs(self, rollout: Rollout) -> np.ndarray:
-        """``[B, R]`` float32 without gradient, in micro batches."""
+    def logprobs(self, rollout: Rollout, masked: bool = False) -> np.ndarray:
+        """``[B, R]`` float32 without gradient, in micro batches; with ``masked`` of the policy over
+        ``rollout.allowed`` alone.
+        """
 
         def compute(hidden: Tensor, part: Rollout) -> np.ndarray:
             positions = ResponsePositions.of(part)
             if not len(positions.labels):
                 return np.zeros(positions.shape, dtype=np.float32)
             labels = paddle.to_tensor(positions.labels)
-            scores = self.engine.score_labels(_states(hidden, positions), labels, self.temperature)
+            allowed = part.allowed if masked else None
+            scores = self.engine.score_labels(_states(hidden, positions), labels, self.temperature, allowed=allowed)
             return positions.spread(scores.logprobs).numpy()
 
         groups = micro_batches(rollout.lengths, self.micro_batch_size, self.max_tokens)

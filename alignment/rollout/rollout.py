@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from alignment.losses.kl import response_mask
-from alignment.rollout.batch import Batch
+from alignment.losses.token_sets import TokenSets
+from alignment.rollout.batch import Batch, Column
 
-#: The length kinds of a rollout: tokens of a row, and of its response alone.
-TOKEN, RESPONSE = "token", "response"
+#: The length kinds of a rollout: tokens of a row, of its response alone, and of all sets of allowed tokens.
+TOKEN, RESPONSE, ALLOWED = "token", "response", "allowed"
 _PARTS = "score_parts/"
 
 
@@ -42,6 +43,9 @@ class Rollout(Batch):
         rows: ``B`` further columns of the data set, for Python rewards.
         action_mask: ``[B, R]`` bool, True for tokens that the policy chose, False for those that an environment or a
             tool put in; None: the policy chose every one.
+        allowed: one set of tokens for each token of the responses, row by row: what it was drawn from, where a masking
+            policy cut the others off (NLPO); each holds its token. None: all tokens. Kept as the columns
+            ``allowed_ids`` (of the length kind ``allowed``) and ``allowed_counts``.
         pad_id: shown behind the end of shorter rows; what it is has no influence on anything.
     """
 
@@ -59,6 +63,7 @@ class Rollout(Batch):
         responses: list[str],
         rows: list[dict[str, Any]],
         action_mask: np.ndarray | None = None,
+        allowed: TokenSets | None = None,
         pad_id: int = 0,
     ) -> None:
         row_columns = {
@@ -77,6 +82,18 @@ class Rollout(Batch):
             action_mask = self.mask_of(RESPONSE)
         columns = {"rollout_logprobs": logprobs, "sampler_logprobs": sampler_logprobs, "action_mask": action_mask}
         self._put(RESPONSE, columns)
+        if allowed is not None:
+            row = np.repeat(np.arange(len(response_len)), response_len)
+            self.sizes[ALLOWED] = np.bincount(row, allowed.counts, len(response_len)).astype(np.int64)
+            self.columns["allowed_ids"] = Column(ALLOWED, allowed.ids)
+            self.columns["allowed_counts"] = Column(RESPONSE, allowed.counts)
+
+    @property
+    def allowed(self) -> TokenSets | None:
+        """One set for each token of the responses, row by row; None where every token was allowed."""
+        if "allowed_ids" not in self:
+            return None
+        return TokenSets(self.flat("allowed_ids"), self.flat("allowed_counts"))
 
     @property
     def logprobs(self) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 
 from alignment.engine import label_scores as module
 from alignment.losses.logprobs import _Whole, score_labels
+from alignment.losses.token_sets import TokenSets
 from alignment.ppo.models import keep_tokens, lm_logits
 from alignment.ppo.models.loading import CAUSAL_MODELS, CONFIGS
 
@@ -152,3 +153,45 @@ def test_rows_beyond_the_tokenizer_count_for_nothing(monkeypatch, tied, way):
         if way == "kernel":
             np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(a, b, atol=3e-5 * max(1.0, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("way", ["at once", "chunks", "shard"])
+@pytest.mark.parametrize("kept", [None, VOCAB - 6])
+def test_a_softmax_over_allowed_tokens_is_that_of_the_model_without_the_others(monkeypatch, way, kept):
+    """NLPO: log-probs, entropy and gradients, whichever way the labels go; the sets are ragged."""
+    if way == "chunks":
+        monkeypatch.setattr(module, "LABELS_AT_ONCE", 10)
+    model, count = make_model(), 23
+    vocabulary = kept or VOCAB
+    if kept:
+        keep_tokens(model, kept)
+    draw = np.random.default_rng(1)
+    draw.standard_normal([count, HIDDEN])
+    labels = draw.integers(0, VOCAB, count)  # those of `outcome`
+    mask = np.random.default_rng(2).random((count, VOCAB)) < 0.3
+    mask[np.arange(count), labels] = True
+    mask[3] = True
+    mask[4] = np.arange(VOCAB) == labels[4]
+    mask[:, vocabulary:] = False
+    sets, inside = TokenSets.of(mask), labels < vocabulary
+    more = {"shard": _Whole(VOCAB)} if way == "shard" else {}
+
+    def mine(states, targets, *rest, **how):
+        return module.label_scores(
+            model, states, targets.clip(max=vocabulary - 1), *rest, **how, allowed=allowed, **more
+        )
+
+    def theirs(states, targets, temperature, **how):
+        logits = lm_logits(model, states)
+        outside = paddle.to_tensor(np.where(shown[:, : logits.shape[-1]], 0.0, -1e30).astype(np.float32))
+        return score_labels(logits + outside, targets.clip(max=vocabulary - 1), temperature, **how)
+
+    shown = mask.copy()
+    shown[~inside, vocabulary - 1] = True
+    allowed = TokenSets.of(shown)
+    assert len(sets) == count
+    for entropy_grad in (False, True):
+        for a, b in zip(
+            outcome(model, mine, count, entropy_grad), outcome(model, theirs, count, entropy_grad), strict=True
+        ):
+            np.testing.assert_allclose(a, b, atol=3e-5 * max(1.0, np.abs(b).max()))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 
-def differences() -> dict[str, float]:
-    """The largest differences between this rank's share and the whole, with a loss on log-probs and entropy."""
+def differences(masked: bool = False) -> dict[str, float]:
+    """The largest differences between this rank's share and the whole, with a loss on log-probs and entropy; with
+    ``masked`` over sets of allowed tokens, of which two are on one rank alone.
+    """
     import paddle
     import paddle.distributed as dist
 
@@ -21,11 +23,17 @@ def differences() -> dict[str, float]:
     draw = np.random.default_rng(0)
     values = (draw.standard_normal((5, 12)) * [[1], [3], [60], [0.1], [10]]).astype(np.float32)
     labels = paddle.to_tensor(np.array([0, 11, 3, 6, int(values[4].argmax())]))
+    allowed = draw.random((5, 12)) < 0.4
+    allowed[1] = np.arange(12) > 9
+    allowed[2] = np.arange(12) == 3
+    allowed[np.arange(5), labels.numpy()] = True
     weights = paddle.to_tensor(draw.standard_normal((2, 5)).astype(np.float32))
 
     def scored(logits: paddle.Tensor, shard: VocabularyShard | None) -> list[np.ndarray]:
         logits.stop_gradient = False
-        scores = score_labels(logits, labels, 0.7, entropy_grad=True, shard=shard)
+        here = allowed if shard is None else allowed[:, mine]
+        mask = paddle.to_tensor(np.ascontiguousarray(here)) if masked else None
+        scores = score_labels(logits, labels, 0.7, entropy_grad=True, shard=shard, keep=mask)
         (scores.logprobs * weights[0] + scores.entropy * weights[1]).sum().backward()
         return [scores.logprobs.numpy(), scores.entropy.numpy(), scores.greedy.numpy(), logits.grad.numpy()]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from alignment.losses.token_sets import TokenSets
 from alignment.rollout.rollout import Experience, Rollout
 from tests.precision import ARGUMENTS
 
@@ -152,14 +153,21 @@ def ppo_json(
     return write
 
 
-def make_rollout(lengths: list[tuple[int, int]], vocab: int = 300, seed: int = 0, pad_id: int = 1) -> Rollout:
-    """Rows of the given (prompt, response) lengths with random tokens."""
+def make_rollout(
+    lengths: list[tuple[int, int]], vocab: int = 300, seed: int = 0, pad_id: int = 1, masked: bool = False
+) -> Rollout:
+    """Rows of the given (prompt, response) lengths with random tokens, and with ``masked`` random sets of allowed
+    tokens.
+    """
     rng = np.random.default_rng(seed)
     width = max(prompt + response for prompt, response in lengths)
     tokens = np.full((len(lengths), width), pad_id, dtype=np.int64)
     for i, (prompt, response) in enumerate(lengths):
         tokens[i, : prompt + response] = rng.integers(2, vocab, prompt + response)
     response_len = np.array([response for _, response in lengths], dtype=np.int64)
+    allowed = rng.random((int(response_len.sum()), vocab)) < 0.1
+    chosen = [tokens[i, prompt : prompt + response] for i, (prompt, response) in enumerate(lengths)]
+    allowed[np.arange(len(allowed)), np.concatenate(chosen)] = True
     return Rollout(
         tokens=tokens,
         prompt_len=np.array([prompt for prompt, _ in lengths], dtype=np.int64),
@@ -172,6 +180,7 @@ def make_rollout(lengths: list[tuple[int, int]], vocab: int = 300, seed: int = 0
         prompts=[f"prompt {i}" for i in range(len(lengths))],
         responses=[f"response {i}" for i in range(len(lengths))],
         rows=[{"i": i} for i in range(len(lengths))],
+        allowed=TokenSets.of(allowed) if masked else None,
         pad_id=pad_id,
     )
 

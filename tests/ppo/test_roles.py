@@ -34,13 +34,18 @@ def critic(policy_dir: Path) -> ValueRole:
 
 
 def expected_logprobs(role: PolicyRole, rollout: Rollout) -> np.ndarray:
-    """Row by row, without padding, by a float64 log-softmax on the host."""
+    """Row by row, without padding, by a float64 log-softmax on the host; over the allowed tokens where a rollout has
+    them.
+    """
     result = np.zeros_like(rollout.mask)
     for i in range(len(rollout)):
         start, length = int(rollout.prompt_len[i]), int(rollout.lengths[i])
         with paddle.no_grad():
             logits = causal_logits(role.engine.model, paddle.to_tensor(rollout.tokens[i : i + 1, :length]), [length])
         wide = logits.numpy()[0].astype(np.float64) / role.temperature
+        sets = rollout.select([i]).allowed
+        if sets is not None and len(sets):
+            wide[start - 1 : length - 1][~sets.mask(wide.shape[1])] = -np.inf
         logprobs = (
             wide
             - np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1, keepdims=True))
@@ -62,6 +67,23 @@ def test_logprobs_are_those_of_each_row_alone(policy: PolicyRole, micro: int) ->
     np.testing.assert_allclose(forward.numpy(), got, atol=1e-5)
     assert (entropy.numpy()[rollout.mask > 0] > 0).all()
     assert not entropy.numpy()[rollout.mask == 0].any()
+
+
+@pytest.mark.parametrize("micro", [1, 2, 5])
+def test_masked_logprobs_are_over_each_tokens_own_set(policy: PolicyRole, micro: int) -> None:
+    """NLPO: whatever micro batches the rows are in; without ``masked`` they are over everything."""
+    rollout, plain = make_rollout(LENGTHS, masked=True), make_rollout(LENGTHS)
+    role = PolicyRole(policy.engine, policy.temperature, micro)
+    got = role.logprobs(rollout, masked=True)
+    np.testing.assert_allclose(got, expected_logprobs(policy, rollout), atol=2e-5)
+    with paddle.no_grad():
+        hidden = role.engine.hidden_states(rows_of(rollout))
+        forward, entropy = role.of_hidden(hidden, rollout, masked=True)
+        _, unmasked = role.of_hidden(hidden, rollout)
+    np.testing.assert_allclose(forward.numpy(), got, atol=1e-5)
+    assert (entropy.numpy() < unmasked.numpy())[rollout.mask > 0].all()
+    np.testing.assert_array_equal(role.logprobs(rollout), role.logprobs(plain))
+    np.testing.assert_array_equal(role.logprobs(plain, masked=True), role.logprobs(plain))
 
 
 def test_a_budget_of_tokens_gives_every_row_its_own_figures(policy: PolicyRole, critic: ValueRole) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from alignment.rollout.rollout import Rollout
@@ -59,3 +61,21 @@ def test_the_samplers_logprobs_are_selected_and_joined_as_the_policys_are() -> N
     chosen = joined.select([2, 0])
     assert chosen.sampler_logprobs.shape == (2, 2)
     np.testing.assert_array_equal(chosen.sampler_logprobs, chosen.logprobs / 2)
+
+
+def test_every_tokens_set_goes_with_its_row(tmp_path: Path) -> None:
+    """NLPO: through selecting, joining and the disk; rows without an answer have none."""
+    rollout = make_rollout([(3, 2), (1, 0), (2, 5), (1, 4)], masked=True)
+    assert rollout.allowed is not None
+    masks = np.split(rollout.allowed.mask(300), np.cumsum(rollout.response_len)[:-1])
+    order = [2, 0, 1]
+    chosen = rollout.select(order)
+    np.testing.assert_array_equal(chosen.allowed.mask(300), np.concatenate([masks[i] for i in order]))
+    joined = Rollout.join([chosen, rollout.select([3])])
+    np.testing.assert_array_equal(joined.allowed.mask(300), np.concatenate([masks[i] for i in [*order, 3]]))
+    joined.save(tmp_path / "rollout")
+    back, _ = Rollout.load(tmp_path / "rollout")
+    np.testing.assert_array_equal(back.allowed.mask(300), joined.allowed.mask(300))
+    assert back.allowed.ids.dtype == np.int32
+    assert rollout.select([]).allowed.mask(300).shape == (0, 300)
+    assert make_rollout([(3, 2)]).allowed is None
