@@ -106,7 +106,6 @@ format: $(READY)
 
 docs: $(READY)
 	$(RUN) -m alignment.arguments
-	$(RUN) -m alignment.plan
 
 # For maintainers: resolve the newest versions that work together (needs uv).
 lock:

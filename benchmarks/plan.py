@@ -1,12 +1,10 @@
-"""How far the plan's times are from what this machine takes: calibration, prediction and measurement take turns.
+"""How far the plan's roofline is from what this machine takes, on the card ``cpu`` with this process's own peak.
 
-In one process: first the rates that a plan's card has (the kernels' large products, reading weights, attention,
-elementwise traffic, AdamW, the choice of tokens, the host's share of a decoding step) by micro-benchmarks that know
-nothing of the model; then training passes, optimizer steps, forwards without gradient and rollouts of a mid-size model,
-which the plan predicts from these rates. Rounds alternate, so that a busy machine slows all alike; the ratios' medians
-are printed. Prints a table to standard error and one JSON line to standard output; about half a minute.
+Training passes, optimizer steps, forwards without gradient and rollouts of a mid-size model of random weights, each
+timed between two measurements of a large product; the ratios' medians are printed: a table to standard error and one
+JSON line to standard output. Some twenty seconds.
 
-    python benchmarks/plan.py [--rounds 5] [--hidden 512] [--layers 8] [--rows 8] [--tokens 128] [--top_p 1.0]
+    python benchmarks/plan.py [--hidden 512] [--layers 8] [--rows 8] [--tokens 128] [--vocab 8192] [--top_p 1.0]
 """
 
 from __future__ import annotations
@@ -23,142 +21,124 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from alignment import runtime
-from alignment.plan import work
-from alignment.plan.hardware import Card, card_named
-from alignment.plan.setting import Setting
-from alignment.plan.times import forward_ops, train_ops
-from benchmarks.plan_rates import Calibration, middle, rollout_seconds, rollouts, small_model
+from alignment.flow.flow import Dataflow, ModelCall
+from alignment.parallel.topology import Topology
+from alignment.plan.cards import card_named
+from alignment.plan.roofline import times_of
+from alignment.plan.setting import RolePlan, Setting
+from alignment.plan.shapes import shape_of_config
+from tests.plan.plan_jobs import Tokenizer, rollout
+
+#: What is measured, as the graph that is planned.
+MEASURED = Dataflow(
+    [
+        ModelCall("rollout", "generate", ("actor",), ("prompts",), "rollout"),
+        ModelCall("forward", "infer", ("actor",), ("rollout",), "logprobs"),
+        ModelCall("training pass and optimizer step", "train", ("actor",), ("logprobs",), "stats"),
+    ],
+    inputs=("prompts",),
+)
 
 
-def passes(model: Any, setting: Setting) -> dict[str, Callable[[], None]]:
+def model_and_setting(options: argparse.Namespace) -> tuple[Any, Setting]:
+    """A model (random weights) and the plan's setting of it."""
+    import paddle
+    from paddlenlp.transformers import Qwen2Config, Qwen2ForCausalLM
+
+    paddle.set_device("cpu")
+    config = Qwen2Config(
+        vocab_size=options.vocab,
+        hidden_size=options.hidden,
+        intermediate_size=int(options.hidden * 2.75),
+        num_hidden_layers=options.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=options.tokens,
+        tie_word_embeddings=False,
+    )
+    actor = RolePlan("actor", shape_of_config(config.to_dict(), "the model"), "lm", True)
+    half = options.tokens // 2
+    sizes = {"prompt_tokens": half, "response_tokens": half, "mean_prompt": half, "mean_response": half}
+    rows = {"micro_rows": options.rows, "infer_rows": options.rows, "samples": options.rows}
+    return Qwen2ForCausalLM(config), Setting(
+        "ppo", (actor,), Topology(), item=4, kernels=True, flow=MEASURED, **sizes, **rows
+    )
+
+
+def passes(model: Any, setting: Setting, top_p: float) -> dict[str, Callable[[], Any]]:
     """What is measured, by name: functions that do it once."""
     import numpy as np
 
     from alignment.engine.engine import Engine, OptimizerSettings
     from alignment.parallel import init_world
+    from alignment.rollout.generate import GenerationEngine, GenerationPrompt
     from alignment.rollout.roles import PolicyRole
-    from alignment.rollout.rollout import Rollout
+    from alignment.rollout.sampler import SamplingSettings
 
     engine = Engine("actor", model, init_world(), OptimizerSettings(1e-4))
-    role = PolicyRole(engine, 1.0, setting.infer_rows)
-    rows, width = setting.micro_rows, setting.width
-    draw = np.random.default_rng(0)
-    rollout = Rollout(
-        tokens=draw.integers(0, setting.roles[0].shape.vocab, [rows, width]),
-        prompt_len=np.full(rows, setting.prompt_tokens),
-        response_len=np.full(rows, setting.response_tokens),
-        finished=np.zeros(rows, dtype=bool),
-        logprobs=np.zeros([rows, setting.response_tokens], dtype=np.float32),
-        sampler_logprobs=np.zeros([rows, setting.response_tokens], dtype=np.float32),
-        prompt_index=np.arange(rows),
-        sample_index=np.zeros(rows, dtype=np.int64),
-        prompts=[""] * rows,
-        responses=[""] * rows,
-        rows=[{}] * rows,
-    )
+    role, rows, new = PolicyRole(engine, 1.0, setting.infer_rows), setting.micro_rows, setting.response_tokens
+    batch = rollout(rows, setting.prompt_tokens, new)
+    generator = GenerationEngine(model, Tokenizer(), [0], None, rows)
+    how = SamplingSettings(max_new_tokens=new, min_new_tokens=new, seed=1, top_p=top_p)
+    prompts = [GenerationPrompt(np.arange(1, setting.prompt_tokens + 1), i, "", {}) for i in range(rows)]
 
     def train() -> None:
-        role.train([rollout], lambda part: part, lambda logprobs, entropy, part: (-logprobs.mean(), None))
+        role.train([batch], lambda part: part, lambda logprobs, entropy, part: (-logprobs.mean(), None))
+        engine.step()
 
     train()
-    engine.step()
     return {
-        "training pass": train,
-        "optimizer step": engine.step,
-        "forward": lambda: role.logprobs(rollout) is None or None,
-        "rollout": rollouts(model, setting),
+        "training pass and optimizer step": train,
+        "forward": lambda: role.logprobs(batch),
+        "rollout": lambda: generator.generate(prompts, how),
     }
 
 
-def predicted(setting: Setting, card: Card) -> dict[str, float]:
+def peak() -> float:
+    """10^12 FLOPs per second of a large product by the kernels."""
+    import paddle
+
+    from alignment.kernels.ops import kernels
+
+    found = kernels()
+    if found is None:
+        raise SystemExit("the CPU kernels cannot be had here, and the plan takes it that a CPU has them")
+    left, right = paddle.rand([1024, 512]), paddle.rand([512, 4096])
+    found.project(left, right, tied=False)
+    began = time.perf_counter()
+    for _ in range(5):
+        found.project(left, right, tied=False)
+    return 5 * 2.0 * left.size * right.shape[1] / (time.perf_counter() - began) / 1e12
+
+
+def predicted(setting: Setting, tflops: float) -> dict[str, float]:
     """The plan's seconds of the same."""
-    actor, topology = setting.roles[0], setting.topology
-    rows, width = setting.micro_rows, float(setting.width)
-    labels = float(rows * setting.response_tokens)
-    first, second = train_ops(setting, actor, topology, rows, width, labels, True)
-    forward = forward_ops(setting, actor, topology, rows, width, labels)
-    elements = actor.shape.parameters
-    return {
-        "training pass": work.seconds(first + second, card, 4),
-        "optimizer step": work.seconds(work.adamw(elements, 4), card, 4),
-        "forward": work.seconds(forward, card, 4),
-        "rollout": rollout_seconds(setting, card),
-    }
+    card = card_named("cpu", {"tflops": tflops})
+    return {time.phase: time.seconds for time in times_of(setting, card)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds (default 5)")
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--vocab", type=int, default=8192)
+    sizes = {"rounds": 3, "hidden": 512, "layers": 8, "rows": 8, "tokens": 128, "vocab": 8192}
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--top_p", type=float, default=1.0, help="below 1: only the most probable tokens (default 1)")
     options = parser.parse_args()
     with runtime.quiet_import():
-        model, setting = small_model(
-            vocab=options.vocab,
-            hidden=options.hidden,
-            intermediate=int(options.hidden * 2.75),
-            layers=options.layers,
-            heads=8,
-            keys=4,
-            rows=options.rows,
-            tokens=options.tokens,
-            nucleus=options.top_p < 1,
-        )
-    functions = passes(model, setting)
-    calibration = Calibration()
-    base = card_named("cpu")
-    calibration.card(base)  # the first calls make threads and plans
+        model, setting = model_and_setting(options)
+    functions = passes(model, setting, options.top_p)
     ratios: dict[str, list[float]] = {name: [] for name in functions}
-    figures: dict[str, dict[str, list[float]]] = {name: {"predicted": [], "measured": []} for name in functions}
-    cards = []
     for _ in range(options.rounds):
-        before = calibration.card(base)
-        took = {}
         for name, function in functions.items():
+            before = peak()
             began = time.perf_counter()
             function()
-            took[name] = time.perf_counter() - began
-        after = calibration.card(base)
-        cards.append(middle(before, after))
-        for name, seconds in predicted(setting, cards[-1]).items():
-            ratios[name].append(seconds / took[name])
-            figures[name]["predicted"].append(seconds)
-            figures[name]["measured"].append(took[name])
-    result = {
-        "benchmark": "plan",
-        "model": {"parameters": setting.roles[0].shape.parameters, **vars(options)},
-        "ratio": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
-        "seconds": {
-            name: {kind: round(statistics.median(values), 4) for kind, values in row.items()}
-            for name, row in figures.items()
-        },
-        "card": {
-            "gflops": round(1e3 * statistics.median(card.tflops for card in cards), 1),
-            "attention_gflops": round(
-                1e3 * statistics.median(card.tflops * card.causal_efficiency for card in cards), 1
-            ),
-            "kernels_gb_per_s": {
-                kind: round(statistics.median(card.kernels[kind] for card in cards), 2) for kind in cards[0].kernels
-            },
-            "launch_us": round(1e6 * statistics.median(card.launch for card in cards), 2),
-            "step_us": round(1e6 * statistics.median(card.step for card in cards), 1),
-        },
-    }
-    print(table(result), file=sys.stderr)
-    print(json.dumps(result))
+            took = time.perf_counter() - began
+            ratios[name].append(predicted(setting, (before + peak()) / 2)[name] / took)
+    medians = {name: round(statistics.median(values), 2) for name, values in ratios.items()}
+    print("\n".join(f"{name:<34}{ratio:>6.2f}" for name, ratio in medians.items()), file=sys.stderr)
+    print(json.dumps({"benchmark": "plan", "sizes": vars(options), "predicted / measured": medians}))
     return 0
-
-
-def table(result: dict[str, Any]) -> str:
-    lines = [f"{'':<18}{'predicted':>12}{'measured':>12}{'ratio':>8}"]
-    for name, ratio in result["ratio"].items():
-        row = result["seconds"][name]
-        lines.append(f"{name:<18}{row['predicted']:>10.3f} s{row['measured']:>10.3f} s{ratio:>8.2f}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ One class per kind of implementation, so that another implementation is another 
 - :class:`PlainLayer`: paddlenlp's layers, operator by operator, as they are;
 - :class:`FlashLayer`: the same with an attention that stores no scores (``use_flash_attention`` on a GPU);
 - :class:`WholeHead`: logits of all wanted positions at once (:mod:`alignment.losses.logprobs`);
-- :class:`ChunkedHead`: the same for so many positions at a time (:mod:`alignment.engine.label_scores`).
-
-The CPU kernels' are in :mod:`alignment.plan.kernels`.
+- :class:`ChunkedHead`: the same for so many positions at a time (:mod:`alignment.engine.label_scores`);
+- :class:`FusedLayer`, :class:`FusedHead`: the CPU kernels (:mod:`alignment.kernels`), which read packed rows, so that
+  padding costs nothing, and never make a whole matrix of logits or scores; everything is float32. What they allocate
+  by themselves ("buffers") Paddle's allocator does not see.
 
 The counts were derived by writing down what each operator's gradient needs, the way Korthikanti et al. 2022
 (arXiv:2205.05198, section 4, equations 1-4) do for Megatron's layer, and agree with what Paddle's allocator reports in
@@ -26,6 +27,11 @@ from alignment.plan.shapes import UNFUSED_GATE, ModelShape
 
 #: Projections that read the same input, each of which keeps a copy under tensor parallelism: q, k, v, gate, up.
 COLUMN_INPUTS = 5
+FLOAT = 4
+#: Tokens that go through all layers of the kernels together without gradient (``kGroup`` of ops.cc).
+GROUP = 1024
+#: Columns and rows of logits that exist at a time (``kVocabularyBlock`` and ``kTokenBlock`` of vocabulary.h).
+VOCABULARY_BLOCK, TOKEN_BLOCK = 1024, 2048
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,71 @@ class ChunkedHead:
         if labels <= LABELS_AT_ONCE:
             return labels * self.whole.running()
         return 2 * self.kept(labels) + LABELS_AT_ONCE * self.whole.running()
+
+
+@dataclass(frozen=True)
+class FusedLayer(PlainLayer):
+    """A decoder layer by the kernels, of real tokens alone."""
+
+    stores_scores = False
+
+    def kept(self, row_tokens: float) -> float:
+        """Bytes per token between forward and backward: the output (the next layer's input), two scales of norms,
+        q, k, v, a normaliser per head, the heads' output, the residual between the halves, gate and up.
+        """
+        shape = self.shape
+        return FLOAT * (2 * shape.hidden + 2 + 2 * shape.query + 2 * shape.key + shape.heads + 2 * shape.intermediate)
+
+    def scores(self, row_tokens: float) -> float:
+        return FLOAT * self.shape.heads
+
+    def input(self) -> float:
+        return FLOAT * self.shape.hidden
+
+    def running(self, row_tokens: float) -> float:
+        """Without gradient: the stack's input and output, and then what the final norm adds to its input."""
+        return FLOAT * 3 * self.shape.hidden
+
+    def backward_working(self, row_tokens: float) -> float:
+        """The gradients of a layer's output and input."""
+        return FLOAT * 2 * self.shape.hidden
+
+    def buffers(self) -> float:
+        """Bytes per token that a layer's backward allocates by itself."""
+        h, q, kv, inner = self.shape.hidden, self.shape.query, self.shape.key, self.shape.intermediate
+        return FLOAT * (inner + max(inner, q + 2 * kv) + max(inner, q) + max(inner, h) + h)
+
+
+def stack_buffers(shape: ModelShape, tokens: float, longest: float, tensor: int = 1) -> float:
+    """Bytes that the layers without gradient work in: those of one group of packed tokens.
+
+    Args:
+        shape: the model.
+        tokens: of the call.
+        longest: tokens of the longest sequence, which is never cut.
+        tensor: tensor ranks.
+    """
+    h, q, kv, inner = shape.hidden, shape.query / tensor, shape.key / tensor, shape.intermediate / tensor
+    return FLOAT * min(tokens, max(GROUP, longest)) * max(h + 2 * q + 2 * kv, h + 2 * inner)
+
+
+@dataclass(frozen=True)
+class FusedHead:
+    """LM head and log-probabilities by the kernels. Bytes in all for a number of labels."""
+
+    shape: ModelShape
+
+    def kept(self, labels: float) -> float:
+        """For the backward: the states that were gathered, and a few numbers per label."""
+        return labels * (FLOAT * self.shape.hidden + 6 * FLOAT)
+
+    def running(self, labels: float) -> float:
+        """While it runs forward: no more than it keeps."""
+        return self.kept(labels)
+
+    def buffers(self, labels: float) -> float:
+        """Bytes of the block of logits that exists at a time."""
+        return FLOAT * min(labels, TOKEN_BLOCK) * VOCABULARY_BLOCK
 
 
 #: Copies of the plain path's key-value cache: a step makes it anew by concatenation, old and new are there together.

@@ -1,22 +1,92 @@
-"""What else a run could be, and the cheapest change that makes it fit, by trying changes through the same model."""
+"""A plan of memory and time, what else the run could be, and a change that makes it fit."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from alignment.errors import AlignmentError
-from alignment.plan.model import Plan, memory_everywhere, predict
+from alignment.plan.cards import GIB, Card
+from alignment.plan.memory import PhaseMemory, memory_of, telling_processes
 from alignment.plan.rollout_memory import rollout_of
+from alignment.plan.roofline import PhaseTime, times_of
 from alignment.plan.setting import Setting
-from alignment.plan.times import times_of
 
 #: Orders in which offload levels are added: what is cheapest to move first.
 _OFFLOADING = ("freeze_model", "freeze_model optimizer", "freeze_model optimizer train_model")
-#: At most so many changes of different kinds are tried together.
+#: At most so many changes of different kinds are made together.
 MOST_CHANGES = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    Attributes:
+        setting: the run.
+        card: what it runs on.
+        memory: of each kind of process, its phases: ``[(process, [PhaseMemory, ...]), ...]``.
+        times: of the phases.
+    """
+
+    setting: Setting
+    card: Card
+    memory: list[tuple[int, list[PhaseMemory]]]
+    times: list[PhaseTime]
+
+    @property
+    def reserved(self) -> float:
+        """Bytes that are taken before any tensor is."""
+        return self.card.reserved * GIB
+
+    @property
+    def worst(self) -> tuple[int, PhaseMemory]:
+        """The process and the phase that hold most."""
+        return max(self.worst_of_phases(), key=lambda item: item[1].total)
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the fullest process at its fullest phase, with what is reserved."""
+        return self.reserved + self.worst[1].total
+
+    def worst_of_phases(self) -> list[tuple[int, PhaseMemory]]:
+        """For each phase the fullest process."""
+        found = [[(process, phase) for phase in phases] for process, phases in self.memory]
+        return [max(column, key=lambda item: item[1].total) for column in zip(*found, strict=True)]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the card's memory."""
+        return self.peak <= self.card.memory * GIB
+
+    @property
+    def seconds(self) -> float:
+        """Of an iteration (PPO) or an optimizer step."""
+        return sum(phase.seconds for phase in self.times)
+
+    @property
+    def rows(self) -> int:
+        """Rows (PPO: samples; reward model: pairs) of all data ranks that this time is for."""
+        setting = self.setting
+        own = setting.samples if setting.stage == "ppo" else setting.micro_rows * setting.accumulation
+        return own * setting.topology.data_size
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all processes per second of the iteration or step."""
+        return self.rows * self.setting.mean_width * self.setting.rows_of_item / self.seconds
+
+    def seconds_per_row(self) -> float:
+        """What two plans are compared by."""
+        return self.seconds / self.rows
+
+
+def predict(setting: Setting, card: Card) -> Plan:
+    """Predict memory and times of a setting on a card."""
+    memory = [(topology.process, memory_of(setting, topology)) for topology in telling_processes(setting)]
+    return Plan(setting, card, memory, times_of(setting, card))
 
 
 @dataclass(frozen=True)
@@ -38,7 +108,7 @@ class Alternatives:
 
     Attributes:
         single: every change by itself.
-        advice: the cheapest change, or set of changes, that fits; None where the plan fits, or nothing does.
+        advice: a change, or set of changes, that fits; None where the plan fits, or nothing does.
     """
 
     single: tuple[Alternative, ...]
@@ -46,98 +116,66 @@ class Alternatives:
 
 
 def alternatives(plan: Plan, build: Callable[[Sequence[str]], Setting], args: Any) -> Alternatives:
-    """Try changes one by one; where the plan does not fit, also together, as few as will do.
-
-    "Cheapest" is the least time per row. More cards are asked for only when nothing else helps.
+    """Try changes one by one. Where the plan does not fit, the advice is the fastest that does; if none does, the
+    change that saves most, and on top of it the next; then more cards.
 
     Args:
         plan: of the run as it is.
         build: the setting with further ``key=value`` words; raises :class:`AlignmentError` where that cannot be.
         args: the resolved arguments of the run as it is.
     """
+
+    def attempt(changes: Iterable[tuple[str, ...]]) -> list[Alternative]:
+        found = []
+        for words in changes:
+            try:
+                found.append(Alternative(words, predict(build(words), plan.card)))
+            except AlignmentError:
+                continue
+        return found
+
     kinds = _changes(plan.setting, args)
-    single = [found for words in itertools.chain.from_iterable(kinds) if (found := _try(plan, build, words))]
+    single = tried = attempt(itertools.chain.from_iterable(kinds))
     if plan.fits:
         return Alternatives(tuple(single), None)
-    possible = {words for words in itertools.chain.from_iterable(kinds)} & {found.words for found in single}
+    chosen: tuple[str, ...] = ()
     for count in range(1, MOST_CHANGES + 1):
-        fitting = list(_together(plan, build, kinds, count, possible))
-        if fitting:
-            return Alternatives(tuple(single), min(fitting, key=lambda found: found.plan.seconds_per_row()))
-    return Alternatives(tuple(single), _more_cards(plan, build, kinds, possible))
-
-
-def _together(
-    plan: Plan,
-    build: Callable[[Sequence[str]], Setting],
-    kinds: list[list[tuple[str, ...]]],
-    count: int,
-    possible: set[tuple[str, ...]],
-) -> Iterator[Alternative]:
-    for chosen in itertools.combinations(kinds, count):
-        for parts in itertools.product(*chosen):
-            if possible.issuperset(parts):
-                found = _fitting(plan, build, tuple(itertools.chain.from_iterable(parts)))
-                if found is not None:
-                    yield found
-
-
-def _more_cards(
-    plan: Plan,
-    build: Callable[[Sequence[str]], Setting],
-    kinds: list[list[tuple[str, ...]]],
-    possible: set[tuple[str, ...]],
-) -> Alternative | None:
-    """The fewest cards, by doubling, on which all that saves memory without another layout fits, or a larger layout
-    does.
-    """
-    savings = [kind[-1] for kind in kinds if kind and kind[-1] in possible and not _is_layout(kind[-1])]
-    words = tuple(itertools.chain.from_iterable(savings))
+        if best := _fastest_that_fits(tried):
+            return Alternatives(tuple(single), best)
+        if not tried:
+            break
+        chosen = min(tried, key=lambda found: found.plan.peak).words
+        if count < MOST_CHANGES:
+            kinds = [kind for kind in kinds if not any(set(words) <= set(chosen) for words in kind)]
+            tried = attempt((*chosen, *words) for kind in kinds for words in kind)
     cards = plan.setting.topology.processes
-    for _ in range(6):
-        cards *= 2
-        fitting = []
-        for tensor, pipeline in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
-            if tensor * pipeline > cards:
-                continue
-            stage = "stage1" if pipeline > 1 else "stage3"
-            layout = [f"cards={cards}", f"tensor_parallel_degree={tensor}", f"pipeline_parallel_degree={pipeline}"]
-            if cards > tensor * pipeline:
-                layout += [f"sharding={stage}", f"sharding_parallel_degree={cards // (tensor * pipeline)}"]
-            found = _fitting(plan, build, (*layout, *words))
-            if found is not None:
-                fitting.append(found)
-        if fitting:
-            return min(fitting, key=lambda found: found.plan.seconds_per_row())
-    return None
+    savings = tuple(word for word in chosen if not _is_layout(word))
+    for more in (cards << doubling for doubling in range(1, 7)):
+        layouts = _layouts(plan.setting, more)
+        if best := _fastest_that_fits(attempt((f"cards={more}", *layout, *savings) for layout in layouts)):
+            return Alternatives(tuple(single), best)
+    return Alternatives(tuple(single), None)
 
 
-def _is_layout(words: tuple[str, ...]) -> bool:
-    return any("parallel_degree" in word or word.startswith(("sharding", "cards")) for word in words)
+def _fastest_that_fits(tried: Sequence[Alternative]) -> Alternative | None:
+    fitting = [found for found in tried if found.plan.fits]
+    return min(fitting, key=lambda found: found.plan.seconds_per_row(), default=None)
 
 
-def _try(plan: Plan, build: Callable[[Sequence[str]], Setting], words: tuple[str, ...]) -> Alternative | None:
-    try:
-        return Alternative(words, predict(build(words), plan.card))
-    except AlignmentError:
-        return None
-
-
-def _fitting(plan: Plan, build: Callable[[Sequence[str]], Setting], words: tuple[str, ...]) -> Alternative | None:
-    """The alternative if it fits; times are predicted only then."""
-    try:
-        setting = build(words)
-    except AlignmentError:
-        return None
-    found = Plan(setting, plan.card, memory_everywhere(setting), [])
-    return Alternative(words, replace(found, times=times_of(setting, plan.card))) if found.fits else None
+def _is_layout(word: str) -> bool:
+    return "parallel_degree" in word or word.startswith("sharding")
 
 
 def _changes(setting: Setting, args: Any) -> list[list[tuple[str, ...]]]:
     """Changes by kind, each kind from mild to strong."""
-    kinds = [_recompute(setting), _offload(setting), _micro_batches(setting, args), _cache(setting), _layouts(setting)]
-    if setting.item == 2 and not setting.flash:
-        kinds.append([("use_flash_attention=true",)])
+    kinds = [
+        _recompute(setting),
+        _offload(setting),
+        _micro_batches(setting, args),
+        _cache(setting),
+        _layouts(setting, setting.topology.processes),
+        [("use_flash_attention=true",)] if setting.item == 2 and not setting.flash else [],
+    ]
     return [kind for kind in kinds if kind]
 
 
@@ -181,27 +219,18 @@ def _cache(setting: Setting) -> list[tuple[str, ...]]:
     return [(f"rollout_token_budget={tokens // 4}",)]
 
 
-def _layouts(setting: Setting) -> list[tuple[str, ...]]:
-    """The same cards shared out otherwise."""
-    topology, found = setting.topology, []
-    cards = topology.processes
-    for tensor, pipeline in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
-        if tensor * pipeline > cards or cards % (tensor * pipeline):
+def _layouts(setting: Setting, cards: int) -> list[tuple[str, ...]]:
+    """So many cards shared out otherwise."""
+    now, found = setting.topology, []
+    for tensor, pipeline in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
+        data, rest = divmod(cards, tensor * pipeline)
+        if rest or not data:
             continue
-        data = cards // (tensor * pipeline)
         for stage in (1, 2, 3) if data > 1 else (0,):
-            if (tensor, pipeline, stage) == (topology.tensor, topology.pipeline, topology.sharding_stage):
+            same = (cards, tensor, pipeline, stage) == (now.processes, now.tensor, now.pipeline, now.sharding_stage)
+            if same or (stage == 3 and pipeline > 1):
                 continue
-            if stage == 3 and pipeline > 1:
-                continue
+            degrees = (f"tensor_parallel_degree={tensor}", f"pipeline_parallel_degree={pipeline}")
             shared = f"sharding=stage{stage}" if stage else "sharding="
-            degree = data if stage else -1
-            found.append(
-                (
-                    f"tensor_parallel_degree={tensor}",
-                    f"pipeline_parallel_degree={pipeline}",
-                    shared,
-                    f"sharding_parallel_degree={degree}",
-                )
-            )
+            found.append((*degrees, shared, f"sharding_parallel_degree={data if stage else -1}"))
     return found

@@ -12,12 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
-from alignment.flow.flow import PPO_ITERATION, optimizer_of
+from alignment.flow.flow import optimizer_of
 from alignment.parallel.offload import LEVELS
 from alignment.parallel.owners import assign_owners
 from alignment.parallel.topology import BUCKET_ELEMENTS, Topology, layers_of_stage
-from alignment.plan.activations import ChunkedHead, PlainLayer, WholeHead, layer_kind
-from alignment.plan.kernels import FLOAT, FusedHead, FusedLayer, stack_buffers
+from alignment.plan.activations import (
+    FLOAT,
+    ChunkedHead,
+    FusedHead,
+    FusedLayer,
+    PlainLayer,
+    WholeHead,
+    layer_kind,
+    stack_buffers,
+)
 from alignment.plan.rollout_memory import rollout_memory
 from alignment.plan.setting import RolePlan, Setting
 from alignment.plan.shapes import PartTensor, buffer_bytes, layer_of, lora_tensors, part_tensors
@@ -216,7 +224,7 @@ def memory_of(setting: Setting, topology: Topology) -> list[PhaseMemory]:
         kinds, away = here.kinds(needed, managed)
         return [_phase("train", kinds, away, training_memory(setting, topology, role))]
     phases = []
-    for call, (name, needed) in zip(PPO_ITERATION.calls, PPO_ITERATION.residency(), strict=True):
+    for call, (name, needed) in zip(setting.flow.calls, setting.flow.residency(), strict=True):
         if call.kind == "host" or any(setting.role(role) is None for role in call.roles):
             continue
         kinds, away = here.kinds(needed, managed)

@@ -1,4 +1,4 @@
-"""A rollout: the cache's size, how many answers are under way, bytes, and what is computed.
+"""A rollout: the cache's size, how many answers are under way, and bytes.
 
 The rollout engine (:mod:`alignment.rollout.continuous`) has a cache of a fixed number of tokens, in which a prompt
 has one region however many answers it gets, and takes waiting answers in as others end. Where it cannot be used (see
@@ -8,16 +8,14 @@ has one region however many answers it gets, and takes waiting answers in as oth
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from alignment.parallel.topology import Topology, layers_of_stage
-from alignment.plan import kernels, work
-from alignment.plan.activations import GROWING, WholeHead, cache_bytes, layer_kind
+from alignment.plan.activations import GROWING, cache_bytes, layer_kind, stack_buffers
 from alignment.plan.setting import Setting
-from alignment.plan.work import Op
+from alignment.rollout.arena import BLOCK, rounded
 
-#: Regions of the cache begin at multiples of so many tokens: ``BLOCK`` of rollout/arena.py, of gpu_operators.py.
-BLOCK, GPU_BLOCK = 16, 64
+#: Regions of the cache begin at multiples of so many tokens on a GPU: ``BLOCK`` of rollout/gpu_operators.py.
+GPU_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -68,21 +66,17 @@ def rollout_of(setting: Setting, layout: Topology, shares: int) -> RolloutPlan:
         per_batch = max(1, (setting.rollout_rows or setting.micro_rows) // copies)
         return RolloutPlan(prompts, copies, min(answers, per_batch * copies), 0)
     block = BLOCK if setting.kernels else GPU_BLOCK
-    own, prompt = _rounded(setting.response_tokens, block), _rounded(setting.prompt_tokens, block)
+    own, prompt = rounded(setting.response_tokens, block), rounded(setting.prompt_tokens, block)
     actor = setting.role("actor")
     assert actor is not None
     budget = setting.token_budget or int(
         setting.cache_bytes // cache_bytes(actor.shape, actor.shape.layers, 1, 1, setting.item, layout.tensor)
     )
-    tokens = min(answers * own + prompts * prompt, max(_rounded(budget, block), own + prompt))
+    tokens = min(answers * own + prompts * prompt, max(rounded(budget, block), own + prompt))
     # Whole groups of a prompt and its answers, and answers of one more prompt.
     groups, left = divmod(tokens, prompt + copies * own)
     room = groups * copies + min(copies - 1, max(0, left - prompt) // own)
     return RolloutPlan(prompts, copies, max(1, min(most, room)), tokens)
-
-
-def _rounded(tokens: int, block: int) -> int:
-    return -(-tokens // block) * block
 
 
 def rollout_memory(setting: Setting, layout: Topology, shares: int) -> dict[str, float]:
@@ -103,7 +97,7 @@ def rollout_memory(setting: Setting, layout: Topology, shares: int) -> dict[str,
     # Input, output; between tensor ranks also what a half adds, and the sum.
     states = 4.0 * shape.hidden * (2 if layout.tensor == 1 else 3)
     logits = 4.0 * plan.rows * shape.vocab * (1 if layout.tensor == 1 else 2)
-    buffers = kernels.stack_buffers(shape, max(read, plan.rows), max(setting.prompt_tokens, plan.rows), layout.tensor)
+    buffers = stack_buffers(shape, max(read, plan.rows), max(setting.prompt_tokens, plan.rows), layout.tensor)
     return {"kv_cache": cache, "activations": max(read * states, logits), "buffers": buffers}
 
 
@@ -122,34 +116,3 @@ def _plain_memory(
     if reading + read > GROWING * cache + repeated + logits:
         return {"kv_cache": read, "activations": reading}
     return {"kv_cache": GROWING * cache, "activations": repeated + logits}
-
-
-def rollout_ops(setting: Setting, stage: Topology, plan: RolloutPlan, layers: int) -> list[Op]:
-    """Everything that one stage of the layout computes in a rollout, answers at their mean lengths: a prefill of each
-    prompt, then a step per token. A step reads the weights once and the caches of all rows, so it is bound by memory's
-    bandwidth (Pope et al. 2022, arXiv:2211.05102, section 2.1).
-    """
-    actor = setting.role("actor")
-    assert actor is not None
-    shape, item, rows = actor.shape, setting.item, float(plan.rows)
-    prompt, half = setting.mean_prompt, setting.mean_prompt + setting.mean_response / 2
-    steps = plan.rounds * (setting.mean_response - 1)
-    columns = WholeHead(shape, item, stage.tensor).columns
-    if setting.engine_generates and setting.kernels:
-        group = min(kernels.GROUP, plan.prompts_at_once * prompt)
-        reads = plan.prompts * prompt / group
-        ops = [op.times(layers * reads) for op in kernels.layer_forward(shape, group, prompt, stage.tensor)]
-        ops += [op.times(layers * steps) for op in kernels.layer_decode(shape, rows, half, stage.tensor)]
-        own = kernels.choice(shape, rows, setting.nucleus)
-        return ops + [op.times(plan.rounds * setting.mean_response) for op in own]
-    at_once = max(1.0, rows / plan.copies)
-    engine = setting.engine_generates
-    common: dict[str, Any] = {"flash": setting.flash or engine, "cached": not engine}
-    read = work.layer_forward(shape, item, stage.tensor, at_once, prompt, prompt, **common)
-    step = work.layer_forward(shape, item, stage.tensor, rows, 1.0, half, **common)
-    ops = [op.times(layers * plan.prompts / at_once) for op in read] + [op.times(layers * steps) for op in step]
-    if stage.last_stage:
-        head = [work.product(rows, shape.hidden, columns, item)]
-        head.append(Op("stream", moved=rows * shape.vocab * (item + 4.0), launches=3))
-        ops += [op.times(plan.rounds * setting.mean_response) for op in head]
-    return ops

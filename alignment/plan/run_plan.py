@@ -27,14 +27,13 @@ from alignment.arguments.sources import COMMAND_LINE, Given, read_argv, read_fil
 from alignment.cli import CommandParser, run_main
 from alignment.errors import ArgumentsError
 from alignment.parallel.topology import Topology
-from alignment.plan import advise, report
-from alignment.plan.hardware import CARDS, Card, card_named
-from alignment.plan.known import find_shape
-from alignment.plan.model import predict
+from alignment.plan import plan_report
+from alignment.plan.advise import alternatives, predict
+from alignment.plan.cards import CARDS, Card, card_named
 from alignment.plan.setting import Setting, setting_of
-from alignment.plan.shapes import ModelShape
+from alignment.plan.shapes import ModelShape, find_shape
 
-_CHANGES = ("memory", "tflops", "bandwidth", "link", "network", "host_link", "gemm_efficiency", "node")
+_CHANGES = ("memory", "tflops", "bandwidth", "link", "network", "host_link", "efficiency", "node")
 _STAGE_NAMES = {"sft": "sft", "rm": "reward", "ppo": "ppo"}
 # A plan needs no data, evaluates nothing and may be made beside a run's output.
 _QUIET = {
@@ -78,21 +77,16 @@ def main(argv: list[str]) -> int:
         print(parser.format_help(), end="")
         return 0
     own, rest = parser.parse_known_args(argv)
-    if own.simulate:
-        from alignment.plan import simulate
-
-        print(simulate.markdown() if not own.json else json.dumps(simulate.as_json(), indent=2))
-        return 0
     request = _request(own, rest)
     card = card_named(own.card, {name: getattr(own, name) for name in _CHANGES if getattr(own, name) is not None})
     setting, notes = build_setting(request, card)
     own.cards = setting.topology.processes  # the same for everything that is tried
     plan = predict(setting, card)
-    alternatives = advise.alternatives(plan, lambda words: build_setting(request, card, words)[0], args_of(request))
+    others = alternatives(plan, lambda words: build_setting(request, card, words)[0], args_of(request))
     if own.json:
-        print(json.dumps(report.as_json(plan, alternatives, notes), indent=2))
+        print(json.dumps(plan_report.as_json(plan, others, notes), indent=2))
     else:
-        print(report.as_text(plan, alternatives, notes))
+        print(plan_report.as_text(plan, others, notes))
     return 0
 
 
@@ -134,14 +128,13 @@ def build_setting(request: Request, card: Card, words: Sequence[str] = ()) -> tu
         _check_divisible(found, topology, f"{key}={path}")
         return found
 
-    half = card.half
-    if args.bf16 and not half:
+    if args.bf16 and card.is_cpu:
         notes.append(f"{card.name} computes in float32; bf16 only rounds there")
     setting = setting_of(
         args,
         topology,
         shape,
-        half=half,
+        half=not card.is_cpu,
         kernels=card.is_cpu,
         cache_bytes=card.cache_bytes,
         mean_prompt=options.prompt_tokens,
@@ -236,14 +229,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--link", type=float, metavar="GB/s", help="to cards of the same node, one direction")
     add("--network", type=float, metavar="GB/s", help="to cards of other nodes, per card")
     add("--host_link", "--host-link", type=float, metavar="GB/s", help="to the host's memory")
-    add("--gemm_efficiency", "--gemm-efficiency", type=float, help="share of the peak that products reach")
+    add("--efficiency", type=float, help="share of the peak that whole passes reach")
     add("--node", type=_positive, metavar="N", help="cards of a node")
     add("--model_config", "--model-config", metavar="FILE|NAME", help="config.json or well-known name of the models")
     add("--reward_model_config", "--reward-model-config", metavar="FILE|NAME", help="of reward model and critic")
     add("--prompt_tokens", "--prompt-tokens", type=float, help="average prompt, for the times (default: the limit)")
     add("--response_tokens", "--response-tokens", type=float, help="average answer, for the times")
     add("--stage", choices=tuple(_STAGE_NAMES), help="what FILE is for, where its keys do not tell")
-    add("--simulate", action="store_true", help="print the table of 7B and 70B on 8-512 cards; needs no FILE")
     add("--json", action="store_true", help="print JSON")
     return parser
 

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from alignment.flow.flow import PPO_ITERATION, Dataflow
 from alignment.parallel.topology import Topology
 from alignment.plan.shapes import ModelShape
 
@@ -59,11 +60,11 @@ class Setting:
         eval_mode, offload_level: as in the argument file.
         ptx: PPO: whether the actor's steps have a ptx loss too.
         temperature: of sampling.
-        nucleus: whether only the most probable tokens are sampled.
         kernels: whether the CPU kernels are there: the plan takes it that a CPU has them.
         engine: whether rollouts go through the rollout engine where it can be used (``use_fusemt``).
         token_budget: tokens that the rollout engine keeps keys and values of; 0: what ``cache_bytes`` hold.
         cache_bytes: see above.
+        flow: the calls of an iteration, from which phases and residency follow.
     """
 
     stage: str
@@ -88,11 +89,11 @@ class Setting:
     offload_level: str = ""
     ptx: bool = False
     temperature: float = 1.0
-    nucleus: bool = False
     kernels: bool = False
     engine: bool = True
     token_budget: int = 0
     cache_bytes: float = float(1 << 30)
+    flow: Dataflow = field(default=PPO_ITERATION, repr=False, compare=False)
 
     @property
     def width(self) -> int:
@@ -183,11 +184,6 @@ class Setting:
         return self.engine and self.rollout_topology()[0].pipeline == 1
 
 
-def weight_bytes(args: Any, half: bool) -> int:
-    """Bytes of a weight: two with ``bf16`` on a card that has it."""
-    return 2 if half and args.bf16 else 4
-
-
 def setting_of(
     args: Any,
     topology: Topology,
@@ -198,6 +194,7 @@ def setting_of(
     cache_bytes: float = float(1 << 30),
     mean_prompt: float | None = None,
     mean_response: float | None = None,
+    flow: Dataflow = PPO_ITERATION,
 ) -> Setting:
     """Read a setting from resolved arguments of any stage.
 
@@ -209,11 +206,12 @@ def setting_of(
         kernels: whether it is a CPU, with its kernels.
         cache_bytes: of the rollout engine's cache where no budget is given.
         mean_prompt, mean_response: tokens on average; the limits if not given.
+        flow: of an online method, whose roles are those of the arguments that it calls.
     """
     common: dict[str, Any] = {
         "stage": args.STAGE,
         "topology": topology,
-        "item": weight_bytes(args, half),
+        "item": 2 if half and args.bf16 else 4,
         "flash": half and (args.bf16 if args.use_flash_attention is None else args.use_flash_attention),
         "micro_rows": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
@@ -228,6 +226,7 @@ def setting_of(
         return Setting(roles=(role,), row_tokens=args.max_length, **common)
     return Setting(
         roles=_ppo_roles(args, shape),
+        flow=flow,
         prompt_tokens=args.max_src_len,
         response_tokens=args.max_dec_len,
         mean_prompt=min(mean_prompt or args.max_src_len, args.max_src_len),
@@ -241,7 +240,6 @@ def setting_of(
         offload_level=args.offload_level,
         ptx=args.use_ptx,
         temperature=args.temperature,
-        nucleus=args.top_p < 1.0 or args.top_k > 0,
         engine=args.use_fusemt,
         token_budget=args.rollout_token_budget,
         cache_bytes=cache_bytes,

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 from alignment.errors import ModelError
 from alignment.export.export_model import export_model
-from alignment.plan.known import find_shape
+from alignment.plan.shapes import find_shape
 from alignment.ppo.models import (
     causal_logits,
     check_model_folder,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,15 +52,14 @@ def measure(folder: str, layout: dict[str, Any], sizes: dict[str, int], recomput
     found["optimizer"] = sum(bytes_of(tensor) for tensor in engine.optimizer_tensors())
     with counting() as sent, peak_above() as peak:
         role.train(parts, lambda part: part, loss)
-    found["train_sent"], found["train_peak"] = sum(sent.values()), peak[0]
-    found["train_messages"] = dict(sent)
+    found["train_sent"], found["train_peak"] = sum(sent), peak[0]
     found["gradients"] = sum(bytes_of(p.grad) for p in engine.parameters.values() if p.grad is not None)
     with counting() as sent:
         engine.step()
-    found["step_sent"], found["step_messages"] = sum(sent.values()), dict(sent)
+    found["step_sent"] = sum(sent)
     with counting() as sent, peak_above() as peak:
         role.logprobs(parts[0])
-    found["infer_sent"], found["infer_peak"], found["infer_messages"] = sum(sent.values()), peak[0], dict(sent)
+    found["infer_sent"], found["infer_peak"] = sum(sent), peak[0]
     if topology.sharding_stage < 3:
         found |= generate(engine, world, sizes, True)
         plain = generate(engine, world, sizes, False)
@@ -107,8 +105,7 @@ def generate(engine: Any, world: Any, sizes: dict[str, int], fused: bool) -> dic
     return {
         "cache": caches[-1],
         "generate_peak": peak[0],
-        "generate_sent": sum(sent.values()),
-        "generate_messages": dict(sent),
+        "generate_sent": sum(sent),
     }
 
 
@@ -161,15 +158,15 @@ def peak_above() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def counting() -> Iterator[Counter[str]]:
-    """Bytes that this rank sends through the CPU back end inside, by collective."""
+def counting() -> Iterator[list[int]]:
+    """Bytes that this rank sends through the CPU back end inside, one entry for each message."""
     from alignment.parallel.cpu_backend.mailbox import Mailbox
 
-    sent: Counter[str] = Counter()
+    sent: list[int] = []
     original = Mailbox.send
 
     def send(self: Any, rank: int, kind: Any, gid: int, label: str, data: np.ndarray) -> Any:
-        sent[label.split(" ")[0]] += int(data.size)
+        sent.append(int(data.size))
         return original(self, rank, kind, gid, label, data)
 
     Mailbox.send = send  # type: ignore[method-assign]

@@ -13,8 +13,7 @@ from alignment.engine import label_scores
 from alignment.engine.engine import enable_recompute
 from alignment.losses.logprobs import score_labels
 from alignment.parallel.topology import Topology
-from alignment.plan.activations import LABELS_AT_ONCE, ChunkedHead, PlainLayer, WholeHead
-from alignment.plan.kernels import FusedHead, FusedLayer
+from alignment.plan.activations import LABELS_AT_ONCE, ChunkedHead, FusedHead, FusedLayer, PlainLayer, WholeHead
 from alignment.plan.shapes import ModelShape, buffer_bytes, part_tensors, shape_of_config
 from alignment.ppo.models import Rows, final_hidden_states
 from alignment.ppo.models.fused import FusedDecoder

@@ -12,8 +12,8 @@ import pytest
 
 from alignment.arguments import PPOArguments, RewardArguments, SFTArguments
 from alignment.errors import ArgumentsError, ModelError
-from alignment.plan import run_plan, simulate
-from alignment.plan.hardware import GIB
+from alignment.plan import run_plan
+from alignment.plan.cards import CARDS, GIB
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -100,8 +100,17 @@ def test_the_advice_fits_and_is_what_it_says(llama: str, capsys: pytest.CaptureF
     assert again["fits"]
     assert again["peak_bytes"] == advice["peak_bytes"]
     assert again["seconds"] == pytest.approx(advice["seconds"])
-    fitting = [other for other in found["alternatives"] if other["fits"] and len(advice["arguments"]) == 1]
-    assert all(other["seconds_per_row"] >= advice["seconds_per_row"] for other in fitting)
+    single = [other for other in found["alternatives"] if other["fits"]]
+    assert min(single, key=lambda other: other["seconds_per_row"]) == advice
+
+
+def test_changes_are_made_together_where_none_is_enough(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [llama, "--memory", "36", "offload_level="]
+    found = plan(capsys, *words)
+    assert not any(other["fits"] for other in found["alternatives"])
+    assert found["advice"]["fits"] and "--cards" not in found["advice"]["arguments"]
+    again = plan(capsys, *words, *found["advice"]["arguments"])
+    assert again["peak_bytes"] == found["advice"]["peak_bytes"] <= 36 * GIB
 
 
 def test_more_cards_are_asked_for_when_nothing_else_helps(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +122,7 @@ def test_more_cards_are_asked_for_when_nothing_else_helps(repo: Path, capsys: py
     assert int(arguments[arguments.index("--cards") + 1]) >= 16
     assert plan(capsys, *words, *arguments)["peak_bytes"] == found["advice"]["peak_bytes"]
     assert run_plan.main(words) == 0
-    assert "The cheapest change that makes it fit: --cards" in capsys.readouterr().out
+    assert "A change that makes it fit: --cards" in capsys.readouterr().out
 
 
 def test_changes_are_made_on_the_same_cards(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,17 +182,9 @@ def test_no_paddle_is_loaded(repo: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=repo, check=True, stdout=subprocess.DEVNULL, timeout=60)
 
 
-def test_the_page_has_the_table_as_it_is_predicted_now(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_has_the_cards_as_they_are(repo: Path) -> None:
     page = (repo / "docs/plan.md").read_text()
-    monkeypatch.setattr(simulate, "CARDS", (8,))
-    lines = simulate.markdown().splitlines()
-    assert len(lines) == 2 + len(simulate.SIZES)
-    for line in lines:
-        assert line in page, "run `make docs`"
-
-
-@pytest.mark.slow
-def test_the_page_is_up_to_date(repo: Path) -> None:
-    from alignment.plan import docs
-
-    assert (repo / "docs/plan.md").read_text() == docs.markdown(), "run `make docs`"
+    for card in CARDS.values():
+        row = f"| {card.name} | {card.memory:g} | {card.reserved:g} | {card.tflops:g}, {card.tflops_float32:g} | "
+        row += f"{card.bandwidth:g} | {card.link:g}, {card.network:g}, {card.host_link:g} |"
+        assert row in page, row

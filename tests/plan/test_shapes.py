@@ -10,10 +10,9 @@ import pytest
 
 from alignment.errors import ModelError
 from alignment.parallel.topology import Topology
-from alignment.plan.known import MODELS, find_shape, known_shape
 from alignment.plan.memory import part_of, telling_processes
 from alignment.plan.setting import RolePlan, Setting
-from alignment.plan.shapes import part_tensors
+from alignment.plan.shapes import MODELS, find_shape, known_shape, part_tensors
 
 #: Parameters as the models' publishers state them, in millions.
 PUBLISHED = {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from typing import Any
 
-from alignment.plan.advise import Alternative, Alternatives
-from alignment.plan.hardware import GIB
+from alignment.plan.activations import FLOAT
+from alignment.plan.advise import Alternative, Alternatives, Plan
+from alignment.plan.cards import GIB
 from alignment.plan.memory import KINDS, optimizer_bytes, parameter_bytes, part_of
-from alignment.plan.model import Plan
 
 _STAGES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
 _HEADINGS = {
@@ -34,7 +34,6 @@ def as_text(plan: Plan, alternatives: Alternatives, notes: Sequence[str] = ()) -
         _table("Memory at the peak of each phase, GiB, on the process that holds most", *_memory(plan)),
         _verdict(plan, alternatives),
         _table(_time_title(plan), *_times(plan)),
-        _table("What one process sends", *_messages(plan)),
         _table("What would change (one change at a time)", *_changes(plan, alternatives)),
         "GiB are 2^30 bytes. Estimates: docs/plan.md says how they are made and how far they were from measurements.",
     ]
@@ -70,12 +69,12 @@ def _headline(plan: Plan, notes: Sequence[str]) -> str:
 
 def _holdings(plan: Plan) -> tuple[list[str], list[list[str]]]:
     setting = plan.setting
-    stages = [first_of_stage(plan, stage) for stage in range(setting.topology.pipeline)]
-    rows = []
-    for topology in stages:
+    rows, step = [], setting.topology.tensor * setting.topology.sharding
+    for stage in range(setting.topology.pipeline):
+        topology = replace(setting.topology, process=stage * step)
         for role in setting.roles:
             part = part_of(role, topology)
-            gradients = setting.item * part.trained_elements
+            gradients = FLOAT * part.trained_elements
             rows.append(
                 [
                     role.name,
@@ -87,13 +86,6 @@ def _holdings(plan: Plan) -> tuple[list[str], list[list[str]]]:
                 ]
             )
     return ["model", "process", "million", "parameters", "gradients", "optimizer"], rows
-
-
-def first_of_stage(plan: Plan, stage: int) -> Any:
-    """The topology of the first process of a pipeline stage."""
-    from alignment.plan.times import stages_of
-
-    return stages_of(plan.setting.topology)[stage]
 
 
 def _memory(plan: Plan) -> tuple[list[str], list[list[str]]]:
@@ -117,7 +109,7 @@ def _verdict(plan: Plan, alternatives: Alternatives) -> str:
         lines.append("No change that was tried makes it fit: take larger cards or a smaller model.")
     else:
         factor = advice.plan.seconds_per_row() / plan.seconds_per_row()
-        lines.append(f"The cheapest change that makes it fit: {' '.join(_quoted(word) for word in advice.words)}")
+        lines.append(f"A change that makes it fit: {' '.join(_quoted(word) for word in advice.words)}")
         lines.append(
             f"  {_gib(advice.plan.peak)} GiB at the peak ({advice.plan.worst[1].phase}), "
             f"{factor:.2f} times the time per row, on {advice.plan.setting.topology.describe()}"
@@ -155,33 +147,14 @@ def _times(plan: Plan) -> tuple[list[str], list[list[str]]]:
             _seconds(time.seconds),
             _seconds(time.compute),
             _seconds(time.messages),
-            _seconds(time.bubble),
+            _seconds(time.waiting),
             _seconds(time.offload),
             f"{time.flops / 1e12:,.3g}",
             f"{time.sent / 1e9:,.3g}",
-            f"{time.count:,.0f}",
         ]
         for time in plan.times
     ]
-    return ["phase", "seconds", "compute", "messages", "waiting", "offload", "TFLOP", "GB sent", "messages sent"], rows
-
-
-def _messages(plan: Plan) -> tuple[list[str], list[list[str]]]:
-    rows = []
-    for time in plan.times:
-        for message in time.details:
-            rows.append(
-                [
-                    time.phase,
-                    message.what,
-                    message.kind.replace("_", "-"),
-                    f"{message.axis} ({message.ranks})",
-                    f"{message.count:,.0f}",
-                    f"{message.size / (1 << 20):,.3g}",
-                    f"{message.sent(plan.card.collectives) / 1e9:,.3g}",
-                ]
-            )
-    return ["phase", "what", "how", "among", "times", "MiB each", "GB in all"], rows
+    return ["phase", "seconds", "compute", "messages", "waiting", "offload", "TFLOP", "GB sent"], rows
 
 
 def _changes(plan: Plan, alternatives: Alternatives) -> tuple[list[str], list[list[str]]]:
@@ -234,7 +207,7 @@ def as_json(plan: Plan, alternatives: Alternatives, notes: Sequence[str] = ()) -
     """The plan for programs; bytes and seconds."""
     return {
         "stage": plan.setting.stage,
-        "card": {key: value for key, value in asdict(plan.card).items() if value != float("inf")},
+        "card": asdict(plan.card),
         "layout": asdict(plan.setting.topology),
         "setting": _setting_json(plan),
         "fits": plan.fits,
@@ -255,23 +228,7 @@ def as_json(plan: Plan, alternatives: Alternatives, notes: Sequence[str] = ()) -
             }
             for process, phases in plan.memory
         ],
-        "time": [
-            {
-                "phase": t.phase,
-                "seconds": t.seconds,
-                "compute": t.compute,
-                "messages": t.messages,
-                "waiting": t.bubble,
-                "offload": t.offload,
-                "flops": t.flops,
-                "bytes_sent": t.sent,
-                "messages_sent": t.count,
-                "details": [
-                    {**asdict(message), "bytes_sent": message.sent(plan.card.collectives)} for message in t.details
-                ],
-            }
-            for t in plan.times
-        ],
+        "time": [{**asdict(time), "seconds": time.seconds} for time in plan.times],
         "alternatives": [_alternative(found) for found in alternatives.single],
         "advice": None if alternatives.advice is None else _alternative(alternatives.advice),
         "notes": list(notes),
@@ -279,11 +236,10 @@ def as_json(plan: Plan, alternatives: Alternatives, notes: Sequence[str] = ()) -
 
 
 def _setting_json(plan: Plan) -> dict[str, Any]:
-    values = asdict(plan.setting)
-    del values["topology"]
-    for role, plain in zip(values["roles"], plan.setting.roles, strict=True):
-        role["parameters"] = plain.shape.parameters
-    return values
+    values = {field.name: getattr(plan.setting, field.name) for field in fields(plan.setting)}
+    del values["topology"], values["flow"]
+    roles = [{**asdict(role), "parameters": role.shape.parameters} for role in plan.setting.roles]
+    return {**values, "roles": roles}
 
 
 def _alternative(found: Alternative) -> dict[str, Any]:
