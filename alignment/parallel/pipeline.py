@@ -16,7 +16,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from alignment.parallel.groups import broadcast_object
+from alignment.parallel.group_collectives import broadcast_object
 from alignment.parallel.topology import Topology
 
 #: ``(number of the micro batch, hidden states of the stage before or None) -> hidden states``.

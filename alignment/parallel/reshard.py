@@ -20,7 +20,7 @@ import paddle.distributed as dist
 from paddle import Tensor
 
 from alignment.errors import InvariantError
-from alignment.parallel.groups import all_gather
+from alignment.parallel.group_collectives import all_gather
 from alignment.parallel.topology import BUCKET_ELEMENTS
 from alignment.parallel.world import World
 

@@ -19,7 +19,7 @@ import paddle.distributed as dist
 from paddle import Tensor
 
 from alignment.parallel.gradients import gradient, gradient_dtype, set_gradient
-from alignment.parallel.groups import broadcast, buckets
+from alignment.parallel.group_collectives import broadcast, buckets
 from alignment.parallel.owners import assign_owners
 from alignment.parallel.topology import Topology
 

@@ -36,7 +36,7 @@ from alignment.parallel.topology import Topology
 if TYPE_CHECKING:
     import paddle
 
-    from alignment.parallel.groups import Groups
+    from alignment.parallel.group_collectives import Groups
     from alignment.parallel.monitor import Monitor
 
 T = TypeVar("T")
@@ -252,7 +252,7 @@ def init_world(topology: Topology | None = None, patience: float = 1800.0, join_
 
     from paddle.base import core
 
-    from alignment.parallel.groups import Groups
+    from alignment.parallel.group_collectives import Groups
     from alignment.parallel.joining import Joining
 
     with Joining(rank, size, join_timeout):

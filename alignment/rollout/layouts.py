@@ -21,7 +21,7 @@ from alignment.engine.batching import rank_slice
 from alignment.engine.engine import Engine
 from alignment.errors import InvariantError
 from alignment.parallel import Topology, World
-from alignment.parallel.groups import broadcast_object
+from alignment.parallel.group_collectives import broadcast_object
 from alignment.parallel.reshard import Moved, Resharder
 from alignment.ppo.models import empty_like, pieces_of, without_sequence_parallel
 from alignment.rollout.generate import GenerationEngine, GenerationPrompt
