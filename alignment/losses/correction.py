@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from alignment.losses.policy import LARGEST_LOG_RATIO
 from alignment.named import Named
-
-# As in the policy losses: e^20 is beyond every cap.
-LARGEST_LOG_GAP = 20.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def correct_rollout(
     correct = CORRECTIONS[kind]
     inside = mask > 0
     log_ratio = np.where(inside, np.asarray(logprobs, np.float64) - sampler_logprobs, 0.0)
-    log_ratio = log_ratio.clip(-LARGEST_LOG_GAP, LARGEST_LOG_GAP)
+    log_ratio = log_ratio.clip(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     figures = mismatch(log_ratio, inside)
     weights = correct(log_ratio, inside, options or CorrectionOptions())
     if weights is not None:

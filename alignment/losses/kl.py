@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from alignment.losses.policy import LARGEST_LOG_RATIO
 from alignment.named import Named
 from alignment.runtime import lazy
 
@@ -113,7 +114,7 @@ def kl_terms(
     ref_logprobs: Tensor,
     mask: Tensor,
     kind: str = "k3",
-    log_ratio_clamp: float | None = None,
+    log_ratio_clamp: float | None = LARGEST_LOG_RATIO,
     clamp: float | None = None,
     old_logprobs: Tensor | None = None,
 ) -> Tensor:
@@ -124,7 +125,8 @@ def kl_terms(
         ref_logprobs: ``[B, R]`` of the reference.
         mask: ``[B, R]``.
         kind: a name of :data:`KL_ESTIMATORS`.
-        log_ratio_clamp: as for :func:`kl_estimate`; beyond it there is no gradient.
+        log_ratio_clamp: as for :func:`kl_estimate`; beyond it there is no gradient. 20 is verl's and NeMo's, and keeps
+            k3 finite.
         clamp: as for :func:`kl_estimate`; beyond it there is no gradient.
         old_logprobs: ``[B, R]``; given, the terms are multiplied by the ratio ``exp(logprobs - old_logprobs)``, which
             makes them an estimate under the policy in training (DeepSeek-V3.2; TRL's ``use_bias_correction_kl``).
@@ -143,7 +145,8 @@ def kl_terms(
     if clamp is not None:
         terms = terms.clip(-clamp, clamp)
     if old_logprobs is not None:
-        terms = terms * ((logprobs - old_logprobs) * mask).exp()
+        log_ratio = ((logprobs - old_logprobs) * mask).clip(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+        terms = terms * log_ratio.exp()
     return terms * mask
 
 

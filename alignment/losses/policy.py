@@ -219,6 +219,16 @@ LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+def loss_defaults(name: str) -> dict[str, Any]:
+    """:data:`LOSS_DEFAULTS` of a policy loss; ``aggregation: token`` alone for one that a user registered.
+
+    Raises:
+        ArgumentsError: there is no policy loss of this name.
+    """
+    _ = POLICY_LOSSES[name]  # an unknown name is told
+    return dict(LOSS_DEFAULTS.get(name, {"aggregation": "token"}))
+
+
 @POLICY_LOSSES.register("ppo")
 def clipped_surrogate(inputs: PolicyInputs) -> PolicyLoss:
     """``max(-A rho, -A clip(rho, 1 - low, 1 + high))``, with dual clip and cap; see :func:`policy_loss`."""

@@ -16,7 +16,7 @@ from alignment.losses.compat import COMPAT, compat_settings
 from alignment.losses.correction import CORRECTIONS
 from alignment.losses.estimators import ADVANTAGES, AdvantageOptions
 from alignment.losses.kl import KL_CONTROLLERS, KL_ESTIMATORS, kl_estimate, kl_terms
-from alignment.losses.policy import LOSS_DEFAULTS, POLICY_LOSSES, PolicyOptions
+from alignment.losses.policy import LOSS_DEFAULTS, POLICY_LOSSES, PolicyOptions, loss_defaults
 from alignment.losses.vocabulary_mask import VOCABULARY_MASKS
 from alignment.named import Named
 from alignment.runtime import lazy
@@ -92,6 +92,9 @@ def test_every_policy_loss_has_defaults_that_exist() -> None:
     for values in LOSS_DEFAULTS.values():
         assert values["aggregation"] in AGGREGATIONS
         assert values.keys() - {"aggregation"} <= fields
+    assert loss_defaults("gspo") == {"aggregation": "sequence", "clip_range_low": 3e-4, "clip_range_high": 4e-4}
+    with pytest.raises(ArgumentsError, match="unknown policy_loss 'gpso'; did you mean 'gspo'"):
+        loss_defaults("gpso")
 
 
 def test_every_compat_setting_is_one_of_a_function_here() -> None:
