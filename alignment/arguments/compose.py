@@ -119,7 +119,7 @@ def _preset_key(title: str, known: set[str], presets: Mapping[str, Mapping[str, 
         None,
         f"A form of {title} by name: sets keys that are not given, and says which.",
         choices=tuple(presets),
-        sets=lambda cls: presets,
+        sets=lambda cls, chosen: presets,
         derived="none",
     )
     return "preset", str | None, field

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import operator
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ COMMON = _table(
 RL_ALGORITHMS = {"ppo": "ppo", "grpo": "grpo", "reinforce_plus_plus": "reinforce"}
 
 
-def _reference_settings(cls: type) -> dict[str, dict[str, Any]]:
+def _reference_settings(cls: type, chosen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What paddlenlp's algorithms take for granted and the methods here do not."""
     return {"grpo": {"kl_coeff": 0.001}, "reinforce_plus_plus": {"kl_coeff": 0.02}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,23 +11,21 @@ from alignment.arguments.sizes import Sizes, online_sizes
 from alignment.arguments.spec import argument, read_int
 from alignment.arguments.stage_arguments import Arguments
 from alignment.arguments.training import ONE_PROCESS, dataset_argument
-from alignment.losses.compat import COMPAT
+from alignment.losses.compat import COMPAT, compat_settings
 
 #: What :mod:`alignment.losses.compat` calls keys that have older names here.
 _COMPAT_KEYS = {
     "aggregation": "policy_loss_mean",
     "clip_range_low": "clip_range_ratio_low",
     "clip_range_high": "clip_range_ratio_high",
-    "kl_kind": "kl_estimator",
 }
 
 
-def _compat_settings(cls: type[Arguments]) -> dict[str, dict[str, Any]]:
+def _compat_settings(cls: type[Arguments], chosen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What each value of ``compat`` sets for a method: the peer's constants under the names of keys."""
-    return {
-        peer: {_COMPAT_KEYS.get(name, name): value for name, value in methods.get(cls.STAGE, {}).items()}
-        for peer, methods in COMPAT.items()
-    }
+    loss = chosen.get("policy_loss", "ppo")
+    tables = {peer: compat_settings(peer, cls.STAGE, loss) for peer in COMPAT if cls.STAGE in COMPAT[peer]}
+    return {peer: {_COMPAT_KEYS.get(key, key): value for key, value in table.items()} for peer, table in tables.items()}
 
 
 @dataclass

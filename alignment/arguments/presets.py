@@ -30,13 +30,8 @@ class Settings:
 
 def settings_of(cls: type, spec: Spec) -> dict[str, dict[str, Any]]:
     """What the values of a key set in a class of arguments: value -> {key: setting}; for most keys nothing."""
-    if spec.sets is None:
-        return {}
-    names = _own_names(cls)
-    return {
-        value: {names[key]: setting for key, setting in settings.items() if key in names}
-        for value, settings in spec.sets(cls).items()
-    }
+    tables = {} if spec.sets is None else spec.sets(cls, {})
+    return {value: _own(cls, settings) for value, settings in tables.items()}
 
 
 def in_words(settings: Mapping[str, Any]) -> str:
@@ -58,18 +53,18 @@ def settings_for(cls: type, known: Mapping[str, Spec], given: Mapping[str, Any])
         given: keys and values of the user.
     """
     specs, result = cls.specs(), Settings()  # type: ignore[attr-defined]
-    choosers = [(f"{name} {given[name]}", known[name]) for name in known if known[name].sets and name in given]
-    for source, chooser in choosers:
-        for key, value in settings_of(cls, chooser).get(given[chooser.name], {}).items():
-            if key not in given:
-                result.values[key] = read_value(specs[key], value, is_text=False)
-                result.set_by[key] = source
-    for source, chooser in choosers:
-        wanted = settings_of(cls, chooser).get(given[chooser.name], {})
-        done = {key: value for key, value in wanted.items() if result.set_by.get(key) == source}
+    for name, chooser in reversed(known.items()):  # what comes last is settled first, and stays
+        if chooser.sets is None or name not in given:
+            continue
+        source = f"{name} {given[name]}"
+        asked = chooser.sets(cls, {**result.values, **given}).get(given[name], {})
+        wanted = _own(cls, asked)
+        done = {key: value for key, value in wanted.items() if key not in given and key not in result.values}
+        for key, value in done.items():
+            result.values[key] = read_value(specs[key], value, is_text=False)
+            result.set_by[key] = source
         kept = [key for key in wanted if key in given]
-        asked = chooser.sets(cls).get(given[chooser.name], {})  # type: ignore[misc]
-        missing = [key for key in asked if key not in _own_names(cls)]
+        missing = [key for key in asked if not _own(cls, {key: None})]
         parts = [f"{source} sets {in_words(done) or 'nothing'}"] if asked else []
         parts += [f"{', '.join(kept)}: as given"] * bool(kept)
         parts += [f"there is no key for {', '.join(missing)}"] * bool(missing)
@@ -77,7 +72,9 @@ def settings_for(cls: type, known: Mapping[str, Spec], given: Mapping[str, Any])
     return result
 
 
-def _own_names(cls: type) -> dict[str, str]:
-    """Names and aliases of the keys of a class of arguments -> their names."""
+def _own(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings that a class of arguments has keys for, under the keys' own names."""
     specs = cls.specs()  # type: ignore[attr-defined]
-    return {**{alias: spec.name for spec in specs.values() for alias in spec.aliases}, **{name: name for name in specs}}
+    names = {alias: spec.name for spec in specs.values() for alias in spec.aliases}
+    names |= {name: name for name in specs}
+    return {names[key]: value for key, value in settings.items() if key in names}

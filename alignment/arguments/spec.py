@@ -12,9 +12,11 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from alignment.errors import nearest
 
 #: What the reference's parser takes for a truth value, on the command line and in strings of a file, and YAML's words.
 TRUE_WORDS = frozenset({"yes", "true", "t", "y", "1", "on"})
@@ -42,7 +44,8 @@ class Spec:
         default: the value when the key is not given, before values are derived from other keys.
         help: one sentence: what it does.
         ge, gt, le, lt: bounds of a number.
-        choices: all allowed values, or None.
+        choices: all allowed values, or None. A registry (:class:`alignment.named.Named`) is asked when a value is read,
+            so names that plug-ins add count too.
         unit: ``"tokens"``, ``"rows"``, ``"optimizer steps"``, ... or empty.
         aliases: other names of the key.
         parse: for values of more than one type: ``parse(value, is_text)`` returns the value or raises ``ValueError``.
@@ -55,8 +58,9 @@ class Spec:
         unavailable: why any value but the default is refused.
         neutral: further values that ask for nothing and of which nothing need be said.
         group: the heading under which the documentation lists it.
-        sets: of a key whose values stand for settings of other keys: ``sets(cls)`` gives ``{value: {key: setting}}``
-            for a class of arguments. Keys that are given themselves stay.
+        sets: of a key whose values stand for settings of other keys: ``sets(cls, chosen)`` gives ``{value: {key:
+            setting}}`` for a class of arguments, where ``chosen`` has the values of keys that are settled. Keys that
+            are given themselves stay.
     """
 
     name: str
@@ -68,7 +72,7 @@ class Spec:
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
-    choices: tuple[Any, ...] | None = None
+    choices: Collection[Any] | None = None
     unit: str = ""
     aliases: tuple[str, ...] = ()
     parse: Callable[[Any, bool], Any] | None = None
@@ -81,7 +85,7 @@ class Spec:
     unavailable: str = ""
     neutral: tuple[Any, ...] = ()
     group: str = ""
-    sets: Callable[[type], Mapping[str, Mapping[str, Any]]] | None = None
+    sets: Callable[[type, Mapping[str, Any]], Mapping[str, Mapping[str, Any]]] | None = None
 
     def is_neutral(self, value: Any) -> bool:
         """Say whether ``value`` asks for nothing: the default, nothing at all, or one of ``neutral``."""
@@ -179,7 +183,8 @@ def _check_range(spec: Spec, value: Any) -> None:
     if spec.choices is not None:
         for item in value if isinstance(value, list) else [value]:
             if item not in spec.choices:
-                raise ValueError(f"{item!r} is not one of {', '.join(repr(choice) for choice in spec.choices)}")
+                near = nearest(item, filter(None, spec.choices)) if isinstance(item, str) else ""
+                raise ValueError(f"{item!r} is not one of {', '.join(map(repr, spec.choices))}{near}")
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return

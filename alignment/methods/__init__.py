@@ -156,6 +156,8 @@ def _check(method: Any, given: str = "") -> None:
     if whole is not None:
         if not (isinstance(whole, type) and issubclass(whole, Arguments)):
             raise ArgumentsError(f"{where}: its Arguments do not derive from alignment.arguments.Arguments")
+        if not (_is_text(whole.STAGE) and _is_text(whole.TITLE)):
+            raise ArgumentsError(f"{where}: its Arguments have no STAGE and TITLE: its name, and as people read it")
     elif getattr(method, "base", None) not in BASES or not hasattr(method, "Keys"):
         raise ArgumentsError(
             f"{where} is no method: it needs Arguments, or Keys (a dataclass, or None) and base "

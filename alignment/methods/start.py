@@ -29,6 +29,7 @@ def run_method(method: type, argv: list[str], preset: str | None = None) -> int:
         AlignmentError: whatever the user can mend.
         SystemExit: with status 0, after ``--help`` has been answered.
     """
+    _load_plugins(argv)  # before the arguments are read: names that they register are values of keys
     cls = methods.arguments_of(method)
     chosen = [f"preset={preset}"] if preset else []
     if {"-h", "--help"}.intersection(argv):  # answered before Paddle is loaded
@@ -109,7 +110,7 @@ def chosen_method(argv: list[str]) -> type | None:
 
 
 def _load_plugins(argv: list[str]) -> tuple[str | None, list[Given]]:
-    """Import the plug-ins that a file or the command line names, and installed ones, before the method is known."""
+    """Import the plug-ins that a file or the command line names, and installed ones."""
     from alignment.plugins import load_plugins
 
     file, given = _given(argv)

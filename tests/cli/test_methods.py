@@ -160,6 +160,13 @@ def test_what_is_no_method_is_said(body: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_the_toolkits_methods_keep_the_contract() -> None:
+    for name, method in methods.known_methods().items():
+        assert methods.register_method(method) is method
+        assert (method.name, method.summary[-1] == ".") == (name, False)
+        assert methods.arguments_of(method).TITLE
+
+
 def test_two_methods_of_one_name_are_refused() -> None:
     def made(text: str) -> type:
         namespace: dict = {"__name__": text}
@@ -182,6 +189,35 @@ def test_methods_are_found_without_paddle(repo: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+LOSSES = """
+from alignment.losses.policy import POLICY_LOSSES
+
+@POLICY_LOSSES.register("my_loss")
+def my_loss(inputs):
+    ...
+"""
+
+
+def test_a_registry_may_be_the_choices_of_a_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names that plug-ins register are values too: they are imported before the arguments are read."""
+    from alignment.losses.policy import POLICY_LOSSES
+
+    monkeypatch.setattr(POLICY_LOSSES, "_things", dict(POLICY_LOSSES._things))
+    Path("conf/losses.py").write_text(LOSSES)
+    text = MINE.replace(
+        "    bold: bool", '    policy_loss: str = argument("ppo", "The loss.", choices=POLICY_LOSSES)\n    bold: bool'
+    ).replace("pace={args.pace}", "loss={args.policy_loss}")
+    Path("conf/mine.py").write_text("from alignment.losses.policy import POLICY_LOSSES\n" + text)
+    status, out, err = run(
+        capsys, "run", "mine", "conf/mine.json", "plugins=conf/mine.py,conf/losses.py", "policy_loss=my_loss"
+    )
+    assert status == 0 and "mine loss=my_loss" in out, err
+    status, _, err = run(capsys, "run", "mine", "conf/mine.json", "policy_loss=my_los")
+    assert status == 2 and "policy_loss: 'my_los' is not one of 'ppo', " in err and "did you mean 'my_loss'?" in err
 
 
 # ---- paddlenlp's rl_algorithm --------
