@@ -33,6 +33,7 @@ from alignment.named import Named
 
 TOKEN_REWARDS = ("score", "tokens")
 NORMALIZE = ("none", "tokens", "sequences")
+STDS = ("unbiased", "biased")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ class AdvantageOptions:
     normalize: str | None = None
     whiten_std: Std = "unbiased"
     whiten_eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        known = {
+            "scale": grouped.SCALES, "std": STDS, "singletons": grouped.SINGLETONS, "token_rewards": TOKEN_REWARDS,
+            "normalize": (None, *NORMALIZE), "whiten_std": STDS,
+        }  # fmt: skip
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                listed = ", ".join(str(value) for value in values)
+                raise ArgumentsError(f"advantages: {name} is {getattr(self, name)!r}; it can be {listed}")
 
 
 @dataclass(frozen=True)
@@ -210,11 +221,6 @@ def _mask(inputs: AdvantageInputs) -> np.ndarray:
 
 
 def _scores(inputs: AdvantageInputs) -> np.ndarray:
-    if inputs.options.token_rewards not in TOKEN_REWARDS:
-        raise ArgumentsError(
-            f"unknown way {inputs.options.token_rewards!r} of token rewards into a group's advantages; known: "
-            f"{', '.join(TOKEN_REWARDS)}"
-        )
     scores = np.asarray(inputs.scores, np.float64)
     if inputs.token_rewards is None or inputs.options.token_rewards == "tokens":
         return scores
@@ -256,8 +262,6 @@ def _over_tokens(rows: np.ndarray, inputs: AdvantageInputs, own: str = "none") -
 def _normalized(advantages: np.ndarray, inputs: AdvantageInputs, own: str) -> np.ndarray:
     options = inputs.options
     how = own if options.normalize is None else options.normalize
-    if how not in NORMALIZE:
-        raise ArgumentsError(f"unknown normalisation {how!r} of advantages; known: {', '.join(NORMALIZE)}")
     mask = _mask(inputs)
     if how == "tokens":
         return whiten(advantages, mask, options.whiten_eps, options.whiten_std)

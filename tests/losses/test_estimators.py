@@ -128,6 +128,19 @@ def test_singletons_by_request() -> None:
         group_advantages(scores, groups, "std")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("key", ["scale", "std", "singletons", "token_rewards", "normalize", "whiten_std"])
+def test_an_unknown_option_is_told_with_the_known_ones(key: str) -> None:
+    with pytest.raises(ArgumentsError, match=f"advantages: {key} is 'other'; it can be .*, "):
+        AdvantageOptions(**{key: "other"})
+
+
+def test_an_estimator_says_what_it_lacks() -> None:
+    inputs = AdvantageInputs(scores=np.zeros(2), mask=np.ones((2, 1)))
+    for name, lacks in {"gae": "values", "remax": "greedy_scores", "gdpo": "rewards", "grpo": "groups"}.items():
+        with pytest.raises(ArgumentsError, match=f"needs {lacks}"):
+            ADVANTAGES[name](inputs)
+
+
 @pytest.mark.parametrize("name", list(ADVANTAGES))
 def test_a_score_that_does_not_apply_is_left_out(name: str) -> None:
     given = made(2, np.ones((6, 5)), normalize="sequences")
