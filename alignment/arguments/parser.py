@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from alignment.arguments import checks, effects, foreign, presets, resolve
+from alignment.arguments.critic_keys import CriticKeys
+from alignment.arguments.online_arguments import OnlineArguments
 from alignment.arguments.ppo_arguments import PPOArguments
 from alignment.arguments.reward_arguments import CostArguments, RewardArguments
+from alignment.arguments.row_arguments import RowArguments
 from alignment.arguments.sft_arguments import LoRAFields, SFTArguments
 from alignment.arguments.sources import Given, read_argv, read_file
-from alignment.arguments.spec import Spec, read_value
+from alignment.arguments.spec import Spec, read_value, specs
 from alignment.arguments.stage_arguments import Arguments, help_text
 from alignment.errors import nearest
 
@@ -20,6 +23,12 @@ from alignment.errors import nearest
 STAGES: tuple[type[Arguments], ...] = (SFTArguments, RewardArguments, PPOArguments)
 #: The registry of methods: by its name, since it is the room above.
 METHODS = "alignment.methods"
+#: Whose the keys are that many methods share.
+_SHARED = {
+    "methods that generate": OnlineArguments,
+    "methods with a critic": CriticKeys,
+    "methods on given rows": RowArguments,
+}
 _NO_LORA = (
     "LoRA is trained in SFT, reward models and other methods on given rows only; merge the adapters first "
     "(`alignment merge_lora`)"
@@ -162,9 +171,10 @@ def _kind(cls: type[Arguments], key: str) -> str | None:
 def _unknown(cls: type[Arguments], key: str) -> str:
     if key.startswith("lora") and not issubclass(cls, LoRAFields):
         return f"unknown argument: {_NO_LORA}"
+    owner = next((words for words, shared in _SHARED.items() if key in specs(shared)), None)
     others = [other.TITLE for other in all_stages() if key in other.specs() or key in other.FOREIGN]
-    if others:
-        return f"is an argument of {_and(others)}, not of {cls.TITLE}{nearest(key, known_keys(cls))}"
+    if owner or others:
+        return f"is an argument of {owner or _and(others)}, not of {cls.TITLE}{nearest(key, known_keys(cls))}"
     here = [known for known in foreign.named_elsewhere(key) if known in cls.specs()]
     if here:
         return f"unknown argument; here that is {' or '.join(map(repr, here))}"

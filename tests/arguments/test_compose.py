@@ -91,7 +91,7 @@ def test_a_method_without_a_critic_has_nothing_of_one() -> None:
     assert not hasattr(args, "gae_lambda") and not hasattr(args, "reward_critic_model_name_or_path")
     assert args.derive_sizes(64, 1).rows_per_rollout == 16 * 8
     text = refused(GROUPED, {**ONLINE, "gae_lambda": 0.9})
-    assert "gae_lambda: is an argument of PPO" in text and "not of Grouped" in text
+    assert "gae_lambda: is an argument of methods with a critic, not of Grouped" in text
 
 
 def test_own_keys_are_checked_as_all_are() -> None:

@@ -43,8 +43,8 @@ CASES: list[tuple[type, dict[str, Any], list[str]]] = [
     (PPOArguments, {"eval_strategy": "steps"}, ["unknown argument; here that is 'evaluation_strategy'"]),
     (PPOArguments, {"max_new_tokens": 9}, ["unknown argument; here that is 'max_dec_len'"]),
     (SFT, {"learning_rat": 1}, ["did you mean 'learning_rate'?"]),
-    (RM, {"kl_coeff": 1}, ["kl_coeff: is an argument of PPO, not of Reward model"]),
-    (PPOArguments, {"regularization": 1}, ["is an argument of Reward model, not of PPO"]),
+    (RM, {"kl_coeff": 1}, ["kl_coeff: is an argument of methods that generate, not of Reward model"]),
+    (PPOArguments, {"regularization": 1}, ["is an argument of Reward model", "not of PPO"]),
     (
         PPOArguments,
         {"lora": True},

@@ -95,7 +95,7 @@ def test_its_keys_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 2 and "Traceback" not in err
     assert "pace: must be > 0 and <= 1, not 2.0" in err
     assert "pase: unknown argument; did you mean 'pace'?" in err
-    assert "gae_lambda: is an argument of PPO, not of Mine" in err
+    assert "gae_lambda: is an argument of methods with a critic, not of Mine" in err
 
 
 def test_a_key_of_it_given_to_another_method_is_told_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:
