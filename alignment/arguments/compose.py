@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-from alignment.arguments.spec import Spec, argument, specs
+from alignment.arguments.spec import Spec, argument, read_value, specs
 from alignment.arguments.stage_arguments import Arguments
 from alignment.errors import ArgumentsError, nearest
 
@@ -57,7 +57,8 @@ def compose(
 
     Raises:
         ArgumentsError: a field was not made by ``argument``, is of another type than the key of ``base`` with its
-            name, or ``changes`` or ``presets`` name a key that there is not.
+            name or has the name of something else, or ``changes`` or ``presets`` name a key that there is not or a
+            value that it does not take.
     """
     bases = (base,) if keys is None else (keys, base)
     if keys is not None:
@@ -65,7 +66,7 @@ def compose(
     inherited = specs(base) if keys is None else {**specs(base), **specs(keys)}
     fields = [_changed(title, inherited, bases, key, details) for key, details in (changes or {}).items()]
     if presets:
-        fields.append(_preset_key(title, set(inherited), presets))
+        fields.append(_preset_key(title, presets))
     namespace: dict[str, Any] = {
         "STAGE": stage,
         "TITLE": title,
@@ -75,7 +76,9 @@ def compose(
     if metrics:
         namespace["METRICS"] = (*metrics, *(name for name in base.METRICS if name not in metrics))
     name = "".join(word.capitalize() for word in stage.split("_")) + "Arguments"
-    return dataclasses.make_dataclass(name, fields, bases=bases, namespace=namespace)
+    made = dataclasses.make_dataclass(name, fields, bases=bases, namespace=namespace)
+    _check_presets(made, presets or {})
+    return made
 
 
 def _check_keys(keys: type, base: type[Arguments], title: str) -> None:
@@ -90,6 +93,8 @@ def _check_keys(keys: type, base: type[Arguments], title: str) -> None:
     for name, spec in own.items():
         if name in known and spec.kind != known[name].kind:
             raise ArgumentsError(f"{title}: {name} is a key of all such methods, of another type; give it another name")
+        if name not in known and hasattr(base, name):
+            raise ArgumentsError(f"{title}: {name} is something that all arguments have; give the key another name")
 
 
 def _changed(title: str, known: Mapping[str, Spec], bases: tuple[type, ...], key: str, details: Mapping[str, Any]):
@@ -100,21 +105,23 @@ def _changed(title: str, known: Mapping[str, Spec], bases: tuple[type, ...], key
     if unknown:
         raise ArgumentsError(f"{title}: {key} has no {unknown[0]!r}{nearest(unknown[0], _DETAILS)}")
     owner = next(base for base in bases if key in getattr(base, "__dataclass_fields__", {}))
-    field = owner.__dataclass_fields__[key]
-    merged = {**field.metadata, "default": known[key].default, **details}
-    hint = field.type
-    if isinstance(hint, str):  # as written in its module, whose names the new class does not have
-        from typing import get_type_hints
-
-        hint = get_type_hints(owner)[key]
-    return key, hint, argument(**merged)
+    merged = {**owner.__dataclass_fields__[key].metadata, "default": known[key].default, **details}
+    return key, get_type_hints(owner)[key], argument(**merged)
 
 
-def _preset_key(title: str, known: set[str], presets: Mapping[str, Mapping[str, Any]]):
+def _check_presets(made: type[Arguments], presets: Mapping[str, Mapping[str, Any]]) -> None:
     for name, settings in presets.items():
-        for key in settings:
-            if key not in known:
-                raise ArgumentsError(f"{title}: the preset {name} sets {key!r}, which is no key{nearest(key, known)}")
+        for key, value in settings.items():
+            where = f"{made.TITLE}: the preset {name} sets {key!r}"
+            if key not in specs(made):
+                raise ArgumentsError(f"{where}, which is no key{nearest(key, specs(made))}")
+            try:
+                read_value(specs(made)[key], value, is_text=False)
+            except ValueError as error:
+                raise ArgumentsError(f"{where}: {error}") from None
+
+
+def _preset_key(title: str, presets: Mapping[str, Mapping[str, Any]]):
     field = argument(
         None,
         f"A form of {title} by name: sets keys that are not given, and says which.",

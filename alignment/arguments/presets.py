@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.arguments.spec import Spec, read_value
+from alignment.errors import ArgumentsError
 
 
 @dataclass
@@ -51,6 +52,9 @@ def settings_for(cls: type, known: Mapping[str, Spec], given: Mapping[str, Any])
         known: all its keys, in rising precedence where two set the same: those of others, the shared ones, the
             method's own.
         given: keys and values of the user.
+
+    Raises:
+        ArgumentsError: a value is asked for that its key does not take.
     """
     specs, result = cls.specs(), Settings()  # type: ignore[attr-defined]
     for name, chooser in reversed(known.items()):  # what comes last is settled first, and stays
@@ -61,7 +65,12 @@ def settings_for(cls: type, known: Mapping[str, Spec], given: Mapping[str, Any])
         wanted = _own(cls, asked)
         done = {key: value for key, value in wanted.items() if key not in given and key not in result.values}
         for key, value in done.items():
-            result.values[key] = read_value(specs[key], value, is_text=False)
+            try:
+                result.values[key] = read_value(specs[key], value, is_text=False)
+            except ValueError as error:
+                raise ArgumentsError(
+                    f"{source} asks for {key} {value}, which {cls.TITLE} does not take ({error}); give {key} yourself"
+                ) from None
             result.set_by[key] = source
         kept = [key for key in wanted if key in given]
         missing = [key for key in asked if not _own(cls, {key: None})]

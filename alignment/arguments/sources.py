@@ -201,7 +201,8 @@ def _following(key: str, words: list[str], kind: str | None) -> str | None:
         return "true"
     values = []
     while words and not words[0].startswith("--"):
-        if (values and kind != "list") or ((values or kind is None) and "=" in words[0]):
+        # An unknown key may take several words, too: whoever looks before the method is known must not stumble over it.
+        if (values and kind not in ("list", None)) or ((values or kind is None) and "=" in words[0]):
             break
         values.append(words.pop(0))
     # An unknown key alone is left to the parser, whose message names the nearest known one.

@@ -209,6 +209,17 @@ def test_compat_finds_a_key_by_its_other_name_and_yields_to_a_preset() -> None:
     assert args.policy_loss_mean == "token", "another loss keeps its own paper's aggregation"
 
 
+def test_what_a_peer_asks_for_and_the_method_does_not_take_is_said() -> None:
+    @dataclass
+    class Own:
+        std: str = argument("unbiased", "Deviation.", choices=("unbiased",))
+
+    cls = compose(Own, OnlineArguments, "grpo", "GRPO")
+    text = refused(cls, {**ONLINE, "compat": "compose"})
+    assert text.startswith("compat compose asks for std biased, which GRPO does not take ('biased' is not one of")
+    assert from_dict(cls, {**ONLINE, "compat": "compose", "std": "unbiased"}).std == "unbiased"
+
+
 # ---- what authors get wrong --------
 
 
@@ -221,6 +232,10 @@ def test_what_authors_get_wrong_is_said() -> None:
     class Clash:
         gamma: str = argument("x", "Not the discount.")
 
+    @dataclass
+    class Taken:
+        optimizer: str = argument("adamw", "Which optimizer.")
+
     class NoDataclass:
         scale: str = argument("group", "What.")
 
@@ -231,10 +246,12 @@ def test_what_authors_get_wrong_is_said() -> None:
 
     assert message(Plain) == ("Mine: scale: a key is made by argument(default, help), from alignment.arguments.spec")
     assert message(Clash).startswith("Mine: gamma is a key of all such methods, of another type")
+    assert message(Taken) == "Mine: optimizer is something that all arguments have; give the key another name"
     assert message(NoDataclass) == "Mine: its Keys are no dataclass; write @dataclass above the class"
     assert message(changes={"gama": {"default": 0}}) == "Mine: there is no key 'gama' to change; did you mean 'gamma'?"
     assert message(changes={"gamma": {"defualt": 0}}) == "Mine: gamma has no 'defualt'; did you mean 'default'?"
     assert message(presets={"a": {"gama": 1}}).startswith("Mine: the preset a sets 'gama', which is no key; did you")
+    assert message(presets={"a": {"gamma": 2}}) == "Mine: the preset a sets 'gamma': must be 0 to 1, not 2.0"
 
 
 # ---- shared keys --------

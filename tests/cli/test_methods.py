@@ -232,6 +232,8 @@ def test_rl_algorithm_chooses_the_method(monkeypatch: pytest.MonkeyPatch, capsys
     assert cli.main(["ppo", "ppo.json", "rl_algorithm=grpo"]) == 7
     assert chosen == ["reinforce", "ppo.json", "grpo", "rl_algorithm=grpo"]
     assert start.chosen_method(["ppo.json", "rl_algorithm=ppo"]) is None
+    words = ["ppo.json", "--stop_strings", "a", "b", "--adaptive_kl", "--rl_algorithm", "ppo"]
+    assert start.chosen_method(words) is None, "keys of a method may have forms that are not known before it is"
 
 
 def test_rl_algorithm_must_be_the_method_that_was_started(capsys: pytest.CaptureFixture[str]) -> None:
