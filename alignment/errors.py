@@ -48,9 +48,10 @@ class InvariantError(AlignmentError):
 
 
 def some_of(names: Iterable[str], limit: int = 4) -> str:
-    """The first ``limit`` names in alphabetical order, and whether there are more: ``"a, b, ..."``."""
-    listed = sorted(names)
-    return ", ".join(listed[:limit]) + (", ..." if len(listed) > limit else "")
+    """The first ``limit`` names, and how many more there are: ``"a, b and 3 more"``; of none ``"nothing"``."""
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more or "nothing"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -38,8 +38,8 @@ from alignment.engine.optimizer import (
     make_masters,
     slots_of,
 )
-from alignment.engine.weights import load_weights_into, some_names
-from alignment.errors import CheckpointError, InvariantError, NonFiniteError
+from alignment.engine.weights import load_weights_into
+from alignment.errors import CheckpointError, InvariantError, NonFiniteError, some_of
 from alignment.log import say_once
 from alignment.losses.logprobs import TokenScores
 from alignment.losses.token_sets import TokenSets
@@ -484,7 +484,7 @@ class Engine:
             if missing or extra:
                 raise CheckpointError(
                     f"{self.name}: the saved optimizer state belongs to another model: "
-                    f"it lacks {some_names(missing)} and has {some_names(extra)} besides"
+                    f"it lacks {some_of(missing)} and has {some_of(extra)} besides"
                 )
             for name, slot, tensor in self._slots():
                 value = saved[name].get(slot)

@@ -10,7 +10,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from alignment.errors import AlignmentError, CheckpointError
+from alignment.errors import AlignmentError, CheckpointError, some_of
 from alignment.parallel.topology import Topology
 from alignment.ppo.models import Piece, pieces_of
 from alignment.ppo.models.parts import belongs_elsewhere
@@ -43,7 +43,7 @@ def load_weights_into(
     piece_of = {key: pieces.get(key, Piece(key)) for key in own}
     missing = sorted({piece_of[key].name for key in wanted if key in own} - set(loaded) - tied)
     if missing:
-        raise CheckpointError(f"{name}: the weights in {folder} lack {some_names(missing)}")
+        raise CheckpointError(f"{name}: the weights in {folder} lack {some_of(missing)}")
     has = {piece.name for piece in piece_of.values()}
     for key in loaded:
         elsewhere = topology.splits_model and belongs_elsewhere(key, inner, topology)
@@ -83,10 +83,3 @@ def _read_weights(folder: Path, name: str) -> dict[str, Any]:
         except (OSError, ValueError, KeyError, AlignmentError) as error:
             raise CheckpointError(f"{name}: cannot read the weights {file}: {error}") from error
     return result
-
-
-def some_names(names: list[str]) -> str:
-    """At most three names, and how many more there are."""
-    if not names:
-        return "nothing"
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

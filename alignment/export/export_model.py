@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from alignment.ppo.models.folders import (
     WEIGHT_FILES,
     check_model_folder,
     read_json,
+    write_json_file,
 )
 from alignment.ppo.models.gguf import ordinary_folder
 from alignment.ppo.models.hf_layout import Weights
@@ -214,11 +214,11 @@ def _write(
         content = hf_config(
             folder, config, tokenizer, dtype=written_dtype, architecture=architecture, score_dim=score_dim
         )
-        _write_json(target / CONFIG_FILE, content)
+        write_json_file(target / CONFIG_FILE, content)
         if not is_score:
             file = source / GENERATION_CONFIG_FILE
             saved = read_json(file, role="export") if file.is_file() else {}
-            _write_json(target / GENERATION_CONFIG_FILE, hf_generation_config(folder, config, tokenizer, saved))
+            write_json_file(target / GENERATION_CONFIG_FILE, hf_generation_config(folder, config, tokenizer, saved))
         if tokenizer is not None:
             write_hf_tokenizer(source, target, tokenizer)
     files = write_weights(
@@ -247,10 +247,6 @@ def _write_paddle_config(target: Path, config: Any, architecture: str, dtype: st
         if hasattr(config, name):
             delattr(config, name)
     config.save_pretrained(str(target))
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _known(name: str, value: str | None, known: tuple[str | None, ...]) -> None:

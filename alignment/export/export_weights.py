@@ -131,13 +131,13 @@ def _check(weights: Weights, wanted: dict[str, tuple[int, ...]]) -> None:
     if missing:
         raise ModelError(
             f"{folder} lacks {len(missing)} of the {len(wanted)} tensors that its {CONFIG_FILE} asks for: "
-            f"{some_of(missing)}; the config belongs to another model, or the weights are incomplete"
+            f"{some_of(sorted(missing))}; the config belongs to another model, or the weights are incomplete"
         )
     extra = [n for n in weights if n not in wanted and not n.endswith("rotary_emb.inv_freq") and not _is_lm_head(n)]
     if extra:
         raise ModelError(
             f"{folder} has {len(extra)} tensors that its {CONFIG_FILE} has no place for: "
-            f"{some_of([weights.stored_name(name) for name in extra])}"
+            f"{some_of(sorted(weights.stored_name(name) for name in extra))}"
         )
     for name, shape in wanted.items():
         if weights.shape(name) != shape:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ModelError
-from alignment.ppo.models.folders import read_json
+from alignment.ppo.models.folders import read_json, write_json_file
 from alignment.ppo.models.json_tokenizer import (
     CHAT_TEMPLATE_FILE,
     SPECIAL_NAMES,
@@ -17,7 +17,6 @@ from alignment.ppo.models.json_tokenizer import (
     TOKENIZER_JSON,
     JsonTokenizer,
     chat_template_of,
-    write_json_file,
 )
 from alignment.ppo.models.tokenizers import PROBES, load_tokenizer, write_chat_template
 

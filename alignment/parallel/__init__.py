@@ -1,5 +1,5 @@
 """Processes of a run and what they do together: who they are (``topology``), how they meet (``world``, ``control``),
-what they share (``groups``, ``sharding``, ``pipeline``, ``whole``), and what CPUs lack for it (``cpu_backend``).
+what they share (``group_collectives``, ``sharding``, ``pipeline``, ``whole``), and what CPUs lack (``cpu_backend``).
 """
 
 from __future__ import annotations

@@ -20,8 +20,7 @@ from paddle import Tensor
 
 from alignment.parallel.gradients import gradient, gradient_dtype, set_gradient
 from alignment.parallel.group_collectives import broadcast, buckets
-from alignment.parallel.owners import assign_owners
-from alignment.parallel.topology import Topology
+from alignment.parallel.topology import Topology, assign_owners
 
 
 class Sharding:

@@ -11,6 +11,7 @@ data ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from alignment.errors import ArgumentsError
@@ -139,3 +140,22 @@ def layers_of_stage(layers: int, stages: int, stage: int) -> range:
     counts = [base + (number >= stages - over) for number in range(stages)]
     first = sum(counts[:stage])
     return range(first, first + counts[stage])
+
+
+def assign_owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Which rank of a sharding group owns which parameter: the largest first, each to the rank that has least.
+
+    Args:
+        sizes: elements of each tensor.
+        ranks: to share them over.
+
+    Returns:
+        the owner of each.
+    """
+    load = [0] * ranks
+    owners = {}
+    for name in sorted(sizes, key=lambda key: (-sizes[key], key)):
+        rank = load.index(min(load))
+        owners[name] = rank
+        load[rank] += sizes[name]
+    return owners

@@ -1,7 +1,7 @@
 """Bytes on one process, phase by phase: what is resident, what a phase adds, and the peak.
 
 Sharding as in Rajbhandari et al. 2020 (arXiv:1910.02054, section 5: 2 + 2 + 12 bytes a parameter in half precision,
-divided by stage), but with whole parameters owned (:func:`alignment.parallel.owners.assign_owners`), so that the
+divided by stage), but with whole parameters owned (:func:`alignment.parallel.topology.assign_owners`), so that the
 shares are as even as the tensors allow. Residency follows the dataflow and ``offload_level`` by the rules of
 :mod:`alignment.parallel.offload`.
 """
@@ -14,8 +14,7 @@ from functools import cached_property, lru_cache
 
 from alignment.flow.flow import optimizer_of
 from alignment.parallel.offload import LEVELS
-from alignment.parallel.owners import assign_owners
-from alignment.parallel.topology import BUCKET_ELEMENTS, Topology, layers_of_stage
+from alignment.parallel.topology import BUCKET_ELEMENTS, Topology, assign_owners, layers_of_stage
 from alignment.plan.activations import (
     FLOAT,
     ChunkedHead,
@@ -77,11 +76,6 @@ class Part:
     def largest(self) -> int:
         """Elements of the largest parameter."""
         return max((tensor.elements for tensor in self.tensors.values()), default=0)
-
-    @cached_property
-    def outside_elements(self) -> int:
-        """Of embedding, final norm and head, which sharding stage 3 has here for a whole pass."""
-        return sum(tensor.elements for name, tensor in self.tensors.items() if layer_of(name) is None)
 
     @cached_property
     def in_pass(self) -> int:

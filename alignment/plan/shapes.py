@@ -7,7 +7,6 @@ parameters to owners and breaks ties by name. ``tests/plan`` compares the lists 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 from alignment.errors import ModelError, nearest
 from alignment.parallel.topology import Topology, layers_of_stage
-from alignment.ppo.models.folders import model_type_of
+from alignment.ppo.models.folders import model_type_of, read_json
 from alignment.ppo.models.gguf import ordinary_folder
 
 #: Architectures whose feed-forward keeps the activated gate besides its factors (no fused SwiGLU in paddlenlp).
@@ -282,10 +281,7 @@ def _shape_of_file(file: Path, role: str) -> ModelShape:
         raise ModelError(
             f"{role}: there is no {file}; give a config.json, a folder with one, or one of {', '.join(MODELS)}"
         )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{role}: cannot read {file}: {error}") from error
+    content = read_json(file, role=role)
     if not isinstance(content, dict):
         raise ModelError(f"{role}: {file} is no JSON object")
     return shape_of_config(content, str(file))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.errors import DataError
+from alignment.errors import DataError, some_of
 from alignment.log import say_once
 from alignment.ppo.data.base import RawDataset, RawSample
 from alignment.ppo.data.readers import FORMATS, PACKED, BadRow, Joined, Rows, format_of, open_rows, shorten
@@ -131,7 +131,7 @@ def _of_pattern(path: Path) -> list[Path]:
         raise DataError(f"no data file matches {path} (looked in {Path.cwd()}); read are {', '.join(FORMATS)}")
     splits = {_describe(Path(file.name), file).split for file in files} - {None}
     if len(splits) > 1:
-        listed = _listed(file.name for file in files)
+        listed = some_of((file.name for file in files), 6)
         raise DataError(f"{path} matches files of several splits ({listed}); narrow it, or name the folder")
     return files
 
@@ -147,18 +147,20 @@ def _of_folder(folder: Path, split: str, config: str | None) -> list[Path]:
     ]
     found = card or [_describe(file.relative_to(folder), file) for file in data]
     if not found:
-        held = _listed(file.name for file in everything if not file.name.startswith("."))
+        held = some_of((file.name for file in everything if not file.name.startswith(".")), 6)
         raise DataError(
             f"the folder {folder} holds no data file; read are {', '.join(FORMATS)}, the text formats also packed "
-            f"({', '.join(PACKED)}). It holds: {held or 'nothing'}"
+            f"({', '.join(PACKED)}). It holds: {held}"
         )
     chosen = _choose_split(folder, _choose_config(folder, found, split, config, bool(card)), split)
     files = [one.file for one in chosen]
     unread = [str(file.relative_to(folder)) for file in everything if format_of(file.name) and file not in files]
     unread = [name for name in unread if Path(name).name not in _NOT_DATA and not _is_hidden(Path(name))]
     if unread:
-        read = _listed(str(file.relative_to(folder)) for file in files)
-        say_once(f"the folder {folder}: of split {chosen[0].name or split} is read {read}; not read: {_listed(unread)}")
+        read = some_of((str(file.relative_to(folder)) for file in files), 6)
+        say_once(
+            f"the folder {folder}: of split {chosen[0].name or split} is read {read}; not read: {some_of(unread, 6)}"
+        )
     return files
 
 
@@ -184,7 +186,7 @@ def _saved_lists(files: Iterable[Path]) -> dict[Path, set[str]]:
                 continue  # some other state.json
             missing = [name for name in lists[file.parent] if not (file.parent / name).is_file()]
             if missing:
-                raise DataError(f"{file} lists {_listed(missing)}, which the folder lacks; copy it again")
+                raise DataError(f"{file} lists {some_of(missing, 6)}, which the folder lacks; copy it again")
     return lists
 
 
@@ -306,9 +308,3 @@ def _card_patterns(data_files: Any) -> list[tuple[str, str]]:
         paths = [one["path"]] if isinstance(one["path"], str) else one["path"]
         pairs += [(str(one["split"]), str(path)) for path in paths]
     return pairs
-
-
-def _listed(names: Iterable[str], most: int = 6) -> str:
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

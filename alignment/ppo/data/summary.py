@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from alignment.errors import some_of
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
@@ -106,7 +108,7 @@ def summary_table(summaries: Sequence[DatasetSummary]) -> Table:
             numbers = [str(value) for value in (source.available, source.duplicates, source.taken, source.kept)]
             table.add_row(label, source.proportion, *numbers, counts_text(source.dropped), "", "", "")
             if source.unread:
-                table.add_row(f"    not read: {unread_text(source.unread)}")
+                table.add_row(f"    not read: {some_of(source.unread)}")
         table.add_section()
     return table
 
@@ -114,13 +116,6 @@ def summary_table(summaries: Sequence[DatasetSummary]) -> Table:
 def counts_text(counts: Mapping[str, int]) -> str:
     """Write ``{"empty answer": 3}`` as ``3 empty answer``; nothing as ``-``."""
     return ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "-"
-
-
-def unread_text(counts: Mapping[str, int], most: int = 4) -> str:
-    """Write names of columns, at most ``most`` of them."""
-    names = list(counts)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def length_percentiles(lengths: np.ndarray) -> dict[str, int]:

@@ -34,7 +34,7 @@ from alignment.ppo.data.mixture import Source, parse_mixture
 from alignment.ppo.data.read_mixture import Loaded, Sample, Samples, deduplicate, identities, load_source, mix, place
 from alignment.ppo.data.readers import shorten
 from alignment.ppo.data.rows import PROMPT_LIKE
-from alignment.ppo.data.summary import DatasetSummary, SourceSummary, counts_text, length_percentiles, unread_text
+from alignment.ppo.data.summary import DatasetSummary, SourceSummary, counts_text, length_percentiles
 from alignment.ppo.data.survey import survey
 from alignment.ppo.data.table import CUTS, TokenTable, compact
 from alignment.ppo.data.template import PromptTemplate
@@ -345,7 +345,7 @@ def _say_unread(sources: Sequence[SourceSummary], unread: Sequence[Mapping[str, 
     for source, counts in zip(sources, unread, strict=True):
         if counts:
             where = f"{source.name}{f' ({source.path})' if source.path else ''}, as {kind} data"
-            say_once(f"data set {where}: not read: {unread_text(counts, len(counts))}")
+            say_once(f"data set {where}: not read: {', '.join(counts)}")
         looks = [name for name in counts if name in PROMPT_LIKE]
         if looks:
             say_once(

@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,11 @@ def read_json(file: Path, *, role: str = "model") -> Any:
         raise ModelError(
             f"{role}: {file} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
         ) from error
+
+
+def write_json_file(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object for people."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_type_of(config: dict[str, Any], folder: str | os.PathLike, *, role: str = "model") -> str:

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import os
 import re
-import struct
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ import numpy as np
 
 from alignment.errors import ModelError, nearest
 from alignment.log import get_logger
+
+from .safetensors_file import StoredTensor, write_weights
 
 SUFFIX = ".gguf"
 #: The file that makes a folder without other weights a GGUF folder.
@@ -159,6 +160,8 @@ def write_folder(file: Path, folder: Path, *, role: str = "model") -> str:
         ModelError: see :func:`ordinary_folder`.
         OSError: the folder cannot be written.
     """
+    from .folders import write_json_file  # which imports this module
+
     where = f"{role}: {file}"
     reader, metadata = _read(file, where)
     _check_kind(metadata, where)
@@ -166,14 +169,15 @@ def write_folder(file: Path, folder: Path, *, role: str = "model") -> str:
     config = _config(metadata, tensors, where)
     tokenizer, settings = _tokenizer(metadata, config, where)
     folder.mkdir(parents=True)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "tokenizer.json", tokenizer)
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json_file(folder / "config.json", config)
+    write_json_file(folder / "tokenizer.json", tokenizer)
+    write_json_file(folder / "tokenizer_config.json", settings)
     ends = dict.fromkeys(metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     ids = {f"{name}_token_id": config[f"{name}_token_id"] for name in ("bos", "pad")}
     ids["eos_token_id"] = [index for index in ends if index is not None]
-    _write_json(folder / "generation_config.json", ids)
-    _write_weights(folder / "model.safetensors", tensors, config, where)
+    write_json_file(folder / "generation_config.json", ids)
+    stored = [_stored(name, tensor, config, where) for name, tensor in tensors.items()]
+    write_weights(folder, stored, metadata_format="pt", max_shard_bytes=sys.maxsize)
     counts: dict[str, int] = {}
     for tensor in reader.tensors:
         counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + 1
@@ -440,26 +444,17 @@ def _around(begin: str | None, end: str | None, vocabulary: dict[str, int]) -> d
 # ---------------------------------------------------------------- the weights
 
 
-def _write_weights(target: Path, tensors: dict[str, Any], config: dict[str, Any], where: str) -> None:
-    """Write all tensors into one safetensors file, one after another: no more than one is ever in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        code = tensor.tensor_type.name if tensor.tensor_type.name in ("F16", "BF16") else "F32"
-        shape = [int(size) for size in reversed(tensor.shape)]
-        start, end = end, end + math.prod(shape) * (4 if code == "F32" else 2)
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+def _stored(name: str, tensor: Any, config: dict[str, Any], where: str) -> StoredTensor:
+    """A tensor as it is written: its numbers are made when its turn comes, so no more than one is ever in memory."""
+    code = tensor.tensor_type.name if tensor.tensor_type.name in ("F16", "BF16") else "F32"
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    with target.open("xb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name, tensor in tensors.items():
-            array = _numbers(tensor, where)
-            for part, count in heads.items():
-                if config["model_type"] == "llama" and f".{part}." in name:
-                    array = rotary_halves(array, count)
-            array.tofile(stream)
+    turned = [count for part, count in heads.items() if config["model_type"] == "llama" and f".{part}." in name]
+
+    def read() -> np.ndarray:
+        array = _numbers(tensor, where)
+        return rotary_halves(array, turned[0]) if turned else array
+
+    return StoredTensor(name, tuple(int(size) for size in reversed(tensor.shape)), code, read)
 
 
 def _numbers(tensor: Any, where: str) -> np.ndarray:
@@ -492,7 +487,3 @@ def rotary_halves(array: np.ndarray, heads: int) -> np.ndarray:
     """
     split = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(array.shape))
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

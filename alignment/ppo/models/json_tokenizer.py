@@ -6,7 +6,6 @@ white space around special tokens and split added tokens that they were not told
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from alignment.errors import DataError, ModelError
 
-from .folders import read_json
+from .folders import read_json, write_json_file
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -326,10 +325,6 @@ def joined_template(default: Any, tool_use: Any) -> Any:
     # The plus signs keep Jinja from trimming what stands beside them; a template's last line break is never written.
     parts = default.removesuffix("\n"), tool_use.removesuffix("\n")
     return "{{% if tools +%}}{1}{{%+ else +%}}{0}{{%+ endif %}}".format(*parts)
-
-
-def write_json_file(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _text_of(token: Any) -> str | None:

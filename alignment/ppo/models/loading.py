@@ -341,8 +341,8 @@ def _fill(
     if unexpected:
         raise ModelError(
             f"{role}: {folder} has {len(unexpected)} tensors that its config has no place for: "
-            f"{some_of(map(weights.stored_name, unexpected))}; the config belongs to another model, or paddlenlp's "
-            f"{weights.folder.model_type} lacks a feature that this model uses"
+            f"{some_of(sorted(map(weights.stored_name, unexpected)))}; the config belongs to another model, or "
+            f"paddlenlp's {weights.folder.model_type} lacks a feature that this model uses"
         )
     for name, tensor in state.items():
         piece = pieces[name]

@@ -12,7 +12,7 @@ from paddlenlp.transformers import AutoTokenizer, LlamaTokenizer
 from alignment.errors import ModelError
 from alignment.log import say_once
 
-from .folders import CONFIG_FILE, looks_like_hub_name, read_json
+from .folders import CONFIG_FILE, looks_like_hub_name, read_json, write_json_file
 from .gguf import gguf_file, ordinary_folder
 from .json_tokenizer import (
     CHAT_TEMPLATE_FILE,
@@ -21,7 +21,6 @@ from .json_tokenizer import (
     TOKENIZER_JSON,
     chat_template_of,
     open_json_tokenizer,
-    write_json_file,
 )
 from .upstream import fetch_tokenizer_from_hub, quiet_paddlenlp
 
