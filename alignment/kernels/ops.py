@@ -220,6 +220,7 @@ class Kernels:
         uniforms: Tensor,
         seen: Tensor,
         banned: Tensor,
+        allowed: Tensor | None = None,
         *,
         temperature: float,
         top_k: int,
@@ -235,15 +236,16 @@ class Kernels:
             uniforms: ``[B]`` float64.
             seen: ``[B, V]`` uint8, tokens that stand in the row; empty without a repetition penalty.
             banned: ``[B]`` uint8, whether ``banned_ids`` have no chance in this row.
+            allowed: ``[B, V]`` uint8, tokens that have a chance; None for all.
             temperature, top_k, top_p, penalty, greedy: see :class:`SamplingSettings`.
             banned_ids: the eos ids.
 
         Returns:
             ``(tokens [B] int64, logprobs [B] float32, sampler_logprobs [B] float32)``; a token is -1 where a logit is
-            NaN or infinite.
+            NaN or infinite, or no token has a chance.
         """
         values = (float(temperature), int(top_k), float(top_p), float(penalty), bool(greedy), list(banned_ids))
-        return tuple(_run("alignment_choose", logits, uniforms, seen, banned, *values))
+        return tuple(_run("alignment_choose", logits, uniforms, seen, banned, allowed, *values))
 
 
 def _run(name: str, *inputs: object) -> list[Tensor]:

@@ -7,6 +7,7 @@ a list is longer than the bits, in a small vocabulary or of an untrained model, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,11 @@ class TokenSets:
     def of(cls, mask: np.ndarray) -> TokenSets:
         """The sets that a mask ``[N, V]`` bool shows."""
         return cls(np.nonzero(mask)[1].astype(np.int32), mask.sum(axis=1).astype(np.int32))
+
+    @classmethod
+    def join(cls, sets: Sequence[np.ndarray]) -> TokenSets:
+        """Of one int32 array of rising tokens for each position, at least one."""
+        return cls(np.concatenate(sets), np.array([len(tokens) for tokens in sets], dtype=np.int32))
 
     def mask(self, vocabulary: int) -> np.ndarray:
         """``[N, vocabulary]`` bool."""

@@ -21,6 +21,7 @@ from alignment.errors import ModelError
 from alignment.ppo.models import predicted_tokens
 from alignment.rollout.arena import TokenArena, rounded
 from alignment.rollout.layers import CachedBatch, LayerOps, PackedBatch
+from alignment.rollout.masking import MaskingPolicy
 from alignment.rollout.random_numbers import token_uniforms
 from alignment.rollout.sampler import KeptMass, SamplingSettings
 from alignment.rollout.slots import RowTable
@@ -51,6 +52,9 @@ class ContinuousBatch:
         budget: tokens that the cache may hold; at least what the largest row needs is taken.
         most_rows: rows that are under way at once; None for as many as the budget allows.
         kept: looks at some of the logits; None for nothing.
+        masking: says which tokens may be sampled; None: all may.
+        masking_ops: the layers of its model, which reads every token too, and their cache; None: it goes by the
+            policy's own logits.
 
     Attributes:
         arena: the cache's places.
@@ -65,7 +69,10 @@ class ContinuousBatch:
         budget: int,
         most_rows: int | None = None,
         kept: KeptMass | None = None,
+        masking: MaskingPolicy | None = None,
+        masking_ops: LayerOps | None = None,
     ) -> None:
+        self.masking, self._readers = masking, [ops] if masking_ops is None else [ops, masking_ops]
         self.ops, self.table, self.settings, self.steps, self.kept = ops, table, settings, 0, kept
         self.most_rows = most_rows or len(table)
         self.arena = TokenArena(_cache_size(table, budget, ops.block), ops.block)
@@ -75,7 +82,7 @@ class ContinuousBatch:
         count = len(table)
         self._own = np.zeros(count, dtype=np.int64)  # places of the rows' regions
         self._prompt_place: dict[int, int] = {}
-        self._hidden: dict[int, Tensor] = {}  # behind a prompt whose answers have not all begun
+        self._hidden: dict[int, list[Tensor]] = {}  # of each reader, behind a prompt whose answers have not all begun
         self._left = np.full(len(table.prompts), table.copies)  # answers of a prompt that have not ended
         self._uniforms = self._draw()
         self._seen = self._marks() if settings.repetition_penalty != 1.0 else None
@@ -87,8 +94,9 @@ class ContinuousBatch:
         Raises:
             ModelError: the model gave NaN or infinite logits.
         """
-        self.ops.allocate(self.arena.capacity)
         try:
+            for reader in self._readers:
+                reader.allocate(self.arena.capacity)
             while self._waiting or len(self._active):
                 fresh = self._admit()
                 if not len(fresh) and not len(self._active):
@@ -99,7 +107,8 @@ class ContinuousBatch:
                 if len(self._active):
                     self._decode()
         finally:
-            self.ops.release()
+            for reader in self._readers:
+                reader.release()
         return BatchFigures(self.steps, self.arena.capacity, self.arena.most_used)
 
     # -- admission
@@ -135,15 +144,17 @@ class ContinuousBatch:
             positions = np.concatenate([np.arange(length) for length in lengths])
             place = np.repeat([self._prompt_place[prompt] for prompt in unread], lengths)
             starts = np.concatenate([[0], np.cumsum(lengths)])
-            hidden = self.ops.prefill(np.concatenate(ids), PackedBatch(positions, place + positions, starts))
-            self._hidden.update({prompt: hidden[i : i + 1] for i, prompt in enumerate(unread)})
-        hidden = paddle.concat([self._hidden[prompt] for prompt in prompts.tolist()])
+            packed = PackedBatch(positions, place + positions, starts)
+            read = [reader.prefill(np.concatenate(ids), packed) for reader in self._readers]
+            self._hidden.update({prompt: [part[i : i + 1] for part in read] for i, prompt in enumerate(unread)})
+        behind = [self._hidden[prompt] for prompt in prompts.tolist()]
+        hidden = [paddle.concat(list(parts)) for parts in zip(*behind, strict=True)]
         if not self._waiting or self._waiting[0] // self.table.copies not in self._hidden:
             self._hidden.clear()
         else:
-            self._hidden = {self._waiting[0] // self.table.copies: hidden[-1:]}
-        chosen = self._choose(hidden, self._chance(fresh, 1), 0)
-        self._take(fresh, *(part.numpy()[None] for part in chosen))
+            self._hidden = {self._waiting[0] // self.table.copies: [part[-1:] for part in hidden]}
+        chosen, allowed = self._choose(hidden, fresh, self._chance(fresh, 1), 0)
+        self._take(fresh, *(part.numpy()[None] for part in chosen), allowed)
 
     def _forget_prompts(self) -> None:
         for place in self._prompt_place.values():
@@ -156,11 +167,12 @@ class ContinuousBatch:
     def _decode(self) -> None:
         """One burst of steps of the active rows; what was sampled is looked at behind it."""
         table, rows = self.table, self._active
-        steps = min(self.ops.burst, int((table.limit - table.response_len)[rows].min()))
+        burst = 1 if self.masking is not None else self.ops.burst  # a mask is made on the host
+        steps = min(burst, int((table.limit - table.response_len)[rows].min()))
         prompt_len, lengths = table.prompt_len[rows], table.response_len[rows]
         prompt_place = np.array([self._prompt_place[prompt] for prompt in (rows // table.copies).tolist()])
         own = self._own[rows]
-        newest, chosen = paddle.to_tensor(self._newest), []
+        newest, burst_chosen, allowed = paddle.to_tensor(self._newest), [], None
         chance = self._chance(rows, steps)
         for step in range(steps):
             before = lengths + step  # answer tokens, of which the newest is not in the cache yet
@@ -170,14 +182,16 @@ class ContinuousBatch:
                 spans=np.stack([prompt_place, prompt_len, own, before], axis=1),
                 step=step,
             )
-            chosen.append(self._choose(self.ops.decode(newest, batch), chance, step))
-            newest = chosen[-1][0]
+            hidden = [reader.decode(newest, batch) for reader in self._readers]
+            chosen, allowed = self._choose(hidden, rows, chance, step)
+            newest = chosen[0]
+            burst_chosen.append(chosen)
         self.steps += steps
         self._active = self._active[:0]
         if steps == 1:
-            self._take(rows, *(part.numpy()[None] for part in chosen[0]))
+            self._take(rows, *(part.numpy()[None] for part in chosen), allowed)
         else:
-            self._take(rows, *(paddle.stack(parts).numpy() for parts in zip(*chosen, strict=True)))
+            self._take(rows, *(paddle.stack(parts).numpy() for parts in zip(*burst_chosen, strict=True)))
 
     def _chance(self, rows: np.ndarray, steps: int) -> tuple[Any, Any, Tensor | None]:
         """What the choices of a burst need besides the logits, brought to the device before it begins."""
@@ -186,26 +200,41 @@ class ContinuousBatch:
         staged = self.ops.stage(uniforms, positions < self.settings.min_new_tokens)
         return *staged, None if self._seen is None else paddle.to_tensor(rows)
 
-    def _choose(self, hidden: Tensor, chance: tuple[Any, Any, Tensor | None], step: int) -> tuple[Tensor, ...]:
-        """Tokens, log-probs and the sampler's log-probs, ``[rows]`` each."""
-        uniforms, early, rows = chance
-        seen = None if rows is None else paddle.gather(self._seen, rows)
-        logits = self.ops.logits(hidden)
+    def _choose(
+        self, hidden: list[Tensor], rows: np.ndarray, chance: tuple[Any, Any, Tensor | None], step: int
+    ) -> tuple[tuple[Tensor, ...], np.ndarray | None]:
+        """Tokens, log-probs and the sampler's log-probs, ``[rows]`` each; and what was allowed, ``[rows, V]``."""
+        uniforms, early, marked = chance
+        seen = None if marked is None else paddle.gather(self._seen, marked)
+        logits, eos_ids, allowed = self.ops.logits(hidden[0]), self.table.stop.eos_ids, None
         if self.kept is not None and self.kept.wants(self.settings):
             self.kept.look(logits[: self.kept.ROWS].numpy(), self.settings)
-        chosen = self.ops.choose(logits, self.settings, uniforms[step], early[step], self.table.stop.eos_ids, seen)
-        if rows is not None:
-            paddle.index_put_(self._seen, (rows, chosen[0].clip(min=0)), self._mark)
-        return chosen
+        if self.masking is not None:
+            theirs = self._readers[1].logits(hidden[1]) if len(hidden) > 1 else logits
+            too_early = self.table.response_len[rows] < self.settings.min_new_tokens
+            allowed = self.masking.allow(theirs.numpy(), self.settings.temperature, too_early, eos_ids)
+        chosen = self.ops.choose(logits, self.settings, uniforms[step], early[step], eos_ids, seen, allowed)
+        if marked is not None:
+            paddle.index_put_(self._seen, (marked, chosen[0].clip(min=0)), self._mark)
+        return chosen, allowed
 
-    def _take(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, sampler_logprobs: np.ndarray) -> None:
-        """Write down what was sampled, ``[steps, rows]``; rows that go on are active, the others leave."""
+    def _take(
+        self,
+        rows: np.ndarray,
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+        sampler_logprobs: np.ndarray,
+        allowed: np.ndarray | None = None,
+    ) -> None:
+        """Write down what was sampled, ``[steps, rows]`` (and of one step what was allowed, ``[rows, V]``); rows that
+        go on are active, the others leave.
+        """
         if (tokens < 0).any():
             raise ModelError("the model gave NaN or infinite logits during generation; are its weights intact?")
         on = np.arange(len(rows))
         for step in range(len(tokens)):
             found = (part[step, on] for part in (tokens, logprobs, sampler_logprobs))
-            on = on[self.table.append(rows[on], *found)]
+            on = on[self.table.append(rows[on], *found, None if allowed is None else allowed[on])]
         going = np.zeros(len(rows), dtype=bool)
         going[on] = True
         for row in rows[~going].tolist():

@@ -22,6 +22,7 @@ from alignment.ppo.models.forward import backbone_of, longest_row
 from alignment.rollout.continuous import BatchFigures, ContinuousBatch
 from alignment.rollout.gpu_check import gpu_layers
 from alignment.rollout.layers import CpuKernelOps, LayerOps
+from alignment.rollout.masking import MaskingPolicy
 from alignment.rollout.plain import PlainBatch
 from alignment.rollout.plain_decoder import PlainDecoder
 from alignment.rollout.rollout import Rollout
@@ -51,6 +52,7 @@ class GenerationEngine:
         token_budget: tokens that the rollout engine's cache holds; 0 for as many as :func:`cache_bytes` hold.
         most_rows: answers that are under way at once; None for as many as there is room for.
         tokens: of the tokenizer; rows of the model beyond them are never sampled. None: all rows are tokens.
+        masking: says which tokens may be sampled (NLPO); what it allowed is in the rollout. None: all may.
         progress: show how many answers have ended, by a bar (True) or by lines (False); None: show nothing.
 
     Raises:
@@ -75,41 +77,54 @@ class GenerationEngine:
         token_budget: int = 0,
         most_rows: int | None = None,
         tokens: int | None = None,
+        masking: MaskingPolicy | None = None,
         progress: bool | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.schedule = model, tokenizer, schedule
+        self.model, self.tokenizer, self.schedule, self.masking = model, tokenizer, schedule, masking
+        masker = masking.model if masking is not None else None
+        self._models = [model] if masker is None else [model, masker]
         self.eos_ids = tuple(int(i) for i in eos_ids)
-        if tokens is not None:
-            keep_tokens(model, tokens)
+        for each in self._models if tokens is not None else ():
+            keep_tokens(each, tokens)
         unknown = [i for i in self.eos_ids if not 0 <= i < predicted_tokens(model)]
         if unknown:
             raise ModelError(
                 f"the tokenizer ends answers with token {unknown[0]}, and the model predicts {predicted_tokens(model)} "
                 "tokens: no answer could end. Does the tokenizer belong to it?"
             )
+        sizes = [predicted_tokens(each) for each in self._models]
+        if len(set(sizes)) > 1:
+            raise ModelError(
+                f"the policy predicts {sizes[0]} tokens and the masking policy {sizes[1]}: it is to be a copy of it"
+            )
         self.context_length = longest_row(backbone_of(model), context_length)
         self.token_budget, self.most_rows, self.progress = token_budget, most_rows, progress
         self.batch_size = max(1, most_rows or batch_size)
         self.ops: LayerOps | None = None
+        self._masking_ops: LayerOps | None = None
         self.figures: BatchFigures | None = None
         self._stop, self.kept = StopRule(self.eos_ids, (), tokenizer), KeptMass()
         if fused:
-            self.ops = self._layers()
+            self.ops = self._layers(model)
+            if self.ops is not None and masker is not None:
+                self._masking_ops = self._layers(masker)
+                self.ops = self.ops if self._masking_ops is not None else None
         # Only Mistral's models have sliding windows that are in force; paddlenlp's code ignores them.
         config = model.config
         window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
-        self._plain = PlainBatch(PlainDecoder(model, schedule), window, self.pad_id, self.kept)
+        decoders = [PlainDecoder(each, schedule) for each in self._models]
+        self._plain = PlainBatch(decoders[0], window, self.pad_id, self.kept, masking, *decoders[1:])
 
-    def _layers(self) -> LayerOps | None:
-        """How the rollout engine computes this model's layers; None, said once, where it cannot."""
-        decoder = "a pipeline's stages generate together" if self.schedule is not None else decoder_of(self.model)
+    def _layers(self, model: Any) -> LayerOps | None:
+        """How the rollout engine computes a model's layers; None, said once, where it cannot."""
+        decoder = "a pipeline's stages generate together" if self.schedule is not None else decoder_of(model)
         if isinstance(decoder, str):
             get_logger().info("generation goes through paddlenlp's own layers, which is slower: %s", decoder)
             return None
         if paddle.get_device().startswith("gpu"):
-            return gpu_layers(self.model, decoder)
+            return gpu_layers(model, decoder)
         found = kernels() if decoder.layers[0][0].dtype == paddle.float32 else None
-        return LayerOps(self.model, decoder) if found is None else CpuKernelOps(self.model, decoder, found)
+        return LayerOps(model, decoder) if found is None else CpuKernelOps(model, decoder, found)
 
     def generate(
         self,
@@ -134,8 +149,9 @@ class GenerationEngine:
         """
         self._check(prompts)
         stop = self.stop_rule(settings.stop)
-        was_training = self.model.training
-        self.model.eval()
+        were_training = [each for each in self._models if each.training]
+        for each in were_training:
+            each.eval()
         answers, shown = len(prompts) * num_return_sequences, self.progress is not None
         context = self.context_length
         tally = Tally("generating", answers, unit="answers", bar=bool(self.progress), active=shown)
@@ -145,8 +161,11 @@ class GenerationEngine:
                     table = RowTable.start(
                         prompts, num_return_sequences, settings, stop, self.context_length, tally.add
                     )
-                    budget = self.token_budget or cache_bytes() // self.ops.bytes_per_token
-                    batch = ContinuousBatch(self.ops, table, settings, budget, self.most_rows, self.kept)
+                    per_token = sum(ops.bytes_per_token for ops in (self.ops, self._masking_ops) if ops is not None)
+                    budget = self.token_budget or cache_bytes() // per_token
+                    batch = ContinuousBatch(
+                        self.ops, table, settings, budget, self.most_rows, self.kept, self.masking, self._masking_ops
+                    )
                     self.figures = batch.run()
                     return table.rollout(self.pad_id)
                 parts = []
@@ -158,8 +177,8 @@ class GenerationEngine:
                     parts.append(table.rollout(self.pad_id))
                 return Rollout.join(parts)
         finally:
-            if was_training:
-                self.model.train()
+            for each in were_training:
+                each.train()
 
     def stop_rule(self, strings: Sequence[str]) -> StopRule:
         """What ends an answer; kept between rollouts with what it has learnt of the tokens."""

@@ -164,14 +164,16 @@ class GpuOps(LayerOps):
         early: Any,
         eos_ids: tuple[int, ...],
         seen: Tensor | None,
+        allowed: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`LayerOps.choose`; nothing is looked at from the host."""
+        """See :meth:`LayerOps.choose`; nothing is looked at from the host but what is ``allowed``."""
         if self._eos is None or self._eos[0] != eos_ids or self._eos[1].shape[0] != logits.shape[-1]:
             ends = np.zeros(logits.shape[-1], dtype=bool)
             ends[list(eos_ids)] = True
             self._eos = eos_ids, paddle.to_tensor(ends)
         banned = self._eos[1] if eos_ids and settings.min_new_tokens else None
-        return choose_on_device(logits, settings, uniforms, early, banned, seen)
+        mask = None if allowed is None else paddle.to_tensor(allowed)
+        return choose_on_device(logits, settings, uniforms, early, banned, seen, mask)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ def choose_on_device(
     early: Tensor,
     eos: Tensor | None,
     seen: Tensor | None,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose one token for each row, as :func:`~alignment.rollout.sampler.choose_tokens` does.
 
@@ -29,12 +30,16 @@ def choose_on_device(
         early: ``[B]`` bool, rows in which ``eos`` has no chance yet.
         eos: ``[V]`` bool, tokens that end an answer; None for none.
         seen: ``[B, V]`` uint8, tokens in the row so far; None without a repetition penalty.
+        allowed: ``[B, V]`` bool, tokens that have a chance; None for all.
 
     Returns:
         ``(tokens [B] int64, logprobs [B] float32, sampler_logprobs [B] float32)``; a token is -1 where a logit is NaN
-        or infinite.
+        or infinite, or none is allowed.
     """
     sound = paddle.isfinite(logits).all(axis=-1)
+    if allowed is not None:
+        sound = paddle.logical_and(sound, allowed.any(axis=-1))
+        allowed = paddle.logical_or(allowed, paddle.logical_not(sound).unsqueeze(-1))
     logits = paddle.where(sound.unsqueeze(-1), logits, paddle.zeros_like(logits))
     plain = logits.astype("float64") / settings.temperature
     adjusted = logits
@@ -46,6 +51,8 @@ def choose_on_device(
     if eos is not None:
         banned = paddle.logical_and(early.unsqueeze(-1), eos.unsqueeze(0))
         adjusted = paddle.where(banned, paddle.full_like(adjusted, -float("inf")), adjusted)
+    if allowed is not None:
+        adjusted = paddle.where(allowed, adjusted, paddle.full_like(adjusted, -float("inf")))
     if settings.greedy:
         tokens = adjusted.argmax(axis=-1)
     else:
@@ -56,8 +63,11 @@ def choose_on_device(
         sampler_logprobs = paddle.zeros_like(logprobs)
     elif penalised or settings.narrows(int(logits.shape[-1])):
         sampler_logprobs = _picked(probs, tokens).log().astype("float32")
-    elif eos is not None:
-        sampler_logprobs = paddle.where(early, _picked(probs, tokens).log().astype("float32"), logprobs)
+    elif eos is not None or allowed is not None:
+        changed = early if eos is not None else paddle.zeros_like(sound)
+        if allowed is not None:
+            changed = paddle.logical_or(changed, paddle.logical_not(allowed.all(axis=-1)))
+        sampler_logprobs = paddle.where(changed, _picked(probs, tokens).log().astype("float32"), logprobs)
     else:
         sampler_logprobs = logprobs
     return paddle.where(sound, tokens, paddle.full_like(tokens, -1)), logprobs, sampler_logprobs
@@ -74,6 +84,8 @@ def truncated_probabilities(logits: Tensor, settings: SamplingSettings) -> Tenso
     """
     scaled = logits.astype("float64") / settings.temperature
     probs = paddle.exp(scaled - scaled.max(axis=-1, keepdim=True))
+    # what has no chance is exactly 0; Paddle's exp of minus infinity is 5e-309 on a CPU
+    probs = paddle.where(paddle.isinf(scaled), paddle.zeros_like(probs), probs)
     vocab = int(probs.shape[-1])
     if 0 < settings.top_k < vocab:
         threshold = paddle.topk(probs, settings.top_k, axis=-1)[0][:, -1:]

@@ -250,6 +250,7 @@ class LayerOps:
         early: np.ndarray,
         eos_ids: tuple[int, ...],
         seen: Tensor | None,
+        allowed: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose one token for each row, see :func:`choose_tokens`.
 
@@ -260,14 +261,15 @@ class LayerOps:
             early: ``[B]`` bool, where eos has no chance yet; of :meth:`stage`.
             eos_ids: tokens that end an answer.
             seen: ``[B, V]`` uint8, tokens that stand in the row; None without a repetition penalty.
+            allowed: ``[B, V]`` bool, tokens that have a chance; None for all.
 
         Returns:
             ``(tokens [B] int64, logprobs [B] float32, sampler_logprobs [B] float32)``; a token is -1 where a logit is
-            NaN or infinite.
+            NaN or infinite, or none is allowed.
         """
         values = logits.numpy()
         marks = None if seen is None else seen.numpy().astype(bool)
-        chosen = choose_tokens(values, settings, uniforms, early, eos_ids, marks)
+        chosen = choose_tokens(values, settings, uniforms, early, eos_ids, marks, allowed)
         tokens, logprobs, sampler_logprobs = (paddle.to_tensor(part) for part in chosen)
         return tokens, logprobs, sampler_logprobs
 
@@ -392,6 +394,7 @@ class CpuKernelOps(LayerOps):
         early: np.ndarray,
         eos_ids: tuple[int, ...],
         seen: Tensor | None,
+        allowed: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`LayerOps.choose`."""
         return self.kernels.choose(
@@ -399,6 +402,7 @@ class CpuKernelOps(LayerOps):
             paddle.to_tensor(uniforms),
             self.nothing_seen if seen is None else seen,
             paddle.to_tensor(early.astype(np.uint8)),
+            None if allowed is None else paddle.to_tensor(allowed.astype(np.uint8)),
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,

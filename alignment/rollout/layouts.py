@@ -19,7 +19,7 @@ import numpy as np
 
 from alignment.engine.batching import rank_slice
 from alignment.engine.engine import Engine
-from alignment.errors import InvariantError
+from alignment.errors import ArgumentsError, InvariantError
 from alignment.parallel import Topology, World
 from alignment.parallel.group_collectives import broadcast_object
 from alignment.parallel.reshard import Moved, Resharder
@@ -73,6 +73,9 @@ class RolloutEngine:
         world: the processes.
         eval_mode: see :func:`rollout_layout`.
         make: makes the generation engine for ``(model, pipeline schedule or None)``.
+
+    Raises:
+        ArgumentsError: the engine has a masking policy and the rollout another layout than the training.
     """
 
     def __init__(
@@ -92,6 +95,12 @@ class RolloutEngine:
         elif world.topology.sequence_parallel:
             model = without_sequence_parallel(engine.model, world.topology)
         self.inner = make(model, schedule)
+        masking = self.inner.masking
+        if masking is not None and masking.model is not None and model is not engine.model:
+            raise ArgumentsError(
+                "a masking policy (NLPO) reads in lock step with the policy, in the layout of the training: leave "
+                "eval_mode empty and sequence_parallel off"
+            )
 
     @property
     def pad_id(self) -> int:

@@ -126,6 +126,7 @@ def choose_tokens(
     early: np.ndarray,
     eos_ids: tuple[int, ...] = (),
     seen: np.ndarray | None = None,
+    allowed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Choose one token for each row.
 
@@ -136,15 +137,18 @@ def choose_tokens(
         early: ``[N]`` bool, rows in which ``eos_ids`` have no chance yet.
         eos_ids: tokens that end an answer.
         seen: ``[N, V]`` bool, tokens in the row so far; needed with a repetition penalty.
+        allowed: ``[N, V]`` bool, tokens that have a chance; None for all.
 
     Returns:
         ``(tokens [N] int64, logprobs [N] float32, sampler_logprobs [N] float32)``. ``logprobs`` are of
         ``softmax(logits / temperature)`` before any filter or penalty, as the training network will compute them;
         ``sampler_logprobs`` of the distribution that the token was drawn from, with penalty, early eos and filters:
         0 when greedy, and bit by bit ``logprobs`` in a row that nothing changed. A token is -1 where a logit is NaN or
-        infinite.
+        infinite, or none is allowed.
     """
     sound = np.isfinite(logits).all(axis=-1)
+    if allowed is not None:
+        sound &= allowed.any(axis=-1)
     logits = np.where(sound[:, None], logits, 0.0)
     plain = logits.astype(np.float64) / settings.temperature
     peak = plain.max(axis=-1, keepdims=True)
@@ -157,6 +161,10 @@ def choose_tokens(
     if eos_ids and early.any():
         adjusted[np.ix_(early, list(eos_ids))] = -np.inf
         changed |= early
+    if allowed is not None:
+        allowed = allowed | ~sound[:, None]
+        adjusted[~allowed] = -np.inf
+        changed |= ~allowed.all(axis=-1)
     rows = np.arange(len(logits))
     if settings.greedy:
         tokens = adjusted.argmax(axis=-1)

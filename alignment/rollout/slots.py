@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from alignment.losses.token_sets import TokenSets
 from alignment.rollout.rollout import Rollout
 from alignment.rollout.sampler import SamplingSettings
 from alignment.rollout.stopping import StopRule
@@ -46,6 +47,7 @@ class RowTable:
         tokens: ``[N, max limit]`` int64.
         logprobs, sampler_logprobs: ``[N, max limit]`` float32.
         ended: is told how many rows have just ended.
+        allowed: of each row, the tokens that each of its own was drawn from, int32; empty without a masking policy.
     """
 
     prompts: Sequence[GenerationPrompt]
@@ -61,6 +63,7 @@ class RowTable:
     logprobs: np.ndarray
     sampler_logprobs: np.ndarray
     ended: Callable[[int], None] = lambda count: None
+    allowed: dict[int, list[np.ndarray]] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -100,14 +103,28 @@ class RowTable:
         return len(self.limit)
 
     def append(
-        self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, sampler_logprobs: np.ndarray
+        self,
+        rows: np.ndarray,
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+        sampler_logprobs: np.ndarray,
+        allowed: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Add a token to each of ``rows`` (that have not ended); returns which go on, ``[len(rows)]`` bool."""
+        """Add a token to each of ``rows`` (that have not ended); returns which go on, ``[len(rows)]`` bool.
+
+        Args:
+            rows: their numbers.
+            tokens, logprobs, sampler_logprobs: ``[len(rows)]``.
+            allowed: ``[len(rows), V]`` bool, what each token was drawn from; None: all tokens.
+        """
         place = self.response_len[rows]
         self.tokens[rows, place] = tokens
         self.logprobs[rows, place] = logprobs
         self.sampler_logprobs[rows, place] = sampler_logprobs
         self.response_len[rows] += 1
+        if allowed is not None:
+            for row, mask in zip(rows.tolist(), allowed, strict=True):
+                self.allowed.setdefault(row, []).append(np.flatnonzero(mask).astype(np.int32))
         if self.stop.strings:
             pairs = zip(rows.tolist(), tokens.tolist(), strict=True)
             ended = np.array([self.stop.ends(t, self.tokens[r, : self.response_len[r]]) for r, t in pairs], dtype=bool)
@@ -140,5 +157,6 @@ class RowTable:
             prompts=[self.prompts[i // self.copies].prompt for i in range(len(rows))],
             responses=responses,
             rows=[self.prompts[i // self.copies].row for i in range(len(rows))],
+            allowed=TokenSets.join([s for i in range(len(rows)) for s in self.allowed[i]]) if self.allowed else None,
             pad_id=pad_id,
         )

@@ -81,12 +81,13 @@ def labels(k: Any, *values: int, hidden: int = 8) -> Any:
 
 
 def choose(k: Any, banned_ids: list[int] = [1], **changed: Any) -> Any:  # noqa: B006
-    given = {"uniforms": [2], "seen": [0], "banned": [2], **changed}
+    given = {"uniforms": [2], "seen": [0], "banned": [2], "allowed": [2, 20], **changed}
     return k.choose(
         zeros(2, 20),
         zeros(*given["uniforms"]).astype("float64"),
         zeros(*given["seen"]).astype("uint8"),
         paddle.ones(given["banned"], dtype="uint8"),
+        paddle.ones(given["allowed"], dtype="uint8"),
         temperature=1.0,
         top_k=0,
         top_p=1.0,
@@ -130,6 +131,7 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda k: choose(k, uniforms=[1]), "uniforms has 1"),
     (lambda k: choose(k, seen=[2, 19]), "seen has 38 numbers; 40"),
     (lambda k: choose(k, banned=[1]), "banned has 1"),
+    (lambda k: choose(k, allowed=[2, 19]), "allowed has 38 numbers; 40"),
     (lambda k: packed(k, x=zeros(TOKENS, 7)), r"x must be \[rows, 8\]"),
     (lambda k: packed(k, weights=weights(2, w3=[8, 3])), "tensor 3 of layer 0 has 24 numbers; 32"),
     (lambda k: packed(k, weights=weights()[:8]), "8 tensors are no layers of 9"),

@@ -49,6 +49,31 @@ def answers(folder: str, tensor: int, way: str, budget: int) -> dict[str, Any]:
     return found
 
 
+def masked_answers(folder: str, layout: dict[str, int], fused: bool) -> dict[str, Any]:
+    """Answer prompts with a masking policy whose weights are the policy's, a little larger.
+
+    Returns:
+        ``answers``: lists of token lists; ``allowed``: the tokens of their sets, and how many each has.
+    """
+    from alignment.ppo.models import load_causal_lm, load_tokenizer
+    from alignment.rollout.generate import GenerationEngine
+    from alignment.rollout.masking import MaskingPolicy
+    from alignment.rollout.sampler import SamplingSettings
+
+    world = _join(**layout)
+    model, copy = (load_causal_lm(folder, topology=world.topology) for _ in range(2))
+    for parameter in copy.parameters():
+        parameter.set_value(parameter * 1.1)
+    schedule = world.groups.schedule if world.groups is not None else None
+    engine = GenerationEngine(
+        model, load_tokenizer(folder), [0], 128, 6, schedule, fused=fused, masking=MaskingPolicy(copy, top_mask=0.5)
+    )
+    assert (engine.ops is not None) == (fused and schedule is None)
+    rollout = engine.generate(_prompts(), SamplingSettings(9, seed=3), 2)
+    world.close()
+    return {"answers": _responses(rollout), "allowed": [rollout.allowed.ids.tolist(), rollout.allowed.counts.tolist()]}
+
+
 def _responses(rollout: Any) -> list[list[int]]:
     return [rollout.tokens[i, rollout.prompt_len[i] : rollout.lengths[i]].tolist() for i in range(len(rollout))]
 
@@ -60,7 +85,7 @@ def _prompts() -> list[Any]:
     return [GenerationPrompt(rng.integers(2, 300, n), i, "", {}) for i, n in enumerate([3, 40, 1, 17, 9])]
 
 
-def _join(tensor: int) -> Any:
+def _join(tensor: int = 1, pipeline: int = 1) -> Any:
     import os
 
     import paddle
@@ -69,4 +94,4 @@ def _join(tensor: int) -> Any:
 
     paddle.set_device("cpu")
     size, rank = int(os.environ["PADDLE_TRAINERS_NUM"]), int(os.environ["PADDLE_TRAINER_ID"])
-    return init_world(Topology(size, rank, tensor=tensor))
+    return init_world(Topology(size, rank, tensor=tensor, pipeline=pipeline))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def damaged_transfer(folder: str) -> str:
 
     world = _join({"pipeline": 2})
     engine = Engine("actor", load_causal_lm(folder, topology=world.topology), world, OptimizerSettings(1e-3))
-    rollout = RolloutEngine(engine, world, "tensor_parallel", lambda model, schedule: None)
+    rollout = RolloutEngine(engine, world, "tensor_parallel", lambda model, schedule: SimpleNamespace(masking=None))
     send = dist.broadcast
 
     def damaged(tensor: Any, src: int, group: Any) -> None:
@@ -73,6 +74,29 @@ def damaged_transfer(folder: str) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         dist.broadcast = send
+    return "nothing"
+
+
+def masked_elsewhere(folder: str) -> str:
+    """What a rollout in another layout says of a masking policy in that of the training."""
+    from alignment.engine.engine import Engine, OptimizerSettings
+    from alignment.ppo.models import load_causal_lm, load_tokenizer
+    from alignment.rollout.generate import GenerationEngine
+    from alignment.rollout.layouts import RolloutEngine
+    from alignment.rollout.masking import MaskingPolicy
+
+    world = _join({"pipeline": 2})
+    engine = Engine("actor", load_causal_lm(folder, topology=world.topology), world, OptimizerSettings(1e-3))
+    masking, tokenizer = MaskingPolicy(load_causal_lm(folder, topology=world.topology)), load_tokenizer(folder)
+    try:
+        RolloutEngine(
+            engine,
+            world,
+            "single",
+            lambda model, schedule: GenerationEngine(model, tokenizer, [0], 64, 4, schedule, masking=masking),
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return "nothing"
 
 

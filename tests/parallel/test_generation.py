@@ -38,3 +38,12 @@ def test_tensor_ranks_answer_as_one_process(model: Path, alone: dict[str, Any], 
         assert found["greedy"] == alone["wanted"]
         assert found["sampled"] == alone["sampled"]
         np.testing.assert_allclose(found["logprobs"], alone["logprobs"], atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_a_masking_policy_allows_the_same_in_every_layout(model: Path, layout: dict[str, int]) -> None:
+    """NLPO: the copy is divided as the policy is; the stages of a pipeline read with both."""
+    (wanted,) = run_ranks(1, generation_jobs.masked_answers, str(model), {}, "tensor" in layout)
+    assert 1 < np.mean(wanted["allowed"][1]) < 250
+    for found in run_ranks(2, generation_jobs.masked_answers, str(model), layout, True):
+        assert found == wanted

@@ -45,3 +45,8 @@ def test_a_damaged_transfer_is_noticed(models: dict[str, Path]) -> None:
     assert any(
         "arrived with checksum" in text and "the rollout would sample from wrong weights" in text for text in told
     )
+
+
+def test_a_masking_policy_in_another_layout_is_refused(models: dict[str, Path]) -> None:
+    for told in run_ranks(2, reshard_jobs.masked_elsewhere, str(models["qwen2"])):
+        assert told.startswith("ArgumentsError: a masking policy (NLPO)") and "eval_mode" in told

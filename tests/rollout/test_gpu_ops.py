@@ -287,8 +287,9 @@ CHOICES = {
 }
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", list(CHOICES))
-def test_the_device_chooses_as_the_host_does(name: str) -> None:
+def test_the_device_chooses_as_the_host_does(name: str, masked: bool) -> None:
     how, rng = CHOICES[name], np.random.default_rng(4)
     logits = rng.normal(0, 3, (300, 101)).astype(np.float32)
     logits[:40] = logits[:40].round()  # equal ones too
@@ -297,7 +298,12 @@ def test_the_device_chooses_as_the_host_does(name: str) -> None:
     logits[50, 3], logits[51, 4], logits[52, 5] = np.nan, np.inf, -np.inf
     seen = rng.random(logits.shape) < 0.2
     eos = np.isin(np.arange(101), (1, 7))
-    tokens, *logprobs = choose_tokens(logits, how, uniforms, early & (how.min_new_tokens > 0), (1, 7), seen)
+    allowed = rng.random(logits.shape) < 0.3 if masked else None
+    if allowed is not None:
+        allowed[:, 2], allowed[60:90] = True, True
+        allowed[50] = False
+    soon = early & (how.min_new_tokens > 0)
+    tokens, *logprobs = choose_tokens(logits, how, uniforms, soon, (1, 7), seen, allowed)
     uniform, soon, ends = (paddle.to_tensor(x) for x in (uniforms, early, eos))
     got = choose_on_device(
         paddle.to_tensor(logits),
@@ -306,6 +312,7 @@ def test_the_device_chooses_as_the_host_does(name: str) -> None:
         soon,
         ends if how.min_new_tokens else None,
         None if how.repetition_penalty == 1.0 else paddle.to_tensor(seen.astype(np.uint8)),
+        None if allowed is None else paddle.to_tensor(allowed),
     )
     assert (tokens[50:53] == -1).all() and (tokens < 0).sum() == 3
     np.testing.assert_array_equal(got[0].numpy(), tokens)
@@ -313,7 +320,8 @@ def test_the_device_chooses_as_the_host_does(name: str) -> None:
     for found, wanted in zip(got[1:], logprobs, strict=True):  # the policy's and the sampler's
         np.testing.assert_allclose(found.numpy()[tokens >= 0], wanted[tokens >= 0], atol=1e-6)
     if name in ("plain", "temperature", "top-k of all"):  # nothing changes the distribution
-        np.testing.assert_array_equal(got[1].numpy(), got[2].numpy())
+        same = np.full(300, True) if allowed is None else allowed.all(axis=1)
+        np.testing.assert_array_equal(got[1].numpy()[same], got[2].numpy()[same])
     if not how.greedy:
         clean = np.delete(logits, [50, 51, 52], axis=0)
         np.testing.assert_allclose(

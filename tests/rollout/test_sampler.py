@@ -23,6 +23,7 @@ def by_kernel(
     early: np.ndarray,
     eos_ids: tuple[int, ...] = (),
     seen: np.ndarray | None = None,
+    allowed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The C++ sampler behind the interface of :func:`choose_tokens`."""
     operators = kernels()
@@ -33,6 +34,7 @@ def by_kernel(
         paddle.to_tensor(uniforms),
         marks,
         paddle.to_tensor(early.astype(np.uint8)),
+        None if allowed is None else paddle.to_tensor(allowed.astype(np.uint8)),
         temperature=how.temperature,
         top_k=how.top_k,
         top_p=how.top_p,

@@ -283,13 +283,15 @@ Tensors Project(const Tensor& x, const Tensor& weight, bool tied) {
 }
 
 // logits [B, V]; uniforms [B] float64; seen [B, V] uint8 or empty; banned [B] uint8: whether `banned_ids` have no chance.
-Tensors Choose(const Tensor& logits, const Tensor& uniforms, const Tensor& seen, const Tensor& banned, float temperature,
-               int64_t top_k, double top_p, float penalty, bool greedy, const Dims& banned_ids) {
+Tensors Choose(const Tensor& logits, const Tensor& uniforms, const Tensor& seen, const Tensor& banned,
+               const paddle::optional<Tensor>& allowed, float temperature, int64_t top_k, double top_p, float penalty,
+               bool greedy, const Dims& banned_ids) {
   ALIGNMENT_NEED(logits.shape().size() == 2 && logits.shape()[1] > 0, "logits are [rows, vocabulary]");
   const int64_t rows = logits.shape()[0], vocabulary = logits.shape()[1];
   alignment::need_size(uniforms, rows, "uniforms");
   alignment::need_size(banned, rows, "banned");
   if (seen.numel()) alignment::need_size(seen, rows * vocabulary, "seen");
+  if (allowed) alignment::need_size(*allowed, rows * vocabulary, "allowed");
   alignment::need_below(banned_ids.data(), static_cast<int64_t>(banned_ids.size()), 0, vocabulary, "banned id");
   Tensor tokens = paddle::empty({rows}, paddle::DataType::INT64, paddle::CPUPlace());
   Tensor logprobs = made({rows}), sampler_logprobs = made({rows});
@@ -297,13 +299,14 @@ Tensors Choose(const Tensor& logits, const Tensor& uniforms, const Tensor& seen,
   const float* z = floats(logits);
   const double* u = uniforms.data<double>();
   const uint8_t* marks = seen.numel() ? seen.data<uint8_t>() : nullptr;
+  const uint8_t* open = allowed ? allowed->data<uint8_t>() : nullptr;
   const uint8_t* bans = banned.data<uint8_t>();
   int64_t* chosen = const_cast<int64_t*>(tokens.data<int64_t>());
   float *found = written(logprobs), *drawn = written(sampler_logprobs);
   alignment::parallel_for(rows, [&](int64_t r) {
     static thread_local alignment::Buffer space;
     chosen[r] = alignment::choose_token(z + r * vocabulary, vocabulary, how, u[r], marks ? marks + r * vocabulary : nullptr,
-                                        banned_ids.data(), bans[r] ? static_cast<int64_t>(banned_ids.size()) : 0,
+                                        open ? open + r * vocabulary : nullptr, banned_ids.data(), bans[r] ? static_cast<int64_t>(banned_ids.size()) : 0,
                                         space.reserve(2 * vocabulary), found + r, drawn + r);
   });
   return {tokens, logprobs, sampler_logprobs};
@@ -373,7 +376,7 @@ PD_BUILD_OP(alignment_project)
     .SetKernelFn(PD_KERNEL(Project));
 
 PD_BUILD_OP(alignment_choose)
-    .Inputs({"Logits", "Uniforms", "Seen", "Banned"})
+    .Inputs({"Logits", "Uniforms", "Seen", "Banned", paddle::Optional("Allowed")})
     .Outputs({"Tokens", "Logprobs", "SamplerLogprobs"})
     .Attrs({"temperature: float", "top_k: int64_t", "top_p: double", "penalty: float", "greedy: bool",
             "banned_ids: std::vector<int64_t>"})

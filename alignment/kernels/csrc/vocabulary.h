@@ -182,12 +182,13 @@ inline void keep_nucleus(float* weights, int64_t count, double top_p) {
   }
 }
 
-// One token for a row of logits. `seen` [vocabulary] bytes or null; `banned` ids have no chance. Returns the token,
-// -1 when a logit is NaN or infinite. `logprob` is of softmax(logits / temperature) before any filter,
+// One token for a row of logits. `seen` [vocabulary] bytes or null; `banned` ids have no chance, and no others than
+// `allowed` [vocabulary] bytes or null. Returns the token, -1 when a logit is NaN or infinite or no token has a chance.
+// `logprob` is of softmax(logits / temperature) before any filter,
 // `sampler_logprob` of the distribution that was drawn from: the same number where nothing changed it.
 inline int64_t choose_token(const float* logits, int64_t vocabulary, const Sampling& how, double uniform,
-                            const uint8_t* seen, const int64_t* banned, int64_t ban_count, float* space, float* logprob,
-                            float* sampler_logprob) {
+                            const uint8_t* seen, const uint8_t* allowed, const int64_t* banned, int64_t ban_count,
+                            float* space, float* logprob, float* sampler_logprob) {
   constexpr int64_t kBlock = 256;  // sums of blocks are exact enough in float, the running sum is a double
   const float inverse = 1.0f / how.temperature;
   auto peak_of = [&](const float* z) {
@@ -217,7 +218,7 @@ inline int64_t choose_token(const float* logits, int64_t vocabulary, const Sampl
   const float peak = peak_of(logits);
   double total = weigh(logits, peak);
   const double log_total = std::log(total);
-  const bool changed = seen != nullptr || ban_count > 0;
+  const bool changed = seen != nullptr || allowed != nullptr || ban_count > 0;
   const float* z = logits;
   float z_peak = peak;
   float* adjusted = space + vocabulary;
@@ -227,14 +228,19 @@ inline int64_t choose_token(const float* logits, int64_t vocabulary, const Sampl
       for (int64_t j = 0; j < vocabulary; j++)
         if (seen[j]) adjusted[j] = adjusted[j] > 0 ? adjusted[j] / how.penalty : adjusted[j] * how.penalty;
     for (int64_t i = 0; i < ban_count; i++) adjusted[banned[i]] = -INFINITY;
+    if (allowed)
+      for (int64_t j = 0; j < vocabulary; j++)
+        if (!allowed[j]) adjusted[j] = -INFINITY;
     z = adjusted;
+    z_peak = peak_of(z);
+    if (z_peak == -INFINITY) return -1;
   }
   int64_t token = 0;
   bool filtered = false;
   if (how.greedy) {
     token = std::max_element(z, z + vocabulary) - z;
   } else {
-    if (changed) total = weigh(z, z_peak = peak_of(z));
+    if (changed) total = weigh(z, z_peak);
     if (how.top_k > 0 && how.top_k < vocabulary) {
       std::vector<float> order(space, space + vocabulary);
       std::nth_element(order.begin(), order.begin() + (how.top_k - 1), order.end(), std::greater<float>());
