@@ -1,0 +1,204 @@
+"""What a method is: its roles, its flow, the losses of what it trains, its own keys.
+
+Importing this loads neither Paddle nor a model: a method's module is read to parse arguments and to answer ``--help``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from alignment.flow.flow import Flow
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+    from alignment.flow.loop import Loop
+    from alignment.rollout.batch import Batch
+
+#: A sum over things, how many things, and (where it is not 1) what the sum had been divided by.
+Figure = "tuple[Tensor | float, float] | tuple[Tensor | float, float, float]"
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """A model in a part.
+
+    Attributes:
+        name: of the role; offloading, messages and metrics call it so.
+        kind: ``"policy"`` (log-probs; generates), ``"value"`` (one number per state) or ``"score"`` (one per answer).
+        key: the argument that names its folder.
+        trained: whether it has an optimizer.
+        folder: where a checkpoint has its weights; empty for one that never changes.
+        metric: what its metrics are called, ``train/<metric>_lr``; empty: its name.
+        starts_at: optimizer steps of the run before it learns.
+        evaluates: whether evaluation needs it, so that it is loaded without training too.
+        temperature: of a policy's log-probs; None: that of sampling.
+        options: further words for the loader of its kind.
+    """
+
+    name: str
+    kind: str
+    key: str
+    trained: bool = False
+    folder: str = ""
+    metric: str = ""
+    starts_at: int = 0
+    evaluates: bool = False
+    temperature: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What its metrics are called."""
+        return self.metric or self.name
+
+
+@dataclass(frozen=True)
+class Window:
+    """One optimizer step's rows.
+
+    Attributes:
+        mine: this data rank's rows.
+        tokens: response tokens that the policy chose, of the window, on all ranks.
+        answers: rows with at least one response token, on all ranks.
+        all_tokens: tokens of prompts and responses, on all ranks.
+        rows: rows on all ranks.
+        first_pass: whether nothing was learnt from these rows before (first window of the first pass).
+        after: where the next window begins; None behind the last one.
+    """
+
+    mine: Batch
+    tokens: int
+    answers: int
+    all_tokens: int
+    rows: int
+    first_pass: bool
+    after: Any
+
+    def denominator(self, mean: str) -> float:
+        """What a loss of this window is divided by: its ``"token"`` or ``"sequence"`` count, at least 1."""
+        return float(max(1, self.tokens if mean == "token" else self.answers))
+
+
+@dataclass
+class Loss:
+    """What a loss function gives for a micro batch.
+
+    Attributes:
+        total: ``[]``, already divided by the window's count, so that the micro batches of all ranks add up.
+        sums: means to log: name -> (sum, weight[, what the sum was divided by]).
+        maxima: largest values to log.
+    """
+
+    total: Tensor
+    sums: dict[str, Any] = field(default_factory=dict)
+    maxima: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Train:
+    """The training call's function: passes over the rows in freshly shuffled windows, in each of which the roles take a
+    step one after the other.
+
+    Attributes:
+        losses: in this order, of a policy ``loss(logprobs, entropy, batch, window) -> Loss``, of a value or score model
+            ``loss(values, batch, window) -> Loss``; tensors ``[b, R]``.
+        passes: over the rows; None: ``update_iters``.
+    """
+
+    losses: Mapping[str, Callable[..., Loss]]
+    passes: int | None = None
+
+
+class Method:
+    """An algorithm.
+
+    A subclass says its :meth:`roles` and its :meth:`flow`; the functions of the flow's calls are its methods. The loop
+    gives it everything else: resume, interruption, evaluation, best model, checkpoints, metrics, offloading, layouts.
+
+    Attributes:
+        name: what the command calls it.
+        title: what messages call it.
+        summary: one line for ``alignment methods``.
+        Keys: a dataclass of its own arguments.
+        base: ``"online"`` where it answers prompts, ``"rows"`` where it learns from given rows.
+        presets: names that set keys.
+        bar: metrics that the progress bar shows.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    Keys: ClassVar[type | None] = None
+    base: ClassVar[str] = "online"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    bar: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+
+    # -- what a method says of itself
+
+    def roles(self) -> list[RoleSpec]:
+        """Its roles, in the order in which they are loaded."""
+        raise NotImplementedError
+
+    def flow(self) -> Flow:
+        """One iteration."""
+        raise NotImplementedError
+
+    def between(self) -> dict[str, frozenset[str]]:
+        """What must be resident between iterations: to evaluate, to write or read a checkpoint, to write, read or
+        compare the weights that change.
+        """
+        from alignment.flow.flow import optimizer_of
+
+        changing = frozenset(spec.name for spec in self.roles() if spec.folder)
+        optimizers = frozenset(optimizer_of(spec.name) for spec in self.roles() if spec.trained)
+        evaluating = frozenset(spec.name for spec in self.roles() if spec.evaluates)
+        return {"evaluation": evaluating, "checkpoint": changing | optimizers, "weights": changing}
+
+    # -- what the loop asks of it
+
+    def begin(self, loop: Loop) -> None:
+        """The run's models are loaded: take from the loop what the functions need."""
+
+    def before_iteration(self) -> contextlib.AbstractContextManager[None]:
+        """What is around an iteration."""
+        return contextlib.nullcontext()
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Figures of an evaluation, with their full names; empty where there is nothing to evaluate on."""
+        return {}
+
+    def drain(self) -> dict[str, float]:
+        """Figures since the last call that are no means over rows, for the next row of metrics."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What it must know to go on, as JSON values (controllers, running means)."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+
+
+def figures_of(loss: Loss) -> tuple[list[float], list[str], list[str]]:
+    """A loss's numbers on the host, brought over in one copy (each copy waits for the device).
+
+    Returns:
+        ``(values, names of the sums, names of the maxima)``; the first value is the total.
+    """
+    import paddle
+
+    names, tops = list(loss.sums), list(loss.maxima)
+    numbers = [loss.total, *(loss.sums[name][0] for name in names), *(loss.maxima[name] for name in tops)]
+    tensors = [number.detach().astype("float32").reshape([]) for number in numbers if not isinstance(number, float | int)]
+    brought = iter(paddle.stack(tensors).tolist())
+    values = [float(number) if isinstance(number, float | int | np.generic) else next(brought) for number in numbers]
+    return values, names, tops
