@@ -117,7 +117,7 @@ def profile(w: Workload, iterations: int) -> dict[str, Any]:
     from alignment.flow.runner import use_device
     from alignment.kernels import ops
     from alignment.parallel import init_world
-    from alignment.ppo import run_ppo
+    from alignment.ppo import ppo_trainer
 
     clock = Clock()
     original = ops._run
@@ -131,9 +131,9 @@ def profile(w: Workload, iterations: int) -> dict[str, Any]:
             file.write_text(json.dumps(arguments(w, folder, output, iterations)))
             args = parse_ppo([str(file)])
             use_device(args)
-            data = run_ppo.load_data(args, show_progress=False)
-            trainer = run_ppo.build_trainer(args, init_world(), data, args.derive_sizes(len(data.train)), [])
-            trainer.functions = {name: clock.of_phase(name, f) for name, f in trainer.functions.items()}
+            data = ppo_trainer.load_data(args, show_progress=False)
+            trainer = ppo_trainer.build_trainer(args, init_world(), data, args.derive_sizes(len(data.train)), [])
+            measure.wrap_calls(trainer, clock.of_phase)
             seconds: list[float] = []
             iterate = trainer.iterate
 

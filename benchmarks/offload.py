@@ -28,6 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.measure import wrap_calls
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 LEVELS = ("", "freeze_model", "optimizer", "train_model", "freeze_model optimizer train_model")
@@ -63,10 +65,10 @@ def settle() -> None:
 
 
 class Meter:
-    """Wraps the functions of a trainer's phases and notes memory and time of each.
+    """Wraps the calls of a trainer's flow and notes memory and time of each.
 
     Args:
-        trainer: a ``PPOTrainer`` that has not run yet.
+        trainer: a loop that has not run yet.
         groups: gives each group's tensors that exist now.
         before: resident bytes of the process without any model.
     """
@@ -74,7 +76,7 @@ class Meter:
     def __init__(self, trainer: Any, groups: Callable[[], dict[str, list[Any]]], before: int) -> None:
         self.trainer, self.groups, self.before = trainer, groups, before
         self.rows: list[dict[str, Any]] = []
-        trainer.functions = {name: self._wrapped(name, function) for name, function in trainer.functions.items()}
+        wrap_calls(trainer, self._wrapped)
 
     def _wrapped(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*values: Any) -> Any:
@@ -118,7 +120,7 @@ def child(folder: Path, level: str) -> dict[str, Any]:
     times: list[tuple[float, float]] = []
 
     def groups() -> dict[str, list[Any]]:
-        engines = [roles.actor.engine, roles.critic.engine, roles.reference.engine, roles.reward.engine]
+        engines = [roles[name].engine for name in ("actor", "critic", "reference", "reward")]
         found = {engine.name: list(engine.model.parameters()) for engine in engines}
         return {**found, **{f"{e.name}_optimizer": e.optimizer_tensors() for e in engines if e.trainable}}
 
@@ -140,12 +142,12 @@ def begin(file: Path, level: str) -> Any:
     from alignment.arguments import parse_ppo
     from alignment.flow.runner import use_device
     from alignment.parallel import init_world
-    from alignment.ppo import run_ppo
+    from alignment.ppo import ppo_trainer
 
     args = parse_ppo([str(file), f"offload_level={level}", f"output_dir={tempfile.mkdtemp(dir=file.parent)}"])
     use_device(args)
-    data = run_ppo.load_data(args, show_progress=False)
-    return run_ppo.build_trainer(args, init_world(), data, args.derive_sizes(len(data.train)), [])
+    data = ppo_trainer.load_data(args, show_progress=False)
+    return ppo_trainer.build_trainer(args, init_world(), data, args.derive_sizes(len(data.train)), [])
 
 
 def make_run(folder: Path, hidden: int, layers: int, iterations: int) -> None:
@@ -218,9 +220,9 @@ def moving_seconds(moves: dict[str, float]) -> float:
 
 def needed_bytes(sizes: dict[str, int]) -> dict[str, int]:
     """What the dataflow says is needed in each phase."""
-    from alignment.flow.flow import PPO_ITERATION
+    from alignment.methods.ppo import PPO
 
-    return {phase: sum(sizes[group] for group in groups) for phase, groups in PPO_ITERATION.residency()}
+    return {phase: sum(sizes[group] for group in groups) for phase, groups in PPO(None).flow().residency()}
 
 
 def check(phases: dict[str, dict[str, float]], needed: dict[str, int]) -> list[str]:

@@ -83,7 +83,7 @@ def passes(model: Any, setting: Setting, top_p: float) -> dict[str, Callable[[],
     prompts = [GenerationPrompt(np.arange(1, setting.prompt_tokens + 1), i, "", {}) for i in range(rows)]
 
     def train() -> None:
-        role.train([batch], lambda part: part, lambda logprobs, entropy, part: (-logprobs.mean(), None))
+        role.train([batch], lambda logprobs, entropy, part: (-logprobs.mean(), None))
         engine.step()
 
     train()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alignment.engine.order import rank_slice
+from alignment.engine.batching import rank_slice
 from alignment.flow.streams import IndexStream
 from alignment.rollout.generate import GenerationPrompt
 

@@ -292,11 +292,8 @@ class Flow:
                     needed = [gathered[name] for name in call.needs]
                     given = call.named(train(call, *needed)) if call.kind == "train" and train else call(there, needed)
                     gathered.update(given)
-                elif call.kind == "infer" and any(known[name] is None for name in call.needs):
-                    for role in there:
-                        if role is not None:
-                            role.engine.infer_pass([], _no_rows, _no_rows)
-                    given = dict.fromkeys(call.outputs)
+                elif call.kind == "infer":
+                    given = self._infer(call, there, [known[name] for name in call.needs])
                 else:
                     given = call(there, [known[name] for name in call.needs])
                 known.update(given)
@@ -306,6 +303,15 @@ class Flow:
             if on_values is not None:
                 on_values(given)
         return known
+
+    @staticmethod
+    def _infer(call: Call, roles: Sequence[Any], values: Sequence[Any]) -> dict[str, Any]:
+        if not any(value is None for value in values):
+            return call(roles, values)
+        for role in roles:
+            if role is not None:  # other data ranks may gather layers from this one
+                role.engine.infer_pass([], _no_rows, _no_rows)
+        return dict.fromkeys(call.outputs)
 
     @staticmethod
     def _gather(call: Call, known: Mapping[str, Any], gathered: dict[str, Any], world: World) -> None:

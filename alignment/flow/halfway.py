@@ -1,10 +1,9 @@
-"""A rollout in the middle of its update, on disk: what a checkpoint between two optimizer steps of one update holds
+"""A batch in the middle of its update, on disk: what a checkpoint between two optimizer steps of one update holds
 beside the models.
 
-``trainer/rollout.safetensors`` has the arrays of the :class:`~alignment.rollout.rollout.Experience` (the rows of all
-data ranks: they are the same on every process), ``trainer/rollout.json`` its texts, the position in its passes and the
-figures that wait to be logged. Nothing in it depends on the layout. The orders of the passes are not in it: they follow
-from the seed and the rollout's number.
+``trainer/rollout.safetensors`` has the numbers of the rows of all data ranks (they are the same on every process),
+``trainer/rollout.json`` their texts, the position in the passes and the figures that wait to be logged. Nothing in it
+depends on the layout. The orders of the passes are not in it: they follow from the seed and the batch's number.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 from alignment.errors import CheckpointError
 from alignment.flow.statistics import Statistics
-from alignment.ppo.update import Position
+from alignment.flow.update import Position
 from alignment.rollout.rollout import Experience, Rollout
 
 ARRAYS_FILE = "rollout.safetensors"
@@ -25,21 +24,23 @@ TEXTS_FILE = "rollout.json"
 
 @dataclass
 class HalfUsed:
-    """An experience that was learnt from in part.
+    """A batch that was learnt from in part.
 
     Attributes:
-        experience: the rows of all data ranks.
+        batch: the rows of all data ranks.
         position: where its update goes on.
         first_step: optimizer steps that the run had taken before this update.
-        rollout_stats: the rollout's figures, which go into every row of this update.
+        figures: of the iteration, which go into every row of this update.
         rows: ``(step, figures)`` of this update that wait to be written.
+        call: the training call's name.
     """
 
-    experience: Experience
+    batch: Experience
     position: Position
     first_step: int
-    rollout_stats: Statistics
+    figures: Statistics
     rows: list[tuple[int, Statistics]] = field(default_factory=list)
+    call: str = "update"
 
 
 def save_half_used(folder: Path, half: HalfUsed) -> None:
@@ -50,11 +51,12 @@ def save_half_used(folder: Path, half: HalfUsed) -> None:
         half: further columns of the data set that JSON does not know are written as text: they were needed to score
             the answers, which is done.
     """
-    half.experience.save(
+    half.batch.save(
         folder / "rollout",
         position=asdict(half.position),
         first_step=half.first_step,
-        rollout_stats=asdict(half.rollout_stats),
+        rollout_stats=asdict(half.figures),
+        call=half.call,
         waiting_rows=[[step, asdict(stats)] for step, stats in half.rows],
     )
 
@@ -80,15 +82,16 @@ def load_half_used(folder: Path) -> HalfUsed | None:
     try:
         texts = json.loads((folder / TEXTS_FILE).read_text(encoding="utf-8"))
         if "kinds" in texts:
-            experience, texts = Experience.load(folder / "rollout")
+            batch, texts = Experience.load(folder / "rollout")
         else:
-            experience = _from_before(folder / ARRAYS_FILE, texts)
+            batch = _from_before(folder / ARRAYS_FILE, texts)
         return HalfUsed(
-            experience=experience,
+            batch=batch,
             position=Position(**texts["position"]),
             first_step=int(texts["first_step"]),
-            rollout_stats=Statistics(**texts["rollout_stats"]),
+            figures=Statistics(**texts["rollout_stats"]),
             rows=[(int(step), Statistics(**stats)) for step, stats in texts["waiting_rows"]],
+            call=texts.get("call", "update"),
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(

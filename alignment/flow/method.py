@@ -6,13 +6,13 @@ Importing this loads neither Paddle nor a model: a method's module is read to pa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from alignment.flow.flow import Flow
+from alignment.flow.flow import Flow, optimizer_of
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -38,6 +38,7 @@ class RoleSpec:
         starts_at: optimizer steps of the run before it learns.
         evaluates: whether evaluation needs it, so that it is loaded without training too.
         temperature: of a policy's log-probs; None: that of sampling.
+        present: whether the run has it at all; a call of one that is not there is given None.
         options: further words for the loader of its kind.
     """
 
@@ -50,6 +51,7 @@ class RoleSpec:
     starts_at: int = 0
     evaluates: bool = False
     temperature: float | None = None
+    present: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -156,8 +158,6 @@ class Method:
         """What must be resident between iterations: to evaluate, to write or read a checkpoint, to write, read or
         compare the weights that change.
         """
-        from alignment.flow.flow import optimizer_of
-
         changing = frozenset(spec.name for spec in self.roles() if spec.folder)
         optimizers = frozenset(optimizer_of(spec.name) for spec in self.roles() if spec.trained)
         evaluating = frozenset(spec.name for spec in self.roles() if spec.evaluates)
@@ -172,8 +172,13 @@ class Method:
         """What is around an iteration."""
         return contextlib.nullcontext()
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return False
+
     def evaluate(self, step: int) -> dict[str, float]:
-        """Figures of an evaluation, with their full names; empty where there is nothing to evaluate on."""
+        """Figures of an evaluation, with their full names."""
         return {}
 
     def drain(self) -> dict[str, float]:
@@ -188,6 +193,15 @@ class Method:
         """Take back what :meth:`state` gave."""
 
 
+def offload_levels(specs: Sequence[RoleSpec]) -> dict[str, tuple[str, ...]]:
+    """What each word of ``offload_level`` allows to leave, of these roles."""
+    return {
+        "freeze_model": tuple(spec.name for spec in specs if not spec.folder),
+        "optimizer": tuple(optimizer_of(spec.name) for spec in specs if spec.trained),
+        "train_model": tuple(spec.name for spec in specs if spec.folder),
+    }
+
+
 def figures_of(loss: Loss) -> tuple[list[float], list[str], list[str]]:
     """A loss's numbers on the host, brought over in one copy (each copy waits for the device).
 
@@ -198,7 +212,8 @@ def figures_of(loss: Loss) -> tuple[list[float], list[str], list[str]]:
 
     names, tops = list(loss.sums), list(loss.maxima)
     numbers = [loss.total, *(loss.sums[name][0] for name in names), *(loss.maxima[name] for name in tops)]
-    tensors = [number.detach().astype("float32").reshape([]) for number in numbers if not isinstance(number, float | int)]
+    there = [isinstance(number, float | int | np.generic) for number in numbers]
+    tensors = [n.detach().astype("float32").reshape([]) for n, host in zip(numbers, there, strict=True) if not host]
     brought = iter(paddle.stack(tensors).tolist())
-    values = [float(number) if isinstance(number, float | int | np.generic) else next(brought) for number in numbers]
+    values = [float(number) if host else next(brought) for number, host in zip(numbers, there, strict=True)]
     return values, names, tops

@@ -15,10 +15,10 @@ import numpy as np
 from paddle import Tensor
 
 from alignment import runtime
+from alignment.engine.batching import micro_batches, rank_slice
 from alignment.flow.finite import FiniteCheck
 from alignment.flow.invariants import FirstStepCheck, Guard, check_first_pass, check_later_pass, precision_of
 from alignment.flow.method import Loss, RoleSpec, Train, Window, figures_of
-from alignment.flow.order import micro_batches, rank_slice
 from alignment.flow.ptx import PtxStream
 from alignment.flow.statistics import Statistics
 from alignment.parallel import World
@@ -41,7 +41,12 @@ class Position:
 
 
 def split_windows(
-    batch: Rollout, args: Any, world: World, rollout_number: int, begin: Position | None = None, passes: int | None = None
+    batch: Rollout,
+    args: Any,
+    world: World,
+    rollout_number: int,
+    begin: Position | None = None,
+    passes: int | None = None,
 ) -> Iterator[Window]:
     """Shuffle the rows anew for each of ``update_iters`` passes and cut them into windows.
 
@@ -157,9 +162,7 @@ class Updater:
         parts = [mine.select(group) for group in groups]
         return [part for part in parts if part.response_len.any()]
 
-    def _step(
-        self, name: str, loss: Callable[..., Loss], window: Window, stats: Statistics, global_step: int
-    ) -> bool:
+    def _step(self, name: str, loss: Callable[..., Loss], window: Window, stats: Statistics, global_step: int) -> bool:
         """One optimizer step of a role; returns whether the update is to stop because the policy moved too far."""
         role, spec = self.roles[name], self.specs[name]
         policy = spec.kind == "policy"

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-#: What each word of ``offload_level`` allows to leave.
+#: What each word of ``offload_level`` allows to leave, of PPO; of another method see
+#: :func:`alignment.flow.method.offload_levels`.
 LEVELS: dict[str, tuple[str, ...]] = {
     "freeze_model": ("reference", "reward"),
     "optimizer": ("actor_optimizer", "critic_optimizer"),
@@ -78,6 +79,7 @@ class Residency:
         cycle: the phases of an iteration in order, each with the groups it needs; the first follows the last.
         between: the same for what happens between iterations, in no order.
         backend: moves the tensors.
+        allowed: what each word allows to leave.
 
     Raises:
         ValueError: a level is unknown.
@@ -89,12 +91,13 @@ class Residency:
         cycle: Sequence[tuple[str, frozenset[str]]],
         between: Mapping[str, frozenset[str]],
         backend: Backend,
+        allowed: Mapping[str, Sequence[str]] = LEVELS,
     ) -> None:
         words = levels.split()
-        unknown = sorted(set(words) - set(LEVELS))
+        unknown = sorted(set(words) - set(allowed))
         if unknown:
-            raise ValueError(f"unknown offload level {unknown[0]!r}; the levels are {', '.join(LEVELS)}")
-        self.managed = frozenset(group for word in words for group in LEVELS[word])
+            raise ValueError(f"unknown offload level {unknown[0]!r}; the levels are {', '.join(allowed)}")
+        self.managed = frozenset(group for word in words for group in allowed[word])
         self.backend = backend
         self._needed = {**dict(cycle), **between}
         names = [name for name, _ in cycle]
@@ -203,6 +206,7 @@ def build_residency(
     between: Mapping[str, frozenset[str]],
     folder: str | Path,
     on_cpu: bool,
+    allowed: Mapping[str, Sequence[str]] = LEVELS,
 ) -> Residency | None:
     """The :class:`Residency` of a run, or None where ``levels`` is empty.
 
@@ -210,6 +214,7 @@ def build_residency(
         levels, cycle, between: as in :class:`Residency`.
         folder: where files go on a CPU.
         on_cpu: whether Paddle computes on the CPU.
+        allowed: as in :class:`Residency`.
 
     Raises:
         AlignmentError: the folder cannot be used.
@@ -225,4 +230,4 @@ def build_residency(
         from alignment.parallel.offload_gpu import PinnedMemory
 
         backend = PinnedMemory()
-    return Residency(levels, cycle, between, backend)
+    return Residency(levels, cycle, between, backend, allowed)

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignment.flow.flow import PPO_ITERATION, Dataflow
+from alignment.flow.flow import Flow
+from alignment.methods.ppo import PPO
 from alignment.parallel.topology import Topology
 from alignment.plan.shapes import ModelShape
+
+PPO_FLOW = PPO(None).flow()
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Setting:
     engine: bool = True
     token_budget: int = 0
     cache_bytes: float = float(1 << 30)
-    flow: Dataflow = field(default=PPO_ITERATION, repr=False, compare=False)
+    flow: Flow = field(default=PPO_FLOW, repr=False, compare=False)
 
     @property
     def width(self) -> int:
@@ -194,7 +197,7 @@ def setting_of(
     cache_bytes: float = float(1 << 30),
     mean_prompt: float | None = None,
     mean_response: float | None = None,
-    flow: Dataflow = PPO_ITERATION,
+    flow: Flow = PPO_FLOW,
 ) -> Setting:
     """Read a setting from resolved arguments of any stage.
 

@@ -23,6 +23,8 @@ import numpy as np
 from alignment.errors import nearest
 
 if TYPE_CHECKING:
+    from paddle import Tensor
+
     from alignment.parallel import World
 
 ROW, LIST = "row", "list"
@@ -121,6 +123,12 @@ class Batch:
     def flat(self, name: str) -> np.ndarray:
         """The values of a ragged column end to end, ``[sum of lengths]``."""
         return self.columns[name].values
+
+    def tensor(self, name: str) -> Tensor:
+        """A column, or another of the batch's arrays, as a Paddle tensor."""
+        import paddle
+
+        return paddle.to_tensor(getattr(self, name))
 
     def widest(self, kind: str) -> int:
         """The largest length of a kind, at least 1, so that padded views have a column."""

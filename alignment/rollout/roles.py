@@ -19,7 +19,6 @@ from alignment.engine.engine import Engine
 from alignment.ppo.models import Rows, scores_of, take_end
 from alignment.rollout.rollout import Rollout, join_micro_batches
 
-B = TypeVar("B")
 R = TypeVar("R")
 
 
@@ -70,10 +69,20 @@ class PolicyRole:
         temperature: of sampling.
         micro_batch_size: rows of a forward without gradient.
         max_tokens: padded tokens of such a forward, in place of its rows; 0: not limited.
+        entropy_grad: whether the entropy is differentiated in training.
+        masked: whether it is trained over the tokens of ``rollout.allowed`` alone (NLPO).
     """
 
-    def __init__(self, engine: Engine, temperature: float, micro_batch_size: int, max_tokens: int = 0) -> None:
-        self.engine, self.temperature = engine, temperature
+    def __init__(
+        self,
+        engine: Engine,
+        temperature: float,
+        micro_batch_size: int,
+        max_tokens: int = 0,
+        entropy_grad: bool = False,
+        masked: bool = False,
+    ) -> None:
+        self.engine, self.temperature, self.entropy_grad, self.masked = engine, temperature, entropy_grad, masked
         self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
 
     def of_hidden(
@@ -97,31 +106,21 @@ class PolicyRole:
         )
         return positions.spread(scores.logprobs), positions.spread(scores.entropy)
 
-    def train(
-        self,
-        parts: Sequence[B],
-        rollout_of: Callable[[B], Rollout],
-        loss: Callable[[Tensor, Tensor, B], tuple[Tensor, R]],
-        entropy_grad: bool = False,
-        masked: bool = False,
-    ) -> list[R]:
+    def train(self, parts: Sequence[Rollout], loss: Callable[[Tensor, Tensor, Rollout], tuple[Tensor, R]]) -> list[R]:
         """Forward and backward of micro batches.
 
         Args:
             parts: micro batches.
-            rollout_of: the rows of one.
-            loss: from ``(logprobs, entropy)`` and the micro batch to a scalar and a result; see
+            loss: from ``(logprobs, entropy)``, both ``[b, R]``, and the micro batch to a scalar and a result; see
                 :meth:`Engine.train_pass`.
-            entropy_grad: whether the entropy is to be differentiated.
-            masked: of the policy over the tokens of ``rollout.allowed`` alone (NLPO).
 
         Returns:
             The results.
         """
         return self.engine.train_pass(
             parts,
-            lambda part: rows_of(rollout_of(part)),
-            lambda hidden, part: loss(*self.of_hidden(hidden, rollout_of(part), entropy_grad, masked), part),
+            rows_of,
+            lambda hidden, part: loss(*self.of_hidden(hidden, part, self.entropy_grad, self.masked), part),
         )
 
     def train_supervised(
@@ -201,15 +200,9 @@ class ValueRole:
         flat = paddle.gather(scores.astype("float32").reshape([-1]), paddle.to_tensor(positions.states))
         return positions.spread(flat)
 
-    def train(
-        self, parts: Sequence[B], rollout_of: Callable[[B], Rollout], loss: Callable[[Tensor, B], tuple[Tensor, R]]
-    ) -> list[R]:
-        """Forward and backward of micro batches; ``loss`` gets the values ``[B, R]``, see :meth:`Engine.train_pass`."""
-        return self.engine.train_pass(
-            parts,
-            lambda part: rows_of(rollout_of(part)),
-            lambda hidden, part: loss(self.of_hidden(hidden, rollout_of(part)), part),
-        )
+    def train(self, parts: Sequence[Rollout], loss: Callable[[Tensor, Rollout], tuple[Tensor, R]]) -> list[R]:
+        """Forward and backward of micro batches; ``loss`` gets the values ``[b, R]``, see :meth:`Engine.train_pass`."""
+        return self.engine.train_pass(parts, rows_of, lambda hidden, part: loss(self.of_hidden(hidden, part), part))
 
     def values(self, rollout: Rollout) -> np.ndarray:
         """``[B, R]`` float32 without gradient, in micro batches."""

@@ -95,3 +95,12 @@ def require(condition: bool, what: str) -> None:
     """
     if not condition:
         raise AssertionError(f"not the work that is compared: {what}")
+
+
+def wrap_calls(loop: Any, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put ``wrap(name, function)`` in the place of the function of each of a loop's calls."""
+    for call in loop.flow.calls:
+        if call.kind == "train":
+            loop._update = wrap(call.name, loop._update)
+        else:
+            loop.flow = loop.flow.edit(change={call.name: {"run": wrap(call.name, call.run)}})

@@ -52,7 +52,7 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     from alignment.arguments import parse_ppo
     from alignment.flow.runner import use_device
     from alignment.parallel import init_world
-    from alignment.ppo import run_ppo
+    from alignment.ppo import ppo_trainer
 
     w, folder, output = WORKLOADS[task["workload"]], Path(task["folder"]), Path(task["output"])
     iterations = task["iterations"]
@@ -61,11 +61,10 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     file.write_text(json.dumps({**arguments(w, folder, output, iterations), **task["arguments"]}))
     args = parse_ppo([str(file)])
     use_device(args)
-    data = run_ppo.load_data(args, show_progress=False)
+    data = ppo_trainer.load_data(args, show_progress=False)
     imported = measure.resident_memory()
-    trainer = run_ppo.build_trainer(args, init_world(), data, args.derive_sizes(len(data.train)), [])
-    roles = trainer.roles
-    engines = {name: getattr(roles, name).engine for name in ("actor", "reference", "critic", "reward")}
+    trainer = ppo_trainer.build_trainer(args, init_world(), data, args.derive_sizes(len(data.train)), [])
+    engines = {name: trainer.roles[name].engine for name in ("actor", "reference", "critic", "reward")}
     heads = {"actor": "language", "reference": "language", "critic": "score", "reward": "score"}
     for name, engine in engines.items():
         count = sum(int(p.size) for p in engine.model.parameters())

@@ -1,8 +1,8 @@
 """One process of a PPO run that is to be killed: it runs the ordinary command, and a thread beside it pulls the trigger
 at the moment that was drawn.
 
-The thread looks up where the main thread stands in :class:`~alignment.ppo.ppo_trainer.PPOTrainer`, so a kill hits the
-phase that it was meant for, at any instruction inside.
+The thread looks up where the main thread stands in :class:`~alignment.flow.loop.Loop`, so a kill hits the phase that it
+was meant for, at any instruction inside.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# What each method of the trainer and of its phases is called here; the innermost one on the stack counts.
+# What each function of the loop, of its flow and of its method is called here; the innermost one on the stack counts.
 PHASES = {
-    ("phases.py", "generate"): "rollout",
-    ("phases.py", "_where_rows"): "scoring",
-    ("ppo_trainer.py", "_update"): "update",
-    ("ppo_trainer.py", "save_checkpoint"): "saving",
-    ("ppo_trainer.py", "_evaluate"): "evaluation",
-    ("ppo_trainer.py", "_finish"): "finish",
+    ("online.py", "generate"): "rollout",
+    ("flow.py", "_infer"): "scoring",
+    ("loop.py", "_update"): "update",
+    ("loop.py", "save_checkpoint"): "saving",
+    ("loop.py", "_evaluate"): "evaluation",
+    ("loop.py", "_finish"): "finish",
 }
 KILLS_FILE = "kills.jsonl"
 _LOOK = 0.0005

@@ -18,11 +18,13 @@ def test_killed_runs_end_like_uninterrupted_ones(layout: str, kills: int) -> Non
     assert tally.rows >= 12 and tally.runs >= 1
 
 
-def test_every_phase_is_a_function_of_the_trainer() -> None:
+def test_every_phase_is_a_function_of_the_loop() -> None:
     """A phase is known by its function's name: renamed, no kill would ever hit it."""
-    from alignment.ppo import phases, ppo_trainer
+    from alignment.flow.flow import Flow
+    from alignment.flow.loop import Loop
+    from alignment.flow.online import OnlineMethod
     from tests.e2e.chaos_job import PHASES
 
-    classes = {"phases.py": phases.RolloutPhases, "ppo_trainer.py": ppo_trainer.PPOTrainer}
+    classes = {"online.py": OnlineMethod, "flow.py": Flow, "loop.py": Loop}
     assert [name for file, name in PHASES if not hasattr(classes[file], name)] == []
     assert set(chaos.PHASES) | {"finish"} == set(PHASES.values()) == set(chaos.LONGEST)

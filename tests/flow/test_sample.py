@@ -94,7 +94,8 @@ def test_a_border_inside_a_token_is_said(tmp_path: Path, said: Callable[[], str]
 def test_a_reward_model_of_another_family_reads_its_own_template(tmp_path: Path, said: Callable[[], str]) -> None:
     """D7, P12: by itself, unless reward_prompt_template says otherwise; both readings are shown."""
     from alignment.arguments import parse_ppo
-    from alignment.ppo.run_ppo import load_data, show_samples
+    from alignment.flow.online_run import load_data, show_samples
+    from alignment.methods.ppo import PPO
 
     actor = write_model(tmp_path / "actor", "qwen2.5")
     reward = write_model(tmp_path / "reward", "llama3", score=True)
@@ -116,7 +117,7 @@ def test_a_reward_model_of_another_family_reads_its_own_template(tmp_path: Path,
                 *(f"{key}={value}" for key, value in more.items()),
             ]
         )
-        show_samples(args, load_data(args, show_progress=False))
+        show_samples(PPO(args), load_data(PPO(args), show_progress=False))
         return said()[before:]
 
     text = run()

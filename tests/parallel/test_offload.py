@@ -12,9 +12,9 @@ import paddle
 import pytest
 
 from alignment.cli import main
-from alignment.flow.flow import PPO_BETWEEN, PPO_ITERATION
 from alignment.parallel.offload import LEVELS, Residency, build_residency
 from alignment.parallel.offload_gpu import PinnedMemory, SideStream, fuse
+from tests.ppo.conftest import PPO_BETWEEN, PPO_ITERATION
 from tests.tiny import tiny_model_dir, write_jsonl
 
 ALL = " ".join(LEVELS)

@@ -46,12 +46,12 @@ def measure(folder: str, layout: dict[str, Any], sizes: dict[str, int], recomput
     def loss(logprobs: Any, entropy: Any, part: Any) -> tuple[Any, float]:
         return -logprobs.sum() / 100, 0.0
 
-    role.train(parts, lambda part: part, loss)
+    role.train(parts, loss)
     engine.step()
     found["parameters_after_step"] = held(model)
     found["optimizer"] = sum(bytes_of(tensor) for tensor in engine.optimizer_tensors())
     with counting() as sent, peak_above() as peak:
-        role.train(parts, lambda part: part, loss)
+        role.train(parts, loss)
     found["train_sent"], found["train_peak"] = sum(sent), peak[0]
     found["gradients"] = sum(bytes_of(p.grad) for p in engine.parameters.values() if p.grad is not None)
     with counting() as sent:

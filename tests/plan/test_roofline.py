@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 import pytest
 
-from alignment.flow.flow import PPO_BETWEEN, PPO_ITERATION, Dataflow, ModelCall, optimizer_of
+from alignment.flow.flow import Call, Flow, optimizer_of
 from alignment.parallel.offload import Residency
 from alignment.parallel.topology import Topology
 from alignment.plan.cards import card_named
@@ -22,6 +22,7 @@ from alignment.plan.setting import RolePlan, Setting
 from alignment.plan.shapes import MODELS, ModelShape
 from alignment.rollout.layouts import rollout_layout
 from tests.plan.test_activations import NAMES, build
+from tests.ppo.conftest import PPO_BETWEEN, PPO_ITERATION
 
 ROWS, TOKENS = 2, 48
 SMALL = ModelShape("llama", 512, 64, 128, 4, 4, 4, 16)
@@ -69,12 +70,12 @@ def times(setting: Setting, **card: float) -> dict[str, PhaseTime]:
 def test_phases_are_those_of_the_graph() -> None:
     """Another method's graph has its own phases, residency and times; the same calls take the same."""
     calls = [
-        ModelCall("generate", "generate", ("actor",), ("prompts",), "rollout"),
-        ModelCall("reference_logprobs", "infer", ("reference",), ("rollout",), "ref_logprobs"),
-        ModelCall("update", "train", ("actor",), ("rollout", "ref_logprobs"), "stats"),
+        Call("generate", "generate", ("actor",), ("prompts",), "rollout"),
+        Call("reference_logprobs", "infer", ("reference",), ("rollout",), "ref_logprobs"),
+        Call("update", "train", ("actor",), ("rollout", "ref_logprobs"), "stats"),
     ]
     whole = ppo(offload_level="freeze_model")
-    setting = replace(whole, roles=whole.roles[:2], flow=Dataflow(calls, ("prompts",)))
+    setting = replace(whole, roles=whole.roles[:2], flow=Flow(calls, ("prompts",)))
     names = ["generate", "reference_logprobs", "update"]
     assert [phase.phase for phase in memory_of(setting, Topology())] == names == list(times(setting))
     assert times(setting)["generate"] == times(whole)["generate"]

@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from alignment.losses.token_sets import TokenSets
+from alignment.methods.ppo import PPO
 from alignment.rollout.rollout import Experience, Rollout
 from tests.precision import ARGUMENTS
 
@@ -151,6 +153,10 @@ def ppo_json(
         return file
 
     return write
+
+
+PPO_ARGS = SimpleNamespace(critic_warmup_steps=0, reward="model")
+PPO_ITERATION, PPO_BETWEEN = PPO(PPO_ARGS).flow(), PPO(PPO_ARGS).between()
 
 
 def make_rollout(

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.flow.flow import PPO_ITERATION, Dataflow, ModelCall, PhaseTimer
+from alignment.flow.flow import Call, Flow, PhaseTimer
 from alignment.flow.order import micro_batches
 from alignment.flow.statistics import Statistics
 from alignment.flow.streams import IndexStream
 from alignment.parallel import World
 from alignment.rollout.rollout import Rollout, join_micro_batches
 
-from .conftest import make_rollout
+from .conftest import PPO_ITERATION, make_rollout
 
 row_lengths = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=8)
 
@@ -80,16 +80,15 @@ def test_ppos_dataflow_says_what_each_phase_needs() -> None:
 
 
 def test_a_dataflow_is_sorted_by_what_is_needed_and_hands_values_on() -> None:
-    flow = Dataflow(
+    flow = Flow(
         [
-            ModelCall("second", "host", (), ("a", "x"), "b"),
-            ModelCall("first", "infer", ("actor",), ("x",), "a"),
+            Call("second", "host", (), ("a", "x"), "b", lambda a, x: a * x),
+            Call("first", "infer", ("actor",), ("x",), "a", lambda role, x: x + 1),
         ],
         inputs=["x"],
     )
     seen, timer = [], PhaseTimer()
-    functions = {"first": lambda x: x + 1, "second": lambda a, x: a * x}
-    values = flow.run(functions, {"x": 3}, timer, on_phase=lambda call: seen.append(call.name))
+    values = flow.run({"x": np.array([3])}, {}, World(), timer, on_call=lambda call: seen.append(call.name))
     assert values == {"x": 3, "a": 4, "b": 12}
     assert seen == ["first", "second"]
     timer.count_tokens("first", 10)
@@ -100,10 +99,10 @@ def test_a_dataflow_is_sorted_by_what_is_needed_and_hands_values_on() -> None:
 
 def test_a_dataflow_that_cannot_run_says_what_is_missing() -> None:
     with pytest.raises(ValueError, match="train needs scores"):
-        Dataflow([ModelCall("train", "train", ("actor",), ("scores",), "stats")], inputs=["rollout"])
-    twice = [ModelCall(name, "host", (), (), "x") for name in ("a", "b")]
+        Flow([Call("train", "train", ("actor",), ("scores",), "stats")], inputs=["rollout"])
+    twice = [Call(name, "host", (), (), "x") for name in ("a", "b")]
     with pytest.raises(ValueError, match="more than one call gives x"):
-        Dataflow(twice, inputs=[])
+        Flow(twice, inputs=[])
 
 
 @settings(max_examples=30, deadline=None)

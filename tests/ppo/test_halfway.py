@@ -18,7 +18,7 @@ from alignment.errors import CheckpointError
 from alignment.flow.checkpoint import verify
 from alignment.flow.halfway import ARRAYS_FILE, TEXTS_FILE, HalfUsed, load_half_used, save_half_used
 from alignment.flow.statistics import Statistics
-from alignment.ppo.update import Position
+from alignment.flow.update import Position
 from alignment.rollout.rollout import Experience
 
 from .conftest import make_rollout
@@ -178,25 +178,25 @@ def test_a_half_used_rollout_comes_back_as_it_was(tmp_path: Path) -> None:
     save_half_used(tmp_path, half)
     back = load_half_used(tmp_path)
     assert back is not None
-    assert (back.position, back.first_step, back.rollout_stats, back.rows) == (
-        half.position, half.first_step, half.rollout_stats, half.rows,
+    assert (back.position, back.first_step, back.figures, back.rows) == (
+        half.position, half.first_step, half.figures, half.rows,
     )  # fmt: skip
-    assert back.experience.columns.keys() == half.experience.columns.keys()
-    for name, column in half.experience.columns.items():
+    assert back.batch.columns.keys() == half.batch.columns.keys()
+    for name, column in half.batch.columns.items():
         if column.kind != "list":
-            found, value = back.experience[name], half.experience[name]
+            found, value = back.batch[name], half.batch[name]
             assert found.dtype == value.dtype and (found == value).all(), name
-    assert (back.experience.score_parts["a/b|c"] == half.experience.score_parts["a/b|c"]).all()
-    assert (back.experience.rollout.prompts, back.experience.rollout.responses) == (
-        half.experience.rollout.prompts, half.experience.rollout.responses,
+    assert (back.batch.score_parts["a/b|c"] == half.batch.score_parts["a/b|c"]).all()
+    assert (back.batch.rollout.prompts, back.batch.rollout.responses) == (
+        half.batch.rollout.prompts, half.batch.rollout.responses,
     )  # fmt: skip
-    assert back.experience.rollout.rows == [{"want": "a", "score": 0.5, "on": "2020-01-02"}, {"ids": [0, 1, 2]}]
+    assert back.batch.rollout.rows == [{"want": "a", "score": 0.5, "on": "2020-01-02"}, {"ids": [0, 1, 2]}]
 
 
 def test_one_from_before_the_samplers_logprobs_were_kept_is_read(tmp_path: Path) -> None:
     """They are the policy's log-probs then, which its run used in their place; every token was the policy's."""
     half = make_half_used()
-    experience, rollout = half.experience, half.experience.rollout
+    experience, rollout = half.batch, half.batch.rollout
     rollout = rollout.add("response", rollout_logprobs=rollout.logprobs - 1.5)
     names = ("tokens", "prompt_len", "response_len", "finished", "prompt_index", "sample_index")
     arrays = {f"rollout/{name}": rollout[name] for name in names} | {"rollout/logprobs": rollout.logprobs}
@@ -222,10 +222,10 @@ def test_one_from_before_the_samplers_logprobs_were_kept_is_read(tmp_path: Path)
     (tmp_path / TEXTS_FILE).write_text(json.dumps(texts))
     back = load_half_used(tmp_path)
     assert back is not None
-    assert (back.position, back.first_step, back.rollout_stats, back.rows) == (
-        half.position, half.first_step, half.rollout_stats, half.rows,
+    assert (back.position, back.first_step, back.figures, back.rows) == (
+        half.position, half.first_step, half.figures, half.rows,
     )  # fmt: skip
-    read = back.experience
+    read = back.batch
     assert read.columns.keys() == experience.columns.keys()
     for name in figures:
         np.testing.assert_array_equal(read[name], experience[name])

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from alignment.engine.engine import Engine, OptimizerSettings
 from alignment.errors import InvariantError, NonFiniteError
 from alignment.flow.invariants import FirstStepCheck, Guard
+from alignment.flow.method import Window
+from alignment.flow.online import describe_experience
 from alignment.flow.statistics import Statistics
+from alignment.flow.update import Position, Updater, split_windows
 from alignment.losses.advantages import RunningMoments
 from alignment.losses.kl import FixedKLController
+from alignment.methods.ppo import PPO
 from alignment.parallel import Topology, World
-from alignment.ppo.experience import assemble_experience, describe_experience
 from alignment.ppo.models import load_causal_lm, load_score_model
-from alignment.ppo.update import Position, PPOUpdater, Window, split_windows
+from alignment.rollout.rewards import RewardResult
 from alignment.rollout.roles import PolicyRole, ValueRole
 from alignment.rollout.rollout import Experience, Rollout
 from tests.precision import DTYPE, within
@@ -37,20 +40,20 @@ def make_args(**changes: Any) -> SimpleNamespace:
         "clip_range_value": 5.0, "value_coeff": 1.0, "clip_range_ratio_low": 0.2, "clip_range_ratio_high": 0.2,
         "dual_clip": None, "policy_loss_mean": "token", "entropy_coeff": 0.0, "target_kl": None,
         "critic_warmup_steps": 0, "ptx_coeff": 0.0, "output_dir": "unused", "max_tokens_per_micro_batch": 0,
-        "normalize_advantage": True, "checks": "strict", "missing_eos_rule": "none", "missing_eos_score": -1.0,
+        "normalize_advantage": True, "reward": "model",
+        "checks": "strict", "missing_eos_rule": "none", "missing_eos_score": -1.0,
         "missing_eos_penalty": 1.0, "kl_estimator": "k1", "clip_range_score": 50.0, "gamma": 1.0, "gae_lambda": 0.95,
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 
 
 def make_experience(rollout: Rollout, actor: PolicyRole, critic: ValueRole, args: Any) -> Experience:
-    rng = np.random.default_rng(0)
     logprobs = actor.logprobs(rollout)
-    scores = rng.normal(size=len(rollout)).astype(np.float32)
-    return assemble_experience(
-        rollout, logprobs, logprobs - 0.1 * rollout.mask, critic.values(rollout), scores, {"model": scores}, args,
-        FixedKLController(0.1), None,
-    )  # fmt: skip
+    scores = np.random.default_rng(0).normal(size=len(rollout)).astype(np.float32)
+    method = PPO(args)
+    method.kl_controller = FixedKLController(0.1)
+    result = RewardResult(scores, {"model": scores})
+    return method.experience(rollout, logprobs, logprobs - 0.1 * rollout.mask, result, critic.values(rollout))
 
 
 class Setup:
@@ -63,10 +66,13 @@ class Setup:
         self.critic_engine = Engine(
             "critic", load_score_model(str(folder), score_type="critic", dtype=DTYPE), World(), settings_
         )
-        size = args.per_device_train_batch_size
-        self.actor, self.critic = PolicyRole(self.actor_engine, 1.0, size), ValueRole(self.critic_engine, size)
+        size, method = args.per_device_train_batch_size, PPO(args)
+        self.actor = PolicyRole(self.actor_engine, 1.0, size, entropy_grad=args.entropy_coeff != 0.0)
+        self.critic = ValueRole(self.critic_engine, size)
         decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
-        self.updater = PPOUpdater(args, World(), self.actor, self.critic, None, decode, Guard(args.checks))
+        specs, roles = {spec.name: spec for spec in method.roles()}, {"actor": self.actor, "critic": self.critic}
+        train = method.flow()["update"].run
+        self.updater = Updater(args, World(), train, specs, roles, None, decode, Guard(args.checks))
 
     def run(self, experience: Experience, global_step: int = 0) -> list[dict[str, float]]:
         rows: list[dict[str, float]] = []
@@ -333,9 +339,9 @@ def test_the_scores_way_into_the_rewards() -> None:
     args = make_args(missing_eos_rule="score", missing_eos_score=-7.0, clip_range_score=5.0)
     args.normalize_advantage = False
     scores = np.array([3.0, 1.0], np.float32)
-    experience = assemble_experience(
-        rollout, zeros, zeros, zeros, scores, {"model": scores}, args, FixedKLController(0.1), RunningMoments()
-    )
+    method = PPO(args)
+    method.kl_controller, method.moments = FixedKLController(0.1), RunningMoments()
+    experience = method.experience(rollout, zeros, zeros, RewardResult(scores, {"model": scores}), zeros)
     np.testing.assert_allclose(experience.shaped_scores, [1.0, -7.0], atol=1e-6)
     np.testing.assert_allclose(experience.rewards, [[0, 0, 1.0], [-5.0, 0, 0]], atol=1e-6)
     assert experience.scores.tolist() == [3.0, 1.0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import numbers
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -104,6 +104,16 @@ class RewardResult:
     total: np.ndarray
     parts: dict[str, np.ndarray]
     figures: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def join(cls, results: Sequence[RewardResult]) -> RewardResult:
+        """Those of several batches (at least one) as one."""
+        first = results[0]
+        return cls(
+            np.concatenate([result.total for result in results]),
+            {name: np.concatenate([result.parts[name] for result in results]) for name in first.parts},
+            {name: np.concatenate([result.figures[name] for result in results]) for name in first.figures},
+        )
 
 
 def check_scores(name: str, values: object, batch: RewardBatch) -> np.ndarray:

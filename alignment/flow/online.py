@@ -1,0 +1,324 @@
+"""What methods that answer prompts have in common: the functions of their calls, the way of a score into a reward, the
+figures and warnings of a rollout, and evaluation by answering held-out prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from alignment import runtime
+from alignment.errors import InvariantError
+from alignment.flow.method import Method, RoleSpec
+from alignment.flow.statistics import Statistics
+from alignment.log import get_logger
+from alignment.losses.advantages import RunningMoments, explained_variance
+from alignment.losses.kl import AdaptiveKLController, FixedKLController, apply_missing_eos_rule
+from alignment.rollout.sampler import SamplingSettings
+
+if TYPE_CHECKING:
+    from alignment.flow.loop import Loop
+    from alignment.parallel import World
+    from alignment.rollout.generate import GenerationPrompt
+    from alignment.rollout.rewards import RewardResult
+    from alignment.rollout.rollout import Experience, Rollout
+
+# Evaluation draws from a stream of its own, the same at every evaluation.
+EVALUATION_SEED_OFFSET = 0x5EED
+
+ACTOR = RoleSpec("actor", "policy", "actor_model_name_or_path", trained=True, folder="policy", evaluates=True)
+REFERENCE = RoleSpec("reference", "policy", "actor_model_name_or_path")
+CRITIC = RoleSpec(
+    "critic", "value", "reward_critic_model_name_or_path", trained=True, folder="value", metric="reward_critic"
+)
+REWARD = RoleSpec("reward", "score", "reward_model_name_or_path", evaluates=True)
+
+
+class OnlineMethod(Method):
+    """A method whose iteration begins with prompts.
+
+    Attributes:
+        kl_controller: weighs the KL penalty; learns from every rollout.
+        moments: of the scores, where they are normalised as they come; else None.
+        generator: generates with the actor.
+    """
+
+    base: ClassVar[str] = "online"
+    bar: ClassVar[tuple[str, ...]] = ("train/reward", "train/kl_divergence", "train/actor_loss")
+
+    @classmethod
+    def run(cls, args: Any, world: World, argv: list[str]) -> int:
+        """Train and evaluate as the arguments say; see :func:`alignment.flow.online_run.run_online`."""
+        from alignment.flow.online_run import run_online
+
+        return run_online(cls(args), world, argv)
+
+    def __init__(self, args: Any) -> None:
+        super().__init__(args)
+        self.moments: RunningMoments | None = None
+        self.kl_controller: FixedKLController = FixedKLController(0.0)
+        self.first, self.reshard_bytes, self.evaluation_bytes, self.tokens = True, 0, 0, 0
+        self._said: set[str] = set()
+
+    @property
+    def reward_model(self) -> RoleSpec:
+        """The reward model's role; it is there where ``reward`` names it."""
+        from alignment.rollout.rewards import uses_model
+
+        return replace(REWARD, present=uses_model(self.args.reward))
+
+    # -- at the run's beginning
+
+    def begin(self, loop: Loop) -> None:
+        args = self.args
+        self.world, self.roles_there, self.guard, self.timer = loop.world, loop.roles, loop.guard, loop.timer
+        self.loop, self.generator, self.scorer = loop, loop.given.generator, loop.given.score
+        self.moments = RunningMoments() if loop.given.running_normalization else None
+        self.kl_controller = (
+            AdaptiveKLController(args.kl_coeff, args.kl_target, args.kl_horizon)
+            if args.adaptive_kl
+            else FixedKLController(args.kl_coeff)
+        )
+        self.sampling = SamplingSettings(
+            max_new_tokens=args.max_dec_len,
+            min_new_tokens=args.min_dec_len,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            repetition_penalty=args.repetition_penalty,
+            seed=args.seed,
+            stop=tuple(args.stop_strings or ()),
+        )
+        self.evaluator = self._evaluator(loop)
+        # a run that is resumed writes what it evaluated behind the checkpoint again
+        self.evaluator.drop_after(loop.state.global_step or -1)
+
+    @property
+    def precision(self) -> str:
+        """What the checks' bounds go by; the first rollout's products are exact (:meth:`before_iteration`)."""
+        from alignment.flow.invariants import precision_of
+
+        dtype = self.roles_there["actor"].engine.dtype
+        return precision_of(dtype, on_cpu=runtime.is_cpu(), exact=self.first)
+
+    def before_iteration(self) -> contextlib.AbstractContextManager[None]:
+        """Exact float32 products in the first iteration, where exactness is checked."""
+        checked = self.first and self.guard.looks and self.roles_there["actor"].engine.dtype == "float32"
+        return runtime.exact_products() if checked else contextlib.nullcontext()
+
+    # -- functions of calls
+
+    def generate(self, actor: Any, prompts: list[GenerationPrompt]) -> Rollout | None:
+        """Answer this data rank's prompts; None without any.
+
+        Raises:
+            InvariantError: processes that share a model have sampled different tokens.
+        """
+        self.evaluation_bytes = 0
+        self.refresh()
+        rollout = None
+        if prompts:
+            rollout = self.generator.generate(prompts, self.sampling, self.args.num_return_sequences)
+        self._same_tokens(rollout)
+        return rollout
+
+    def refresh(self) -> int:
+        """Bring the rollout model's weights up to date, where it is not the actor itself; returns the bytes moved."""
+        moved = self.generator.refresh()
+        if moved is None:
+            return 0
+        self.timer.add("reshard", moved.seconds)
+        self.reshard_bytes += moved.nbytes
+        return moved.nbytes
+
+    def score(self, reward: Any, rollout: Rollout) -> RewardResult:
+        """The rewards of the answers, by the reward model and whatever else ``reward`` names."""
+        return self.scorer(rollout)
+
+    # -- the way of a score into a reward
+
+    def shape_scores(self, rollout: Rollout, scores: np.ndarray) -> np.ndarray:
+        """``[B]`` float32: normalised by the running moments (if any), then the missing-EOS rule."""
+        args, shaped = self.args, scores.astype(np.float32)
+        if self.moments is not None:
+            self.moments.update(scores)
+            shaped = self.moments.normalize(shaped)
+        return apply_missing_eos_rule(
+            shaped, rollout.finished, args.missing_eos_rule, args.missing_eos_score, args.missing_eos_penalty
+        )
+
+    # -- figures
+
+    def describe(self, experience: Experience, scores: RewardResult) -> Statistics:
+        """The figures of a rollout of all ranks; warns of what spoils learning, checks that what sampled is what is
+        trained, and lets the KL controller learn.
+
+        Raises:
+            InvariantError: the rollout's log-probs are not the training network's.
+        """
+        from alignment.flow.invariants import check_rollout_gap
+        from alignment.flow.notices import notices
+
+        stats = describe_experience(experience, self.kl_controller.kl_coeff, self.args.clip_range_score)
+        for name, figures in scores.figures.items():
+            stats.add(f"reward/{name}_fraction", float(figures.sum()), len(figures))
+        self._say(notices(experience, stats.result(), self.args, self.generator.inner.kept.mean))
+        if "logprobs" in experience:
+            check_rollout_gap(
+                rollout_gaps(experience), self.precision, self.sampling.temperature, self.guard, first=self.first
+            )
+        self.first = False
+        self.loop.tokens = int(experience.lengths.sum())
+        self._count_tokens(experience)
+        # While the policy is not trained yet it is the reference: a KL of 0 says nothing about the coefficient.
+        warm_up = next((spec.starts_at for spec in self.roles() if spec.name == "actor"), 0)
+        if "ref_logprobs" in experience and self.loop.first_step >= warm_up:
+            self.kl_controller.update(float(summed_k1(experience).mean()), len(experience))
+        return stats
+
+    def _say(self, found: Mapping[str, str]) -> None:
+        for kind, text in found.items():
+            if self.world.is_main and kind not in self._said:
+                self._said.add(kind)
+                get_logger().warning("%s", text)
+
+    def _count_tokens(self, whole: Rollout) -> None:
+        """Count all ranks' tokens for the phases' rates: the answers' for those that generate, whole rows' for those
+        that read them.
+        """
+        for call in self.loop.flow.calls:
+            if call.kind == "generate":
+                self.timer.count_tokens(call.name, float(whole.response_len.sum()))
+            elif call.kind == "infer" and any(self.roles_there.get(role) is not None for role in call.roles):
+                self.timer.count_tokens(call.name, float(whole.lengths.sum()))
+
+    def _same_tokens(self, rollout: Rollout | None) -> None:
+        if not self.world.topology.splits_model:
+            return
+        crc = 0 if rollout is None else zlib.crc32(np.ascontiguousarray(rollout.tokens).view(np.uint8).reshape(-1))
+        if len(set(self.world.model_peers(crc, "tokens of the rollout"))) > 1:
+            raise InvariantError(
+                f"data rank {self.world.rank}: the processes that share the actor sampled different tokens"
+            )
+
+    def drain(self) -> dict[str, float]:
+        if self.generator.resharder is None:
+            return {}
+        moved, self.reshard_bytes = float(self.reshard_bytes), 0
+        return {"reshard/bytes": moved}
+
+    # -- evaluation
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.loop.given.eval_prompts)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        self.evaluation_bytes = self.refresh()
+        return self.evaluator.run(step)
+
+    def _evaluator(self, loop: Loop) -> Any:
+        from alignment.flow.evaluation import Evaluator
+
+        args = self.args
+        seeded = replace(self.sampling, seed=args.seed + EVALUATION_SEED_OFFSET)
+        modes = {"greedy": seeded.as_greedy()}
+        if args.eval_temperature > 0:
+            modes = {"sampled": replace(seeded, temperature=args.eval_temperature), **modes}
+        generate: Callable[..., Rollout] = lambda prompts, settings: self.generator.generate(  # noqa: E731
+            prompts, settings, batch_size=args.per_device_eval_batch_size
+        )
+        return Evaluator(
+            loop.given.eval_prompts,
+            generate,
+            modes,
+            self.scorer,
+            self.world,
+            args.output_dir,
+            args.sample_table_rows,
+            loop.writer.write,
+        )
+
+    # -- what a resumed run needs
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "kl_controller": self.kl_controller.state_dict(),
+            "reward_moments": self.moments.state_dict() if self.moments else {},
+            # what the evaluation has moved since the update is moved again after a restart
+            "reshard_bytes": self.reshard_bytes - self.evaluation_bytes,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        if self.moments is not None and state["reward_moments"]:
+            self.moments.load_state_dict(state["reward_moments"])
+        self.reshard_bytes = state["reshard_bytes"]
+
+
+def logprobs(role: Any, rollout: Rollout) -> np.ndarray:
+    """``[b, R]`` float32 of a policy."""
+    return role.logprobs(rollout)
+
+
+def values(role: Any, rollout: Rollout) -> np.ndarray:
+    """``[b, R]`` float32 of a critic."""
+    return role.values(rollout)
+
+
+def summed_k1(experience: Experience) -> np.ndarray:
+    """``[B]`` k1 estimate of each answer's KL to the reference, in nats: what the adaptive controller and the metric
+    use.
+    """
+    return ((experience.logprobs - experience.ref_logprobs) * experience.actions).sum(axis=1)
+
+
+def rollout_gaps(experience: Experience) -> np.ndarray:
+    """``[N]``, of each token that the policy chose: how far the log-prob of the rollout engine is from the training
+    network's.
+    """
+    return np.abs(experience.rollout.logprobs - experience.logprobs)[experience.actions > 0]
+
+
+def clipped_scores(experience: Experience, clip_range_score: float) -> np.ndarray:
+    """``[B]`` bool, the rows whose score ``clip_range_score`` has cut."""
+    return np.abs(experience.shaped_scores) > clip_range_score
+
+
+def describe_experience(experience: Experience, kl_coeff: float, clip_range_score: float) -> Statistics:
+    """The metrics of one rollout (names as in the reference where it has them), of the columns that it has."""
+    stats, mask = Statistics(), experience.actions
+    rows, tokens = len(experience), float(mask.sum())
+    if "scores" in experience:
+        stats.add("train/reward", experience.scores.sum(), rows)
+        stats.add("train/reward_std", experience.scores.std() * rows if rows else 0.0, rows)
+        if len(experience.score_parts) > 1:
+            for name, part in experience.score_parts.items():
+                stats.add(f"train/reward/{name}", part.sum(), rows)
+    if "shaped_scores" in experience:
+        stats.add("train/norm_reward", experience.shaped_scores.sum(), rows)
+        stats.add("reward/clipped_fraction", clipped_scores(experience, clip_range_score).sum(), rows)
+    if "rewards" in experience:
+        stats.add("train/norm_reward_with_kl", experience.rewards.sum(), rows)
+    if "ref_logprobs" in experience:
+        stats.add("train/kl_divergence", summed_k1(experience).sum(), rows)
+        stats.add("train/kl_divergence_per_token", summed_k1(experience).sum(), tokens)
+        stats.set("train/kl_coeff", kl_coeff)
+    stats.add("train/mean_generated_length", experience.response_len.sum(), rows)
+    stats.maximum("train/max_generated_length", float(experience.response_len.max(initial=0)))
+    stats.add("train/truncation_rate", float((~experience.finished).sum()), rows)
+    for name in ("values", "returns", "advantages"):
+        if name in experience:
+            stats.add(f"train/{name}", (experience[name] * mask).sum(), tokens)
+    if "values" in experience and "returns" in experience:
+        stats.add("train/explained_variance", explained_variance(experience.values, experience.returns, mask), 1)
+    if "logprobs" in experience:
+        gaps = rollout_gaps(experience)
+        stats.add("train/rollout_logprob_gap_mean", gaps.sum(), tokens)
+        stats.maximum("train/rollout_logprob_gap", float(gaps.max(initial=0.0)))
+    return stats
