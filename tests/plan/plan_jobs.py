@@ -94,6 +94,7 @@ def generate(engine: Any, world: Any, sizes: dict[str, int], fused: bool) -> dic
         if made.ops is not None:
             made.ops = WatchedKernels(model, made.ops.decoder, made.ops.kernels)
         made._plain.decoder = WatchedPlain(model, schedule)
+        made._plain._readers[0] = made._plain.decoder
         return made
 
     generator = RolloutEngine(engine, world, "", make)
