@@ -326,6 +326,22 @@ class Engine:
         """The optimizer's tensors that exist now (none before the first step), for offloading."""
         return [] if self._optimizer is None else live_tensors(self._optimizer)
 
+    def average(self, source: Engine, share: float) -> None:
+        """Move every weight towards another model of the same shape: ``(1 - share) own + share source``.
+
+        Raises:
+            InvariantError: weights of half precision, in which a small step is rounded away, and ``share`` below 1.
+        """
+        if share < 1.0 and self.dtype != "float32":
+            raise InvariantError(
+                f"{self.name}: an average of weights in {self.dtype} stands still, since a small step is rounded away: "
+                "use bf16: false, or copy the weights (share 1)"
+            )
+        with self.awake(), source.awake(), paddle.no_grad():
+            theirs = dict(source.model.named_parameters())
+            for name, parameter in self.model.named_parameters():
+                parameter.set_value(parameter * (1.0 - share) + theirs[name] * share if share < 1.0 else theirs[name])
+
     def clear_gradients(self) -> None:
         """Forget the gradients that were collected since the last step."""
         for parameter in self._parameters.values():

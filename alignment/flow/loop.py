@@ -418,12 +418,13 @@ class Loop:
             get_logger().info("the best model is that of step %d; loading %s", self.state.best_step, best)
             for name, engine in self.changing.items():
                 engine.load_weights(best / name)
-        for name, engine in self.changing.items():
+        results = {name: engine for name, engine in self.changing.items() if engine.trainable}
+        for name, engine in results.items():
             with on_main(self.world, lambda name=name: publishing(Path(self.args.output_dir) / name)) as target:
                 engine.save_weights(target)
                 if self.world.is_main:
                     self.save_extras(target)
         self.world.barrier()
         names = {"policy": "the policy", "value": "the value model"}
-        places = [f"{names.get(name, name)} is in {Path(self.args.output_dir) / name}" for name in self.changing]
+        places = [f"{names.get(name, name)} is in {Path(self.args.output_dir) / name}" for name in results]
         get_logger().info("%s", ", ".join(places))

@@ -72,6 +72,8 @@ class Window:
         rows: rows on all ranks.
         first_pass: whether nothing was learnt from these rows before (first window of the first pass).
         after: where the next window begins; None behind the last one.
+        row_denominator: with an aggregation, what its weighted sum is divided by; its weights are the column
+            ``row_weights`` of ``mine``.
     """
 
     mine: Batch
@@ -81,6 +83,7 @@ class Window:
     rows: int
     first_pass: bool
     after: Any
+    row_denominator: float | None = None
 
     def denominator(self, mean: str) -> float:
         """What a loss of this window is divided by: its ``"token"`` or ``"sequence"`` count, at least 1."""
@@ -111,10 +114,15 @@ class Train:
         losses: in this order, of a policy ``loss(logprobs, entropy, batch, window) -> Loss``, of a value or score model
             ``loss(values, batch, window) -> Loss``; tensors ``[b, R]``.
         passes: over the rows; None: ``update_iters``.
+        aggregation: a name of :data:`~alignment.losses.aggregation.AGGREGATIONS`; None: the losses use the window's
+            ``denominator``.
+        length_constant: the L of ``constant``.
     """
 
     losses: Mapping[str, Callable[..., Loss]]
     passes: int | None = None
+    aggregation: str | None = None
+    length_constant: float | None = None
 
 
 class Method:

@@ -14,14 +14,18 @@ import numpy as np
 
 from alignment import runtime
 from alignment.errors import InvariantError
-from alignment.flow.method import Method, RoleSpec
+from alignment.flow.method import Loss, Method, RoleSpec, Window
 from alignment.flow.statistics import Statistics
 from alignment.log import get_logger
 from alignment.losses.advantages import RunningMoments, explained_variance
+from alignment.losses.correction import CorrectionOptions, correct_rollout
 from alignment.losses.kl import AdaptiveKLController, FixedKLController, apply_missing_eos_rule
+from alignment.losses.policy import POLICY_LOSSES, PolicyInputs, PolicyOptions, kl_loss
 from alignment.rollout.sampler import SamplingSettings
 
 if TYPE_CHECKING:
+    from paddle import Tensor
+
     from alignment.flow.loop import Loop
     from alignment.parallel import World
     from alignment.rollout.generate import GenerationPrompt
@@ -152,11 +156,76 @@ class OnlineMethod(Method):
             shaped, rollout.finished, args.missing_eos_rule, args.missing_eos_score, args.missing_eos_penalty
         )
 
+    # -- the loss of a policy
+
+    def policy_inputs(
+        self, logprobs: Tensor, batch: Experience, window: Window, options: PolicyOptions, mean: str = "token"
+    ) -> PolicyInputs:
+        """What the policy losses are computed from: the batch's ``logprobs``, ``advantages``, ``actions``, the weights
+        of an aggregation (else ``mean`` over the window) and those of a correction, where there are any.
+        """
+        rows = "row_weights" in batch
+        return PolicyInputs(
+            logprobs,
+            batch.tensor("logprobs"),
+            batch.tensor("advantages"),
+            batch.tensor("actions"),
+            mean,
+            window.row_denominator if rows else window.denominator(mean),
+            row_weights=batch.tensor("row_weights") if rows else None,
+            token_weights=batch.tensor("token_weights") if "token_weights" in batch else None,
+            options=options,
+        )
+
+    def policy_loss(
+        self,
+        name: str,
+        inputs: PolicyInputs,
+        entropy: Tensor,
+        batch: Experience,
+        window: Window,
+        kl: Tensor | None = None,
+    ) -> Loss:
+        """A policy loss with its figures.
+
+        Args:
+            name: of :data:`~alignment.losses.policy.POLICY_LOSSES`.
+            inputs: see :meth:`policy_inputs`.
+            entropy: ``[b, R]``; its bonus is a mean over tokens.
+            batch, window: the micro batch and its window.
+            kl: per-token terms ``[b, R]`` that are added with ``kl_coeff``, aggregated as the loss is.
+        """
+        result, actions = POLICY_LOSSES[name](inputs), batch.actions
+        tokens, answers = float(actions.sum()), float((actions.sum(axis=1) > 0).sum())
+        entropies = (entropy * inputs.mask).sum()
+        if inputs.row_weights is None:
+            shown = (result.loss, tokens if inputs.mean == "token" else answers, inputs.denominator)
+        else:
+            shown = (result.loss, len(batch) / window.rows)
+        sums = {
+            "train/actor_loss": shown,
+            "train/entropy": (entropies, tokens),
+            "train/clip_fraction": (result.clip_fraction, tokens),
+            "train/approx_kl": (result.approx_kl, tokens),
+            "train/ratio_mean": (result.ratio, tokens),
+        }
+        total = result.loss
+        if kl is not None:
+            total = total + self.kl_controller.kl_coeff * kl_loss(kl, inputs)
+            sums["train/kl_loss"] = ((kl * inputs.mask).sum(), tokens)
+        if self.args.entropy_coeff:
+            total = total - self.args.entropy_coeff * entropies / window.denominator("token")
+        maxima = {"train/ratio_max": result.max_ratio, "train/ratio_error_max": result.max_ratio_error}
+        return Loss(total, sums, maxima)
+
     # -- figures
 
-    def describe(self, experience: Experience, scores: RewardResult) -> Statistics:
-        """The figures of a rollout of all ranks; warns of what spoils learning, checks that what sampled is what is
-        trained, and lets the KL controller learn.
+    def finish(self, experience: Experience, scores: RewardResult) -> tuple[Experience, Statistics]:
+        """A rollout that is ready to be learnt from, and its figures.
+
+        The rows of all ranks are seen here: warns of what spoils learning, checks that what sampled is what is trained,
+        weighs tokens that were sampled from another distribution (``rollout_correction``; the column
+        ``token_weights``), and lets the KL controller learn.
 
         Raises:
             InvariantError: the rollout's log-probs are not the training network's.
@@ -172,6 +241,7 @@ class OnlineMethod(Method):
             check_rollout_gap(
                 rollout_gaps(experience), self.precision, self.sampling.temperature, self.guard, first=self.first
             )
+            experience = self._correct(experience, stats)
         self.first = False
         self.loop.tokens = int(experience.lengths.sum())
         self._count_tokens(experience)
@@ -179,7 +249,17 @@ class OnlineMethod(Method):
         warm_up = next((spec.starts_at for spec in self.roles() if spec.name == "actor"), 0)
         if "ref_logprobs" in experience and self.loop.first_step >= warm_up:
             self.kl_controller.update(float(summed_k1(experience).mean()), len(experience))
-        return stats
+        return experience, stats
+
+    def _correct(self, experience: Experience, stats: Statistics) -> Experience:
+        bounds = CorrectionOptions(**self.args.correction_bounds())
+        mask, kind = experience.actions, self.args.rollout_correction
+        found = correct_rollout(experience.logprobs, experience.sampler_logprobs, mask, kind, bounds)
+        for name, value in found.figures.items():
+            stats.set(f"train/rollout_{name}", value)
+        if found.weights is None:
+            return experience
+        return experience.add("response", token_weights=found.weights.astype(np.float32))
 
     def _say(self, found: Mapping[str, str]) -> None:
         for kind, text in found.items():

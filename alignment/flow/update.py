@@ -21,6 +21,7 @@ from alignment.flow.invariants import FirstStepCheck, Guard, check_first_pass, c
 from alignment.flow.method import Loss, RoleSpec, Train, Window, figures_of
 from alignment.flow.ptx import PtxStream
 from alignment.flow.statistics import Statistics
+from alignment.losses.aggregation import row_weights
 from alignment.parallel import World
 from alignment.rollout.rollout import Rollout
 
@@ -46,7 +47,7 @@ def split_windows(
     world: World,
     rollout_number: int,
     begin: Position | None = None,
-    passes: int | None = None,
+    train: Train | None = None,
 ) -> Iterator[Window]:
     """Shuffle the rows anew for each of ``update_iters`` passes and cut them into windows.
 
@@ -56,12 +57,13 @@ def split_windows(
         world: how many ranks share a window.
         rollout_number: makes each rollout's orders its own.
         begin: leave out what lies before; None for everything.
-        passes: in place of ``update_iters``.
+        train: may say other passes than ``update_iters``, and how token losses are aggregated.
 
     Yields:
         Windows; the last of a pass may be smaller, and a rank's share of it empty.
     """
-    rows, passes = len(batch), args.update_iters if passes is None else passes
+    train = train or Train({})
+    rows, passes = len(batch), args.update_iters if train.passes is None else train.passes
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
     chosen_tokens, whole = batch.actions.sum(axis=1).astype(np.int64), batch.lengths
     begin = begin or Position()
@@ -72,15 +74,22 @@ def split_windows(
             after: Position | None = Position(number, start + size)
             if start + size >= rows:
                 after = Position(number + 1) if number + 1 < passes else None
-            mine = rank_slice(chosen, world.rank, world.size)
+            mine, denominator = batch.select(rank_slice(chosen, world.rank, world.size)), None
+            if train.aggregation is not None:
+                # by all rows of the step, so that no weight depends on micro batches or ranks
+                prompts = batch["prompt_index"][chosen]
+                weighed = row_weights(train.aggregation, chosen_tokens[chosen], prompts, train.length_constant)
+                weights = rank_slice(weighed.weights, world.rank, world.size)
+                mine, denominator = mine.add(row_weights=weights.astype(np.float32)), weighed.denominator
             yield Window(
-                mine=batch.select(mine),
+                mine=mine,
                 tokens=int(chosen_tokens[chosen].sum()),
                 answers=int((chosen_tokens[chosen] > 0).sum()),
                 all_tokens=int(whole[chosen].sum()),
                 rows=len(chosen),
                 first_pass=number == 0 and start == 0,
                 after=after,
+                row_denominator=denominator,
             )
 
 
@@ -140,7 +149,7 @@ class Updater:
             NonFiniteError: a loss or gradient is NaN or infinite; the batch is dumped.
             InvariantError: the first step breaks an invariant.
         """
-        for window in split_windows(batch, self.args, self.world, rollout_number, begin, self.train.passes):
+        for window in split_windows(batch, self.args, self.world, rollout_number, begin, self.train):
             local, stop, checked = Statistics(), False, None
             for name, loss in self.train.losses.items():
                 if global_step < self.specs[name].starts_at:

@@ -25,7 +25,7 @@ from alignment.flow.method import Loss, RoleSpec, Train, Window
 from alignment.flow.online import ACTOR, CRITIC, REFERENCE, OnlineMethod, logprobs, values
 from alignment.losses.advantages import gae, whiten
 from alignment.losses.kl import kl_estimate, shape_rewards
-from alignment.losses.policy import policy_loss, value_loss
+from alignment.losses.policy import PolicyOptions, value_loss
 from alignment.rollout.rollout import Experience
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ class PPO(OnlineMethod):
         """Token rewards, advantages and returns of the rows of all ranks, so that whitening, normalisation and the KL
         controller do not depend on the layout.
         """
-        experience = self.experience(rollout, logprobs, ref_logprobs, scores, values)
-        return experience, self.describe(experience, scores)
+        return self.finish(self.experience(rollout, logprobs, ref_logprobs, scores, values), scores)
 
     def experience(
         self,
@@ -138,34 +137,7 @@ class PPO(OnlineMethod):
 
     def actor_loss(self, logprobs: Tensor, entropy: Tensor, batch: Experience, window: Window) -> Loss:
         """The clipped surrogate with an entropy bonus; ``logprobs`` and ``entropy`` ``[b, R]``."""
-        args, mask = self.args, batch.tensor("actions")
-        result = policy_loss(
-            logprobs,
-            batch.tensor("logprobs"),
-            batch.tensor("advantages"),
-            mask,
-            args.clip_range_ratio_low,
-            args.clip_range_ratio_high,
-            args.dual_clip,
-            args.policy_loss_mean,
-            window.denominator(args.policy_loss_mean),
-        )
-        loss, entropies = result.loss, (entropy * mask).sum()
-        if args.entropy_coeff:
-            loss = loss - args.entropy_coeff * entropies / window.denominator("token")
-        actions = batch.actions
-        tokens, answers = float(actions.sum()), float((actions.sum(axis=1) > 0).sum())
-        by_token = args.policy_loss_mean == "token"
-        return Loss(
-            loss,
-            sums={
-                "train/actor_loss": (
-                    result.loss, tokens if by_token else answers, window.denominator(args.policy_loss_mean),
-                ),
-                "train/entropy": (entropies, tokens),
-                "train/clip_fraction": (result.clip_fraction, tokens),
-                "train/approx_kl": (result.approx_kl, tokens),
-                "train/ratio_mean": (result.ratio, tokens),
-            },
-            maxima={"train/ratio_max": result.max_ratio, "train/ratio_error_max": result.max_ratio_error},
-        )  # fmt: skip
+        args = self.args
+        options = PolicyOptions(args.clip_range_ratio_low, args.clip_range_ratio_high, args.dual_clip)
+        inputs = self.policy_inputs(logprobs, batch, window, options, args.policy_loss_mean)
+        return self.policy_loss("ppo", inputs, entropy, batch, window)
