@@ -76,13 +76,15 @@ def write_tokenizer(folder: Path) -> int:
 def write_model(folder: Path, seed: int) -> int:
     """Write tokenizer and model into ``folder`` and return the model's number of parameters."""
     import paddle
-    from paddlenlp.transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from alignment.ppo.models.loading import CAUSAL_MODELS
 
     vocabulary: int = write_tokenizer(folder)
     paddle.seed(seed)
     settings: dict[str, Any] = {**MODEL, "vocab_size": vocabulary}
     ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    config = Qwen2Config(**settings, bos_token_id=None, eos_token_id=ids[END], pad_token_id=ids[PAD])
-    model = Qwen2ForCausalLM(config)
+    qwen2: Any = CAUSAL_MODELS["qwen2"]
+    config = qwen2.config_class(**settings, bos_token_id=None, eos_token_id=ids[END], pad_token_id=ids[PAD])
+    model = qwen2(config)
     model.save_pretrained(str(folder), safe_serialization=True)
     return sum(int(parameter.size) for parameter in model.parameters())

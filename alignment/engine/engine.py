@@ -47,7 +47,7 @@ from alignment.parallel import World
 from alignment.parallel.gradients import add_up_in_float32, gradient, set_gradient
 from alignment.parallel.layerwise import Layerwise
 from alignment.parallel.sharding import Sharding
-from alignment.parallel.vocabulary import VocabularyShard
+from alignment.parallel.tensor_ranks import VocabularyShard
 from alignment.parallel.whole import Share, gather_whole
 from alignment.ppo.models import (
     Piece,

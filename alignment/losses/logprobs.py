@@ -24,7 +24,7 @@ FORBIDDEN = -1e30
 
 
 class Shard(Protocol):
-    """What a softmax needs to know of the other columns; see :class:`alignment.parallel.vocabulary.VocabularyShard`.
+    """What a softmax needs to know of the other columns; see :class:`alignment.parallel.tensor_ranks.VocabularyShard`.
 
     Attributes:
         start: number of the first column that is here.

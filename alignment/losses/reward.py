@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 paddle = lazy("paddle")
 
-LOSS_TYPES = ("sequence-wise", "token-wise")
-
 
 def sequence_losses(
     chosen: Tensor, rejected: Tensor, margin: Tensor | float | None = None, regularization: float = 0.0

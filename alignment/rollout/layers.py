@@ -17,6 +17,7 @@ from paddle import Tensor
 from paddle.nn import functional as F
 
 from alignment.kernels.ops import ATTENTION, MLP, Kernels
+from alignment.parallel.tensor_ranks import add_up
 from alignment.ppo.models.decoder import Decoder, head_weight
 from alignment.ppo.models.forward import kept_tokens, lm_logits
 from alignment.ppo.models.precision import rounded
@@ -152,9 +153,8 @@ class LayerOps:
 
     def total(self, part: Tensor) -> Tensor:
         """Add up what the tensor ranks have."""
-        if self.decoder.tensor_group is not None:
-            paddle.distributed.all_reduce(part, group=self.decoder.tensor_group)
-        return part
+        group = self.decoder.tensor_group
+        return part if group is None else add_up(part, group)
 
     def prepare(self, batch: PackedBatch | CachedBatch, angles: tuple[Tensor, Tensor]) -> Any:
         """What all layers of a step need, made once."""

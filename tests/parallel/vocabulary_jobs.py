@@ -14,7 +14,7 @@ def differences(masked: bool = False) -> dict[str, float]:
 
     from alignment.losses.logprobs import score_labels
     from alignment.parallel import cpu_backend
-    from alignment.parallel.vocabulary import VocabularyShard
+    from alignment.parallel.tensor_ranks import VocabularyShard
 
     paddle.set_device("cpu")
     cpu_backend.apply()

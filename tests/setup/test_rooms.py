@@ -37,16 +37,7 @@ PERMITTED: dict[str, str] = {
 #: Imports that the table does not want and that are still there. This list only shrinks: an entry that is no longer
 #: needed fails the test.
 DEBT: dict[str, str] = {}
-#: The same for the rooms that may import paddlenlp and paddle.distributed.
-FOREIGN_DEBT: dict[str, str] = {
-    # The demo makes its tiny model of paddlenlp's own classes.
-    "alignment.demo.tiny_model": "paddlenlp",
-    # The tensor ranks' group of fleet, which paddlenlp's models are built over.
-    "alignment.ppo.models.decoder": "paddle.distributed",
-    "alignment.ppo.models.forward": "paddle.distributed",
-    # The sum behind each half of a layer.
-    "alignment.rollout.layers": "paddle.distributed",
-}
+#: The rooms that may import a library.
 FOREIGN = {"paddlenlp": ("ppo.models", "engine"), "paddle.distributed": ("parallel", "engine")}
 
 
@@ -106,8 +97,7 @@ def test_few_rooms_know_a_library(tree: Tree, library: str) -> None:
                 for node in ast.walk(tree.sources[module])
                 if isinstance(node, ast.Attribute)
             )
-    debt = {module for module, name in FOREIGN_DEBT.items() if name == library}
-    assert {module for module, count in found.items() if count} == debt, f"only {FOREIGN[library]} may use {library}"
+    assert not +found, f"only {FOREIGN[library]} may use {library}"
 
 
 def _within(name: str, library: str) -> bool:

@@ -13,6 +13,7 @@ import paddle
 from paddle import Tensor, nn
 
 from alignment.kernels.ops import LayerShape
+from alignment.parallel.tensor_ranks import tensor_group
 from alignment.ppo.models.forward import backbone_of, head_is_tied, unwrap
 from alignment.ppo.models.precision import is_rounded, rounded
 
@@ -121,7 +122,7 @@ def decoder_of(model: nn.Layer) -> Decoder | str:
         shape=shape,
         layers=layers,
         embedding_scale=float(config.hidden_size) ** 0.5 if gemma else 1.0,
-        tensor_group=_tensor_group(config),
+        tensor_group=tensor_group() if config.tensor_parallel_degree > 1 else None,
     )
 
 
@@ -131,14 +132,6 @@ def _tensors(layer: Any) -> list[Tensor]:
     weights += [layer.post_attention_layernorm.weight, *(getattr(mlp, name).weight for name in _MLP)]
     biases = [getattr(attention, name).bias for name in _LAYER] + [getattr(mlp, name).bias for name in _MLP]
     return weights + [bias for bias in biases if bias is not None]
-
-
-def _tensor_group(config: Any) -> Any:
-    if config.tensor_parallel_degree <= 1:
-        return None
-    from paddle.distributed import fleet
-
-    return fleet.get_hybrid_communicate_group().get_model_parallel_group()
 
 
 def head_weight(model: nn.Layer) -> tuple[Tensor, bool]:

@@ -22,6 +22,7 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from alignment.errors import ModelError
+from alignment.parallel.tensor_ranks import divided_product, gather_sequence
 from alignment.ppo.models.config_keys import attention_window
 
 Lengths = paddle.Tensor | np.ndarray | list[int]
@@ -137,13 +138,6 @@ def set_sequence_length(model: nn.Layer, length: int) -> None:
         layer.self_attn.seq_length = length
 
 
-def gather_sequence(hidden: paddle.Tensor, rows: int, length: int) -> paddle.Tensor:
-    """``[rows * length / tensor, hidden]`` on each tensor rank -> ``[rows, length, hidden]`` on all of them."""
-    from paddle.distributed.fleet.utils.sequence_parallel_utils import GatherOp
-
-    return GatherOp.apply(hidden).reshape([rows, length, hidden.shape[-1]])
-
-
 def keep_tokens(model: nn.Layer, tokens: int) -> None:
     """Let a causal model predict its first ``tokens`` tokens only, wherever its head is applied here: models are padded
     to round numbers of rows, and a row that is no token of the tokenizer must neither be sampled nor count in a
@@ -193,12 +187,7 @@ def _head_logits(model: nn.Layer, hidden_states: paddle.Tensor, own_columns: boo
     hidden, weight, tied = hidden_states.astype("float32"), head.weight.astype("float32"), head_is_tied(head)
     if not divides_vocabulary(model):
         return paddle.matmul(hidden, weight, transpose_y=tied)
-    # as paddlenlp's parallel_matmul, which cannot tell that a widened weight is divided
-    from paddle.distributed import collective, fleet
-
-    group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
-    logits = paddle.matmul(collective._c_identity(hidden, group=group), weight, transpose_y=tied)
-    return logits if own_columns else collective._c_concat(logits, group=group)
+    return divided_product(hidden, weight, tied=tied, whole=not own_columns)
 
 
 def head_is_tied(head: nn.Layer) -> bool:
