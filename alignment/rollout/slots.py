@@ -129,7 +129,7 @@ class RowTable:
             pairs = zip(rows.tolist(), tokens.tolist(), strict=True)
             ended = np.array([self.stop.ends(t, self.tokens[r, : self.response_len[r]]) for r, t in pairs], dtype=bool)
         else:
-            ended = np.isin(tokens, self.stop.eos_ids)
+            ended = (tokens[:, None] == np.array(self.stop.eos_ids)).any(axis=1)  # np.isin takes 44 us, this 3
         self.finished[rows[ended]] = True
         going = ~ended & (place + 1 < self.limit[rows])
         self.ended(int(len(going) - going.sum()))
