@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,8 +19,16 @@ from alignment.flow.statistics import Statistics
 from alignment.log import get_logger
 from alignment.losses.advantages import RunningMoments, explained_variance
 from alignment.losses.correction import CorrectionOptions, correct_rollout
-from alignment.losses.kl import AdaptiveKLController, FixedKLController, apply_missing_eos_rule
+from alignment.losses.estimators import ADVANTAGES, AdvantageInputs, AdvantageOptions
+from alignment.losses.kl import (
+    AdaptiveKLController,
+    FixedKLController,
+    apply_missing_eos_rule,
+    kl_estimate,
+    shape_rewards,
+)
 from alignment.losses.policy import POLICY_LOSSES, PolicyInputs, PolicyOptions, kl_loss
+from alignment.rollout.rollout import Experience
 from alignment.rollout.sampler import SamplingSettings
 
 if TYPE_CHECKING:
@@ -30,7 +38,7 @@ if TYPE_CHECKING:
     from alignment.parallel import World
     from alignment.rollout.generate import GenerationPrompt
     from alignment.rollout.rewards import RewardResult
-    from alignment.rollout.rollout import Experience, Rollout
+    from alignment.rollout.rollout import Rollout
 
 # Evaluation draws from a stream of its own, the same at every evaluation.
 EVALUATION_SEED_OFFSET = 0x5EED
@@ -75,6 +83,11 @@ class OnlineMethod(Method):
         from alignment.rollout.rewards import uses_model
 
         return replace(REWARD, present=uses_model(self.args.reward))
+
+    @property
+    def reference_model(self) -> RoleSpec:
+        """The reference's role; it is there where the KL to it has a weight."""
+        return replace(REFERENCE, present=self.args.kl_coeff > 0)
 
     # -- at the run's beginning
 
@@ -123,11 +136,17 @@ class OnlineMethod(Method):
         Raises:
             InvariantError: processes that share a model have sampled different tokens.
         """
+        return self.answer(prompts, self.sampling, self.args.num_return_sequences)
+
+    def answer(self, prompts: list[GenerationPrompt], sampling: SamplingSettings, samples: int = 1) -> Rollout | None:
+        """Answer this data rank's prompts, each ``samples`` times; None without any.
+
+        Raises:
+            InvariantError: processes that share a model have sampled different tokens.
+        """
         self.evaluation_bytes = 0
         self.refresh()
-        rollout = None
-        if prompts:
-            rollout = self.generator.generate(prompts, self.sampling, self.args.num_return_sequences)
+        rollout = self.generator.generate(prompts, sampling, samples) if prompts else None
         self._same_tokens(rollout)
         return rollout
 
@@ -146,15 +165,77 @@ class OnlineMethod(Method):
 
     # -- the way of a score into a reward
 
-    def shape_scores(self, rollout: Rollout, scores: np.ndarray) -> np.ndarray:
-        """``[B]`` float32: normalised by the running moments (if any), then the missing-EOS rule."""
+    def shape_scores(self, rollout: Rollout, scores: np.ndarray, learn: bool = True) -> np.ndarray:
+        """``[B]`` float32: normalised by the running moments (if any), which ``learn`` from them, then the missing-EOS
+        rule.
+        """
         args, shaped = self.args, scores.astype(np.float32)
         if self.moments is not None:
-            self.moments.update(scores)
+            if learn:
+                self.moments.update(scores)
             shaped = self.moments.normalize(shaped)
         return apply_missing_eos_rule(
             shaped, rollout.finished, args.missing_eos_rule, args.missing_eos_score, args.missing_eos_penalty
         )
+
+    def advantages_by(
+        self,
+        estimator: str,
+        rollout: Rollout,
+        scores: RewardResult,
+        logprobs: np.ndarray,
+        ref_logprobs: np.ndarray | None = None,
+        options: AdvantageOptions | None = None,
+        **more: Any,
+    ) -> Experience:
+        """Advantages by name, of scores that are shaped and clipped and, given the reference's log-probs, of
+        ``-kl_coeff KL`` at each token that the policy chose.
+
+        Args:
+            estimator: of :data:`~alignment.losses.estimators.ADVANTAGES`.
+            rollout, scores: of all ranks.
+            logprobs: ``[B, R]`` of the actor by the training network.
+            ref_logprobs: ``[B, R]``; None where the KL is not in the reward.
+            options: None: :meth:`advantage_options`.
+            more: further fields of :class:`~alignment.losses.estimators.AdvantageInputs`.
+        """
+        args, mask = self.args, rollout.actions
+        shaped = self.shape_scores(rollout, scores.total)
+        columns, coeff = {"scores": scores.total, "shaped_scores": shaped, "logprobs": logprobs}, 0.0
+        kl = np.zeros_like(mask)
+        if ref_logprobs is not None:
+            coeff = self.kl_controller.kl_coeff
+            kl = kl_estimate(logprobs, ref_logprobs, args.kl_estimator) * mask
+            columns |= {"ref_logprobs": ref_logprobs, "kl": kl}
+        rewards = shape_rewards(shaped, kl, rollout.response_len, coeff, args.clip_range_score, action_mask=mask)
+        inputs = AdvantageInputs(
+            self.clip_scores(shaped),
+            mask,
+            groups=rollout.prompt_index,
+            token_rewards=None if ref_logprobs is None else -coeff * kl,
+            options=options or self.advantage_options(),
+            **more,
+        )
+        made = ADVANTAGES[estimator](inputs)
+        columns |= {"rewards": rewards, "advantages": made.advantages, "returns": made.returns}
+        in_float32 = {name: column.astype(np.float32) for name, column in columns.items()}
+        return Experience(rollout, scores.parts, **in_float32)
+
+    def clip_scores(self, scores: np.ndarray) -> np.ndarray:
+        """Scores within ``clip_range_score``."""
+        return scores.clip(-self.args.clip_range_score, self.args.clip_range_score)
+
+    def advantage_options(self, **chosen: Any) -> AdvantageOptions:
+        """The estimators' settings: each from the key of its name, where the method has one."""
+        named = {f.name: getattr(self.args, f.name) for f in fields(AdvantageOptions) if hasattr(self.args, f.name)}
+        return AdvantageOptions(**{**named, **chosen})
+
+    def policy_options(self, **chosen: Any) -> PolicyOptions:
+        """The policy losses' settings: each from the key of its name, where the method has one."""
+        args = self.args
+        named = {f.name: getattr(args, f.name) for f in fields(PolicyOptions) if hasattr(args, f.name)}
+        named |= {"clip_range_low": args.clip_range_ratio_low, "clip_range_high": args.clip_range_ratio_high}
+        return PolicyOptions(**{**named, **chosen})
 
     # -- the loss of a policy
 
@@ -244,7 +325,7 @@ class OnlineMethod(Method):
             experience = self._correct(experience, stats)
         self.first = False
         self.loop.tokens = int(experience.lengths.sum())
-        self._count_tokens(experience)
+        self.count_tokens(experience, "rollout")
         # While the policy is not trained yet it is the reference: a KL of 0 says nothing about the coefficient.
         warm_up = next((spec.starts_at for spec in self.roles() if spec.name == "actor"), 0)
         if "ref_logprobs" in experience and self.loop.first_step >= warm_up:
@@ -267,14 +348,18 @@ class OnlineMethod(Method):
                 self._said.add(kind)
                 get_logger().warning("%s", text)
 
-    def _count_tokens(self, whole: Rollout) -> None:
-        """Count all ranks' tokens for the phases' rates: the answers' for those that generate, whole rows' for those
-        that read them.
+    def count_tokens(self, whole: Rollout, name: str) -> None:
+        """Count all ranks' tokens of a value of the flow for the phases' rates: the answers' for the call that
+        generates it, whole rows' for those that read it.
         """
         for call in self.loop.flow.calls:
-            if call.kind == "generate":
+            if call.kind == "generate" and name in call.outputs:
                 self.timer.count_tokens(call.name, float(whole.response_len.sum()))
-            elif call.kind == "infer" and any(self.roles_there.get(role) is not None for role in call.roles):
+            elif (
+                call.kind == "infer"
+                and name in call.needs
+                and any(self.roles_there.get(role) is not None for role in call.roles)
+            ):
                 self.timer.count_tokens(call.name, float(whole.lengths.sum()))
 
     def _same_tokens(self, rollout: Rollout | None) -> None:
@@ -341,9 +426,9 @@ class OnlineMethod(Method):
         self.reshard_bytes = state["reshard_bytes"]
 
 
-def logprobs(role: Any, rollout: Rollout) -> np.ndarray:
-    """``[b, R]`` float32 of a policy."""
-    return role.logprobs(rollout)
+def logprobs(role: Any, rollout: Rollout) -> np.ndarray | None:
+    """``[b, R]`` float32 of a policy; None where the run does not have it."""
+    return None if role is None else role.logprobs(rollout)
 
 
 def values(role: Any, rollout: Rollout) -> np.ndarray:

@@ -36,7 +36,10 @@ from alignment.errors import ArgumentsError, nearest
 M = TypeVar("M", bound=type)
 
 #: Where the toolkit's own methods are.
-BUILT_IN: dict[str, str] = {"ppo": "alignment.methods.ppo:PPO"}
+BUILT_IN: dict[str, str] = {
+    "ppo": "alignment.methods.ppo:PPO",
+    "rloo": "alignment.methods.rloo:RLOO",
+}
 #: Other names of methods.
 ALIASES = {"rm": "reward"}
 BASES: dict[str, type[Arguments]] = {"online": OnlineArguments, "rows": RowArguments}
