@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from alignment import runtime
-from alignment.flow.flow import Dataflow, ModelCall
+from alignment.flow.flow import Call, Flow
 from alignment.parallel.topology import Topology
 from alignment.plan.cards import card_named
 from alignment.plan.roofline import times_of
@@ -30,11 +30,11 @@ from alignment.plan.shapes import shape_of_config
 from tests.plan.plan_jobs import Tokenizer, rollout
 
 #: What is measured, as the graph that is planned.
-MEASURED = Dataflow(
+MEASURED = Flow(
     [
-        ModelCall("rollout", "generate", ("actor",), ("prompts",), "rollout"),
-        ModelCall("forward", "infer", ("actor",), ("rollout",), "logprobs"),
-        ModelCall("training pass and optimizer step", "train", ("actor",), ("logprobs",), "stats"),
+        Call("rollout", "generate", ("actor",), ("prompts",), "rollout"),
+        Call("forward", "infer", ("actor",), ("rollout",), "logprobs"),
+        Call("training pass and optimizer step", "train", ("actor",), ("logprobs",), "stats"),
     ],
     inputs=("prompts",),
 )
@@ -61,7 +61,7 @@ def model_and_setting(options: argparse.Namespace) -> tuple[Any, Setting]:
     sizes = {"prompt_tokens": half, "response_tokens": half, "mean_prompt": half, "mean_response": half}
     rows = {"micro_rows": options.rows, "infer_rows": options.rows, "samples": options.rows}
     return Qwen2ForCausalLM(config), Setting(
-        "ppo", (actor,), Topology(), item=4, kernels=True, flow=MEASURED, **sizes, **rows
+        "ppo", (actor,), Topology(), item=4, kernels=True, calls=MEASURED, **sizes, **rows
     )
 
 

@@ -70,7 +70,7 @@ class Plan:
     def rows(self) -> int:
         """Rows (PPO: samples; reward model: pairs) of all data ranks that this time is for."""
         setting = self.setting
-        own = setting.samples if setting.stage == "ppo" else setting.micro_rows * setting.accumulation
+        own = setting.samples if setting.online else setting.step_rows
         return own * setting.topology.data_size
 
     @property
@@ -182,11 +182,12 @@ def _changes(setting: Setting, args: Any) -> list[list[tuple[str, ...]]]:
 def _recompute(setting: Setting) -> list[tuple[str, ...]]:
     if all(role.recompute for role in setting.roles if role.trained):
         return []
-    return [("recompute=true", "critic_recompute=true") if setting.stage == "ppo" else ("recompute=true",)]
+    critic = ("critic_recompute=true",) if setting.role("critic") else ()
+    return [("recompute=true", *critic)]
 
 
 def _offload(setting: Setting) -> list[tuple[str, ...]]:
-    if setting.stage != "ppo":
+    if not setting.online:
         return []
     have = set(setting.offload_level.split())
     steps = {" ".join(sorted(have | set(words.split()))): None for words in _OFFLOADING}
@@ -203,7 +204,7 @@ def _micro_batches(setting: Setting, args: Any) -> list[tuple[str, ...]]:
     while rows % 2 == 0:
         rows, times = rows // 2, times * 2
         words = [f"per_device_train_batch_size={rows}", f"gradient_accumulation_steps={times}"]
-        if setting.stage == "ppo":
+        if setting.online:
             for key in ("per_device_rollout_batch_size", "rollout_logprob_batch_size"):
                 if key in args.given and getattr(args, key) > rows:
                     words.append(f"{key}={rows}")
@@ -213,7 +214,7 @@ def _micro_batches(setting: Setting, args: Any) -> list[tuple[str, ...]]:
 
 def _cache(setting: Setting) -> list[tuple[str, ...]]:
     """A quarter of the rollout engine's cache."""
-    if setting.stage != "ppo" or not setting.engine_generates:
+    if not setting.online or not setting.engine_generates:
         return []
     tokens = rollout_of(setting, *setting.rollout_topology()).tokens
     return [(f"rollout_token_budget={tokens // 4}",)]

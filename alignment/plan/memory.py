@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from alignment.flow.flow import optimizer_of
-from alignment.parallel.offload import LEVELS
 from alignment.parallel.topology import BUCKET_ELEMENTS, Topology, assign_owners, layers_of_stage
 from alignment.plan.activations import (
     FLOAT,
@@ -211,26 +210,18 @@ def memory_of(setting: Setting, topology: Topology) -> list[PhaseMemory]:
         topology: with the process whose memory it is.
     """
     here = residents(setting, topology)
-    managed = frozenset(group for word in setting.offload_level.split() for group in LEVELS[word])
-    if setting.stage != "ppo":
-        role = setting.roles[0]
-        needed = frozenset({role.name, optimizer_of(role.name)})
-        kinds, away = here.kinds(needed, managed)
-        return [_phase("train", kinds, away, training_memory(setting, topology, role))]
     phases = []
     for call, (name, needed) in zip(setting.flow.calls, setting.flow.residency(), strict=True):
-        if call.kind == "host" or any(setting.role(role) is None for role in call.roles):
+        roles = setting.present(call.roles)
+        if call.kind == "host" or not roles:
             continue
-        kinds, away = here.kinds(needed, managed)
+        kinds, away = here.kinds(needed, setting.managed)
         if call.kind == "generate":
             phases.append(_phase(name, kinds, away, _generate(setting, topology)))
         elif call.kind == "infer":
-            phases.append(_phase(name, kinds, away, _infer(setting, topology, _role(setting, call.roles[0]))))
+            phases.append(_phase(name, kinds, away, _infer(setting, topology, roles[0])))
         else:
-            each = [
-                _phase(name, kinds, away, training_memory(setting, topology, _role(setting, role)))
-                for role in call.roles
-            ]
+            each = [_phase(name, kinds, away, training_memory(setting, topology, role)) for role in roles]
             phases.append(max(each, key=lambda phase: phase.total))
     return phases
 
@@ -277,7 +268,7 @@ def _infer(setting: Setting, topology: Topology, role: RolePlan) -> dict[str, fl
     width = setting.width
     rows = setting.infer_batch_at(width)
     layer = _layer(setting, role, topology)
-    tokens, labels = rows * width, rows * setting.response_tokens
+    tokens, labels = rows * width, rows * setting.labels
     peak = tokens * layer.running(width)
     if topology.last_stage:
         hidden = tokens * setting.item * role.shape.hidden
@@ -310,7 +301,7 @@ def training_memory(setting: Setting, topology: Topology, role: RolePlan) -> dic
     rows = setting.micro_batch_at(width)
     tokens = rows * setting.rows_of_item * width
     # Every token of a supervised row may be an answer's, also in the ptx loss.
-    labels = tokens if setting.ptx or setting.stage != "ppo" else rows * setting.response_tokens
+    labels = tokens if setting.ptx else rows * setting.rows_of_item * setting.labels
     layer = _layer(setting, role, topology)
     count = len(layers_of_stage(role.shape.layers, topology.pipeline, topology.stage))
     recompute = role.recompute or (part.sharded and topology.sharding_stage == 3 and not role.lora_rank)

@@ -11,7 +11,6 @@ from alignment.plan.advise import Alternative, Alternatives, Plan
 from alignment.plan.cards import GIB
 from alignment.plan.memory import KINDS, optimizer_bytes, parameter_bytes, part_of
 
-_STAGES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
 _HEADINGS = {
     "parameters": "parameters",
     "optimizer": "optimizer",
@@ -42,7 +41,7 @@ def as_text(plan: Plan, alternatives: Alternatives, notes: Sequence[str] = ()) -
 
 def _headline(plan: Plan, notes: Sequence[str]) -> str:
     setting, card = plan.setting, plan.card
-    lines = [f"{_STAGES[setting.stage]}: {setting.topology.describe()}"]
+    lines = [f"{setting.title}: {setting.topology.describe()}"]
     for role in setting.roles:
         words = ["trained" if role.trained else "frozen"]
         words += ["recompute"] * role.recompute + [f"LoRA of rank {role.lora_rank}"] * bool(role.lora_rank)
@@ -51,7 +50,7 @@ def _headline(plan: Plan, notes: Sequence[str]) -> str:
     precision = "half precision" if setting.item == 2 else "float32"
     rows, width = setting.micro_batch_at(setting.mean_width), setting.mean_width
     batch = f"micro batches of {rows} rows x {setting.micro_batches_at(width)} a step"
-    if setting.stage == "ppo":
+    if setting.online:
         batch += (
             f", prompts up to {setting.prompt_tokens} and answers up to {setting.response_tokens} tokens, "
             f"{setting.samples} answers per rollout and data rank"
@@ -131,7 +130,7 @@ def _typed(word: str) -> list[str]:
 
 def _time_title(plan: Plan) -> str:
     setting = plan.setting
-    if setting.stage == "ppo":
+    if setting.online:
         what = f"One iteration: {plan.rows} answers of {setting.mean_response:g} tokens to prompts of "
         what += f"{setting.mean_prompt:g}, {setting.steps} optimizer steps"
     else:
@@ -237,7 +236,7 @@ def as_json(plan: Plan, alternatives: Alternatives, notes: Sequence[str] = ()) -
 
 def _setting_json(plan: Plan) -> dict[str, Any]:
     values = {field.name: getattr(plan.setting, field.name) for field in fields(plan.setting)}
-    del values["topology"], values["flow"]
+    del values["topology"], values["calls"]
     roles = [{**asdict(role), "parameters": role.shape.parameters} for role in plan.setting.roles]
     return {**values, "roles": roles}
 

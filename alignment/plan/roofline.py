@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from alignment.flow.flow import optimizer_of
-from alignment.parallel.offload import LEVELS
 from alignment.parallel.topology import Topology
 from alignment.plan.activations import COLUMN_INPUTS, cache_bytes
 from alignment.plan.cards import Card
@@ -59,16 +58,12 @@ class PhaseTime:
 
 
 def times_of(setting: Setting, card: Card) -> list[PhaseTime]:
-    """The phases of an iteration (PPO) or of an optimizer step (SFT, reward model), in order."""
-    if setting.stage != "ppo":
-        phase = PhaseTime("train")
-        _train(setting, card, setting.roles[0], phase)
-        return [phase]
+    """The phases of an iteration, or of an optimizer step on given rows, in order."""
     found, moving, moves = [], 0.0, offload_traffic(setting, setting.topology)
     for call in setting.flow.calls:
-        roles = [role for role in (setting.role(name) for name in call.roles) if role is not None]
+        roles = setting.present(call.roles)
         moving += sum(moves[call.name]) / (1e9 * card.host_link)
-        if call.kind == "host" or len(roles) < len(call.roles):
+        if call.kind == "host" or not roles:
             continue
         phase = PhaseTime(call.name, offload=moving)
         moving = 0.0
@@ -105,8 +100,8 @@ def _infer(setting: Setting, card: Card, role: RolePlan, phase: PhaseTime) -> No
     """A pass without gradient over a data rank's answers, in micro batches."""
     width, lm = setting.mean_width, role.head == "lm"
     rows = setting.infer_batch_at(width)
-    count = -(-setting.samples // rows)
-    flops = forward_flops(role.shape, rows * width, width, rows * setting.mean_response * lm)
+    count = -(-setting.passed_rows // rows)
+    flops = forward_flops(role.shape, rows * width, width, rows * setting.mean_labels * lm)
     _passes(setting, card, role, phase, flops, 1.0, count, count)
     _talk(setting, card, role, phase, rows * width * count, 1.0, 0.0)
     _gather(setting, card, role, phase, count)
@@ -116,7 +111,7 @@ def _train(setting: Setting, card: Card, role: RolePlan, phase: PhaseTime) -> No
     """The optimizer steps of a role in an iteration."""
     topology, width, m = setting.topology, setting.mean_width, setting.micro_batches
     rows = setting.micro_batch_at(width) * setting.rows_of_item
-    tokens, labels = rows * width, rows * (setting.mean_response if setting.stage == "ppo" else width)
+    tokens, labels = rows * width, rows * setting.mean_labels
     again = _recomputes(role, topology)
     flops = train_flops(role.shape, tokens, width, labels * (role.head == "lm"), again)
     passes = setting.steps * (1 + int(setting.ptx and role.name == "actor"))
@@ -236,11 +231,10 @@ def offload_traffic(setting: Setting, topology: Topology) -> dict[str, tuple[flo
 
     Frozen groups are copied out once, at the start; trained ones every time (on a GPU; on a CPU only what changed).
     """
-    managed = frozenset(group for word in setting.offload_level.split() for group in LEVELS[word])
     here = residents(setting, topology)
     sizes = {**here.parameters, **{optimizer_of(name): size for name, size in here.optimizer.items()}}
-    frozen = {role.name for role in setting.roles if not role.trained}
-    groups = [group for group in sizes if group in managed]
+    frozen = {role.name for role in setting.roles if not (role.trained or role.changes)}
+    groups = [group for group in sizes if group in setting.managed]
     cycle = setting.flow.residency()
     inside = {group for group in groups if group in cycle[-1][1]}
     moves: dict[str, tuple[float, float]] = {}

@@ -19,13 +19,15 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: make the checkout importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from alignment.arguments import Arguments
+from alignment import methods
+from alignment.arguments import Arguments, PPOArguments
 from alignment.arguments.checks import Problems, check_processes
 from alignment.arguments.layout import topology_of
 from alignment.arguments.parser import STAGES, build, find
 from alignment.arguments.sources import COMMAND_LINE, Given, read_argv, read_file
 from alignment.cli import CommandParser, run_main
 from alignment.errors import ArgumentsError
+from alignment.flow.method import Method
 from alignment.parallel.topology import Topology
 from alignment.plan import plan_report
 from alignment.plan.advise import alternatives, predict
@@ -34,7 +36,6 @@ from alignment.plan.setting import Setting, setting_of
 from alignment.plan.shapes import ModelShape, find_shape
 
 _CHANGES = ("memory", "tflops", "bandwidth", "link", "network", "host_link", "efficiency", "node")
-_STAGE_NAMES = {"sft": "sft", "rm": "reward", "ppo": "ppo"}
 # A plan needs no data, evaluates nothing and may be made beside a run's output.
 _QUIET = {
     "dry_run": True,
@@ -54,12 +55,14 @@ class Request:
         given: keys and values of the argument file and the command line.
         file: the argument file.
         stage: its arguments' class.
+        method: whose roles and flow are planned; None: SFT or a reward model.
         options: the plan's own.
     """
 
     given: list[Given]
     file: str | None
     stage: type[Arguments]
+    method: type[Method] | None
     options: argparse.Namespace
 
 
@@ -139,6 +142,7 @@ def build_setting(request: Request, card: Card, words: Sequence[str] = ()) -> tu
         cache_bytes=card.cache_bytes,
         mean_prompt=options.prompt_tokens,
         mean_response=options.response_tokens,
+        method=request.method and request.method(args),
     )
     if topology.tensor > card.node:
         notes.append(f"tensor parallelism over {topology.tensor} cards leaves a node of {card.node}")
@@ -171,7 +175,7 @@ def _check_divisible(shape: ModelShape, topology: Topology, where: str) -> None:
 
 def _request(own: argparse.Namespace, rest: list[str]) -> Request:
     kinds = {}
-    for stage in STAGES:
+    for stage in _known():
         kinds.update({key: spec.kind for key, spec in stage.specs().items()})
     file, overrides = read_argv(rest, lambda key: kinds.get(key))
     if file is None:
@@ -179,24 +183,42 @@ def _request(own: argparse.Namespace, rest: list[str]) -> Request:
             "alignment plan needs an argument file: alignment plan FILE.json [options] [key=value ...]"
         )
     given = [*read_file(file), *overrides]
-    stage = _named_stage(own.stage) if own.stage else stage_of([item.key for item in given], file)
+    if own.method:
+        stage, method = _named(own.method)
+    else:
+        stage = stage_of([item.key for item in given], file)
+        method = _known()[stage]
+    if own.method and methods.with_preset(own.method):
+        given.append(Given("preset", own.method, COMMAND_LINE, is_text=True))
     given = [replace(item, value="planned") if item.key in _DATA_FOLDER else item for item in given]
-    return Request(given, file, stage, own)
+    return Request(given, file, stage, method, own)
 
 
-def _named_stage(name: str) -> type[Arguments]:
-    return next(stage for stage in STAGES if _STAGE_NAMES[name] == stage.STAGE)
+def _known() -> dict[type[Arguments], type[Method] | None]:
+    """The arguments of every stage and method, and the method."""
+    known: dict[type[Arguments], Any] = dict.fromkeys(STAGES)
+    return known | {methods.arguments_of(method): method for method in methods.known_methods().values()}
+
+
+def _named(name: str) -> tuple[type[Arguments], type[Method] | None]:
+    """The arguments and the method of a name, a preset or ``file.py:Class``."""
+    for stage, method in _known().items():
+        if methods.ALIASES.get(name, name) == stage.STAGE:
+            return stage, method
+    found = methods.with_preset(name) or methods.find_method(name)
+    return methods.arguments_of(found), found
 
 
 def stage_of(keys: Sequence[str], file: str) -> type[Arguments]:
-    """Which stage an argument file is for: the runners are different commands, so its keys must tell.
+    """Which stage or method an argument file is for: the runners are different commands, so its keys must tell. What
+    could be PPO's is.
 
     Raises:
         ArgumentsError: they do not.
     """
     names = set(keys)
     possible = []
-    for stage in STAGES:
+    for stage in _known():
         required = [key for key, spec in stage.specs().items() if spec.required and key != "output_dir"]
         unknown = [key for key in names if find(stage, key) is None]
         if names.intersection(required):
@@ -207,9 +229,11 @@ def stage_of(keys: Sequence[str], file: str) -> type[Arguments]:
             f"{file} names no model (actor_model_name_or_path or model_name_or_path), so it is no argument file of "
             "SFT, reward model or PPO"
         )
-    if len(possible) > 1 and possible[0][0] == possible[1][0]:
-        raise ArgumentsError(f"{file} could be for {' or '.join(s.TITLE for _, s in possible)}: say --stage sft or rm")
-    return possible[0][1]
+    best = [stage for unknown, stage in possible if unknown == possible[0][0]]
+    if len(best) > 1 and PPOArguments not in best:
+        names = " or ".join(stage.STAGE for stage in best)
+        raise ArgumentsError(f"{file} could be for {' or '.join(stage.TITLE for stage in best)}: say --method {names}")
+    return PPOArguments if PPOArguments in best else best[0]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -235,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--reward_model_config", "--reward-model-config", metavar="FILE|NAME", help="of reward model and critic")
     add("--prompt_tokens", "--prompt-tokens", type=float, help="average prompt, for the times (default: the limit)")
     add("--response_tokens", "--response-tokens", type=float, help="average answer, for the times")
-    add("--stage", choices=tuple(_STAGE_NAMES), help="what FILE is for, where its keys do not tell")
+    add("--method", "--stage", metavar="NAME", help="what FILE is for, where its keys do not tell: sft, rm, ppo, ...")
     add("--json", action="store_true", help="print JSON")
     return parser
 

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignment.flow.flow import Flow
+from alignment.arguments import OnlineArguments
+from alignment.flow.flow import Call, Flow, optimizer_of
+from alignment.flow.method import Method
 from alignment.methods.ppo import PPO
 from alignment.parallel.topology import Topology
 from alignment.plan.shapes import ModelShape
 
+#: The calls of PPO, and of stages that learn one model from given rows.
 PPO_FLOW = PPO(None).flow()
+ROWS_FLOW = Flow([Call("train", "train", ("model",), ("rows",), "stats")], inputs=("rows",))
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class RolePlan:
         trained: whether it has gradients and an optimizer.
         recompute: whether activations are recomputed.
         lora_rank: of the adapters that alone are trained; 0: everything is.
+        changes: whether it changes without being trained, as an average of another role does.
     """
 
     name: str
@@ -36,6 +41,7 @@ class RolePlan:
     trained: bool
     recompute: bool = False
     lora_rank: int = 0
+    changes: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,10 @@ class Setting:
     """Everything that a plan follows from. Sizes are those of one data rank.
 
     Attributes:
-        stage: ``"sft"``, ``"reward"`` or ``"ppo"``.
+        stage: ``"sft"``, ``"reward"``, ``"ppo"`` or another method's name.
         roles: the models.
         topology: of process 0; the plan asks for the others.
+        title: of the stage or method, for people.
         item: bytes of a weight: 4, or 2 in half precision.
         flash: whether attention runs without storing its scores.
         micro_rows: rows of a micro batch of training.
@@ -67,12 +74,14 @@ class Setting:
         engine: whether rollouts go through the rollout engine where it can be used (``use_fusemt``).
         token_budget: tokens that the rollout engine keeps keys and values of; 0: what ``cache_bytes`` hold.
         cache_bytes: see above.
-        flow: the calls of an iteration, from which phases and residency follow.
+        calls: the flow of an iteration, from which phases and residency follow; None: PPO's, or one training call of
+            SFT and reward models.
     """
 
     stage: str
     roles: tuple[RolePlan, ...]
     topology: Topology
+    title: str = ""
     item: int = 2
     flash: bool = False
     micro_rows: int = 1
@@ -96,17 +105,48 @@ class Setting:
     engine: bool = True
     token_budget: int = 0
     cache_bytes: float = float(1 << 30)
-    flow: Flow = field(default=PPO_FLOW, repr=False, compare=False)
+    calls: Flow | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def flow(self) -> Flow:
+        """The calls of an iteration."""
+        return self.calls or (ROWS_FLOW if self.stage in ("sft", "reward") else PPO_FLOW)
+
+    @property
+    def online(self) -> bool:
+        """Whether an iteration generates the rows that it learns from."""
+        return any(call.kind == "generate" for call in self.flow.calls)
+
+    @property
+    def managed(self) -> frozenset[str]:
+        """The groups that ``offload_level`` lets leave (:func:`alignment.flow.method.offload_levels`)."""
+        changing = [role.name for role in self.roles if role.trained or role.changes]
+        groups = {
+            "freeze_model": [role.name for role in self.roles if role.name not in changing],
+            "optimizer": [optimizer_of(role.name) for role in self.roles if role.trained],
+            "train_model": changing,
+        }
+        return frozenset(group for word in self.offload_level.split() for group in groups[word])
 
     @property
     def width(self) -> int:
         """Tokens of the longest training row."""
-        return self.prompt_tokens + self.response_tokens if self.stage == "ppo" else self.row_tokens
+        return self.prompt_tokens + self.response_tokens if self.online else self.row_tokens
 
     @property
     def mean_width(self) -> float:
         """Tokens of the rows that times are for."""
-        return self.mean_prompt + self.mean_response if self.stage == "ppo" else float(self.row_tokens)
+        return self.mean_prompt + self.mean_response if self.online else float(self.row_tokens)
+
+    @property
+    def labels(self) -> int:
+        """Tokens of the longest row that are learnt from: any of a given row may be an answer's."""
+        return self.response_tokens if self.online else self.row_tokens
+
+    @property
+    def mean_labels(self) -> float:
+        """The same of the rows that times are for."""
+        return self.mean_response if self.online else float(self.row_tokens)
 
     @property
     def rows_of_item(self) -> int:
@@ -117,7 +157,12 @@ class Setting:
     def step_rows(self) -> int:
         """Rows (pairs) of this data rank in an optimizer step."""
         most = self.micro_rows * self.accumulation
-        return min(most, self.samples) if self.stage == "ppo" else most
+        return min(most, self.samples) if self.online else most
+
+    @property
+    def passed_rows(self) -> int:
+        """Rows of a pass without gradient over all that an iteration learns from."""
+        return self.samples if self.online else self.step_rows * self.rows_of_item
 
     def rows_at(self, width: float, fixed: int) -> int:
         """Rows (pairs) of ``width`` tokens that a budget of tokens puts together; ``fixed`` without one."""
@@ -134,8 +179,8 @@ class Setting:
         return -(-self.step_rows // self.micro_batch_at(width))
 
     def infer_batch_at(self, width: float) -> int:
-        """PPO: rows of ``width`` tokens of a forward without gradient."""
-        return min(self.rows_at(width, self.infer_rows), self.samples)
+        """Rows of ``width`` tokens of a forward without gradient."""
+        return min(self.rows_at(width, self.infer_rows or self.micro_rows), self.passed_rows)
 
     @property
     def micro_batches(self) -> int:
@@ -144,8 +189,8 @@ class Setting:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of an iteration: those of one rollout in PPO, else 1."""
-        if self.stage != "ppo":
+        """Optimizer steps of an iteration: those of one rollout, else 1."""
+        if not self.online:
             return 1
         return self.update_iters * max(1, self.samples // (self.micro_rows * self.accumulation))
 
@@ -164,6 +209,10 @@ class Setting:
         """A role by its name."""
         return next((role for role in self.roles if role.name == name), None)
 
+    def present(self, names: Sequence[str]) -> list[RolePlan]:
+        """Those of some roles that the run has."""
+        return [role for role in map(self.role, names) if role is not None]
+
     def rollout_topology(self) -> tuple[Topology, int]:
         """The layout that generates, and among how many processes a data rank's prompts are divided.
 
@@ -179,7 +228,7 @@ class Setting:
     @property
     def reshards(self) -> bool:
         """Whether a rollout has a copy of the actor."""
-        return self.stage == "ppo" and self.rollout_topology()[1] > 1
+        return self.online and self.rollout_topology()[1] > 1
 
     @property
     def engine_generates(self) -> bool:
@@ -197,23 +246,24 @@ def setting_of(
     cache_bytes: float = float(1 << 30),
     mean_prompt: float | None = None,
     mean_response: float | None = None,
-    flow: Flow = PPO_FLOW,
+    method: Method | None = None,
 ) -> Setting:
-    """Read a setting from resolved arguments of any stage.
+    """Read a setting from resolved arguments of any stage or method.
 
     Args:
-        args: as ``parse_sft``, ``parse_reward`` or ``parse_ppo`` return.
+        args: as ``parse`` returns.
         topology: the layout, of process 0.
         shape: finds a model's shape by ``(folder or name, key of the argument file)``.
         half: whether the card computes in half precision.
         kernels: whether it is a CPU, with its kernels.
         cache_bytes: of the rollout engine's cache where no budget is given.
         mean_prompt, mean_response: tokens on average; the limits if not given.
-        flow: of an online method, whose roles are those of the arguments that it calls.
+        method: whose roles and flow they are; None: SFT or a reward model.
     """
     common: dict[str, Any] = {
         "stage": args.STAGE,
         "topology": topology,
+        "title": args.TITLE,
         "item": 2 if half and args.bf16 else 4,
         "flash": half and (args.bf16 if args.use_flash_attention is None else args.use_flash_attention),
         "micro_rows": args.per_device_train_batch_size,
@@ -221,15 +271,10 @@ def setting_of(
         "max_tokens": args.max_tokens_per_micro_batch,
         "kernels": kernels,
     }
-    if args.STAGE != "ppo":
-        rank = args.lora_rank if args.lora else 0
-        head = "lm" if args.STAGE == "sft" else "score"
-        found = shape(args.model_name_or_path, "model_name_or_path")
-        role = RolePlan("model", found, head, True, bool(args.recompute), rank)
-        return Setting(roles=(role,), row_tokens=args.max_length, **common)
+    common |= {"roles": _roles(args, shape, method), "calls": None if method is None else method.flow()}
+    if not isinstance(args, OnlineArguments):
+        return Setting(row_tokens=args.max_length, **common)
     return Setting(
-        roles=_ppo_roles(args, shape),
-        flow=flow,
         prompt_tokens=args.max_src_len,
         response_tokens=args.max_dec_len,
         mean_prompt=min(mean_prompt or args.max_src_len, args.max_src_len),
@@ -250,17 +295,21 @@ def setting_of(
     )
 
 
-def _ppo_roles(args: Any, shape: Callable[[str, str], ModelShape]) -> tuple[RolePlan, ...]:
-    actor = shape(args.actor_model_name_or_path, "actor_model_name_or_path")
-    key = "reward_critic_model_name_or_path"
-    critic = shape(args.reward_critic_model_name_or_path, key)
-    roles = [
-        RolePlan("actor", actor, "lm", True, bool(args.recompute)),
-        RolePlan("reference", actor, "lm", False),
-        RolePlan("critic", critic, "score", True, bool(args.critic_recompute)),
-    ]
-    names = [args.reward] if isinstance(args.reward, str) else list(args.reward or {"model": 1.0})
-    if "model" in names:
-        found = shape(args.reward_model_name_or_path, "reward_model_name_or_path")
-        roles.append(RolePlan("reward", found, "score", False))
-    return tuple(roles)
+def _roles(args: Any, shape: Callable[[str, str], ModelShape], method: Method | None) -> tuple[RolePlan, ...]:
+    rank = args.lora_rank if getattr(args, "lora", False) else 0
+    if method is None:
+        found = shape(args.model_name_or_path, "model_name_or_path")
+        return (RolePlan("model", found, "lm" if args.STAGE == "sft" else "score", True, bool(args.recompute), rank),)
+    return tuple(
+        RolePlan(
+            spec.name,
+            shape(getattr(args, spec.key), spec.key),
+            "lm" if spec.kind == "policy" else "score",
+            spec.trained,
+            spec.trained and bool(getattr(args, f"{spec.name}_recompute", args.recompute)),
+            rank if spec.trained else 0,
+            bool(spec.folder),
+        )
+        for spec in method.roles()
+        if spec.present
+    )

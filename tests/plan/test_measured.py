@@ -127,7 +127,8 @@ def _check_messages(planned: Setting, ranks: list[dict[str, Any]]) -> None:
         return sum(seen[name] for seen in ranks for name in names) / len(ranks)
 
     card = card_named("cpu")
-    training = replace(planned, stage="sft", roles=planned.roles[:1], row_tokens=planned.width)
+    model = replace(planned.roles[0], name="model")
+    training = replace(planned, stage="sft", roles=(model,), row_tokens=planned.width)
     step = times_of(training, card)[0]
     once = {time.phase: time for time in times_of(replace(planned, samples=SIZES["rows"]), card)}
     pairs = [(step.sent, measured("train_sent", "step_sent")), (once["actor_logprobs"].sent, measured("infer_sent"))]

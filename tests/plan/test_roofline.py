@@ -75,7 +75,7 @@ def test_phases_are_those_of_the_graph() -> None:
         Call("update", "train", ("actor",), ("rollout", "ref_logprobs"), "stats"),
     ]
     whole = ppo(offload_level="freeze_model")
-    setting = replace(whole, roles=whole.roles[:2], flow=Flow(calls, ("prompts",)))
+    setting = replace(whole, roles=whole.roles[:2], calls=Flow(calls, ("prompts",)))
     names = ["generate", "reference_logprobs", "update"]
     assert [phase.phase for phase in memory_of(setting, Topology())] == names == list(times(setting))
     assert times(setting)["generate"] == times(whole)["generate"]

@@ -55,7 +55,7 @@ def test_every_stage_is_told_by_its_keys(repo: Path, capsys: pytest.CaptureFixtu
 
 
 def test_files_that_do_not_tell_are_refused() -> None:
-    with pytest.raises(ArgumentsError, match="--stage sft or rm"):
+    with pytest.raises(ArgumentsError, match="--method sft or reward"):
         run_plan.stage_of(["model_name_or_path", "output_dir", "max_length"], "x.json")
     with pytest.raises(ArgumentsError, match="names no model"):
         run_plan.stage_of(["output_dir"], "x.json")
@@ -132,6 +132,47 @@ def test_changes_are_made_on_the_same_cards(repo: Path, capsys: pytest.CaptureFi
     again = plan(capsys, *words, *found["advice"]["arguments"])
     assert again["layout"]["processes"] == 4
     assert again["peak_bytes"] == found["advice"]["peak_bytes"]
+
+
+METHOD = """
+from dataclasses import replace
+
+from alignment.flow.flow import Call, Flow
+from alignment.flow.online import ACTOR, OnlineMethod
+
+
+class BestOfTwo(OnlineMethod):
+    name, title, summary, base, Keys = "best_of_two", "Best of two", "learns from the better answer", "online", None
+
+    def roles(self):
+        return [ACTOR, self.reward_model]
+
+    def flow(self):
+        calls = [
+            Call("generate", "generate", ("actor",), ("prompts",), "rollout"),
+            Call("reward_scores", "infer", ("reward",), ("rollout",), "scores"),
+            Call("update", "train", ("actor",), ("rollout", "scores"), "stats"),
+        ]
+        return Flow(calls, inputs=("prompts",))
+"""
+
+
+def test_any_method_is_planned_by_its_own_roles_and_flow(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(METHOD)
+    (tmp_path / "file.json").write_text(
+        json.dumps({"actor_model_name_or_path": "Llama-2-7b", "reward_model_name_or_path": "beaver-7b"})
+    )
+    words = [str(tmp_path / "file.json"), "train_datasets=alpaca", "output_dir=o", "--cards", "1", "--card", "h200"]
+    mine, ppo = plan(capsys, *words, "--method", f"{tmp_path}/mine.py:BestOfTwo"), plan(capsys, *words)
+    assert mine["stage"] == "best_of_two"
+    assert [role["name"] for role in mine["setting"]["roles"]] == ["actor", "reward"]
+    assert list(peak(mine)) == [phase["phase"] for phase in mine["time"]] == ["generate", "reward_scores", "update"]
+    # neither a reference nor a critic with its optimizer
+    assert peak(mine)["update"]["parameters"] == pytest.approx(peak(ppo)["update"]["parameters"] / 2, rel=0.02)
+    assert peak(mine)["update"]["optimizer"] == pytest.approx(peak(ppo)["update"]["optimizer"] / 2, rel=0.02)
+    assert ppo["stage"] == "ppo" and ppo["seconds"] > mine["seconds"]
 
 
 def test_adapters_alone_have_gradients_and_an_optimizer(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
