@@ -43,13 +43,20 @@ def vocabulary_mask(
 @VOCABULARY_MASKS.register("learned_top_p")
 def nucleus_mask(logits: np.ndarray, top_p: float, keep_at_least: int) -> np.ndarray:
     """The most probable tokens in front of which a mass of at most p lies: the one that crosses p stays."""
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    probs = np.take_along_axis(masked_softmax(logits)[0], order, axis=-1)
-    before = np.cumsum(probs, axis=-1) - probs
-    keep_sorted = before <= top_p
-    keep_sorted[..., : max(1, keep_at_least)] = True
+    probs, vocabulary = masked_softmax(logits)[0], logits.shape[-1]
+    least = min(max(1, keep_at_least), vocabulary)
+    # Tokens below (1 - p) / V weigh less than 1 - p together, so each has more than p in front of it: sort the others.
+    bounds = np.partition(probs, vocabulary - least, axis=-1)[..., vocabulary - least].clip(
+        max=(1 - top_p) / vocabulary
+    )
     keep = np.zeros(logits.shape, bool)
-    np.put_along_axis(keep, order, keep_sorted, axis=-1)
+    for place in np.ndindex(logits.shape[:-1]):
+        likely = np.flatnonzero(probs[place] >= bounds[place])
+        order = likely[np.argsort(-logits[place][likely], kind="stable")]
+        before = np.cumsum(probs[place][order]) - probs[place][order]
+        inside = before <= top_p
+        inside[:least] = True
+        keep[place][order[inside]] = True
     return keep
 
 
