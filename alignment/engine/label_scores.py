@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
@@ -44,22 +45,16 @@ def label_scores(
         labels: ``[N]`` int64.
         temperature, entropy, entropy_grad: as there.
         shard: where the other columns of the LM head are; None when this process has all of them.
-        allowed: N sets of tokens, of the whole vocabulary: the softmax of each position is over its set alone. The
-            kernel has no such masks, so the labels go in chunks on every device.
+        allowed: N sets of tokens, of the whole vocabulary: the softmax of each position is over its set alone.
 
     Returns:
         ``[N]`` each.
     """
     operators = kernels()
     head = unwrap(model).lm_head
-    if (
-        operators is not None
-        and shard is None
-        and allowed is None
-        and states.dtype == head.weight.dtype == paddle.float32
-    ):
-        weight, tied = head.weight, head_is_tied(head)
-        settings = (operators, float(temperature), tied, kept_tokens(model), entropy or entropy_grad, entropy_grad)
+    if operators is not None and shard is None and states.dtype == head.weight.dtype == paddle.float32:
+        weight, tied, whole = head.weight, head_is_tied(head), kept_tokens(model)
+        settings = (operators, float(temperature), tied, whole, entropy or entropy_grad, entropy_grad, allowed)
         parts = _LabelScores.apply(states, weight, labels, settings)
         return _scores(parts, entropy_grad)
 
@@ -104,6 +99,12 @@ def _made_twice(compute: Any, states: Tensor, labels: Tensor, first: int) -> tup
     return recompute(compute, states, labels, first, preserve_rng_state=False, use_reentrant=True)
 
 
+def _sets(allowed: TokenSets) -> tuple[Tensor, Tensor]:
+    """As the kernel takes them: ids, and where each set begins."""
+    starts = np.concatenate([[0], np.cumsum(allowed.counts, dtype=np.int64)])
+    return paddle.to_tensor(allowed.ids.astype(np.int64)), paddle.to_tensor(starts)
+
+
 def _mask(allowed: TokenSets, first: int, logits: Tensor, shard: Shard | None) -> Tensor:
     """``[rows, columns]`` bool, shaped as the logits of the positions from ``first`` on: which of these columns are
     allowed.
@@ -131,11 +132,12 @@ class _LabelScores(PyLayer):
 
     @staticmethod
     def forward(ctx, states, weight, labels, settings):  # type: ignore[no-untyped-def]
-        operators, temperature, tied, kept, entropy, _ = settings
+        operators, temperature, tied, kept, entropy, _, allowed = settings
+        ctx.sets = (None, None) if allowed is None else _sets(allowed)
         ctx.wanted = not states.stop_gradient, not weight.stop_gradient
         states = states.contiguous()
         logprobs, spread, log_norm, greedy = operators.label_logprobs(
-            states, _columns(weight, kept, tied), labels, temperature, tied=tied, entropy=entropy
+            states, _columns(weight, kept, tied), labels, temperature, tied=tied, entropy=entropy, sets=ctx.sets
         )
         ctx.settings = settings
         ctx.save_for_backward(states, weight, labels, log_norm, spread)
@@ -143,12 +145,13 @@ class _LabelScores(PyLayer):
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy, grad_greedy):  # type: ignore[no-untyped-def]
-        operators, temperature, tied, kept, _, entropy_grad = ctx.settings
+        operators, temperature, tied, kept, _, entropy_grad, _ = ctx.settings
         states, weight, labels, log_norm, spread = ctx.saved_tensor()
         grads = (grad_logprobs.contiguous(), grad_entropy.contiguous() if entropy_grad else None)
         columns = _columns(weight, kept, tied)
+        how = {"tied": tied, "of_weight": ctx.wanted[1], "sets": ctx.sets}
         of_states, of_weight = operators.label_logprobs_backward(
-            states, columns, labels, log_norm, spread, grads, temperature, tied=tied, of_weight=ctx.wanted[1]
+            states, columns, labels, log_norm, spread, grads, temperature, **how
         )
         if of_weight is not None and kept is not None:
             axis, missing = (0, 1)[not tied], list(weight.shape)

@@ -151,12 +151,21 @@ class Kernels:
         return [_run("alignment_layer_backward", *inputs, *values)[0], *grads]
 
     def label_logprobs(
-        self, x: Tensor, weight: Tensor, labels: Tensor, temperature: float, *, tied: bool, entropy: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        *,
+        tied: bool,
+        entropy: bool,
+        sets: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> list[Tensor]:
         """``[logprobs, entropy, log_norm, greedy]``, each ``[N]``, of ``labels`` ``[N]`` int64 under
-        ``softmax(x @ weight / temperature)`` with ``x`` ``[N, hidden]``; the logits are never whole in memory.
+        ``softmax(x @ weight / temperature)`` with ``x`` ``[N, hidden]``; the logits are never whole in memory. With
+        ``sets``, rising ids ``[n]`` and where each label's begin ``[N + 1]``, both int64, each softmax is over a set.
         """
-        return _run("alignment_label_logprobs", x, weight, labels, float(temperature), tied, entropy)
+        return _run("alignment_label_logprobs", x, weight, labels, *sets, float(temperature), tied, entropy)
 
     def label_logprobs_backward(
         self,
@@ -170,14 +179,15 @@ class Kernels:
         *,
         tied: bool,
         of_weight: bool = True,
+        sets: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients ``(of x, of weight)`` from those of log-probs and entropy (None: not differentiated); that of the
-        weight None unless ``of_weight``.
+        weight None unless ``of_weight``; with the ``sets`` of the forward.
         """
         of_logprobs, of_entropy = grads
         inputs = (x, weight, labels, log_norm, entropy, of_logprobs, of_logprobs if of_entropy is None else of_entropy)
         values = (float(temperature), tied, of_entropy is not None, of_weight)
-        dx, dweight = _run("alignment_label_logprobs_backward", *inputs, *values)
+        dx, dweight = _run("alignment_label_logprobs_backward", *inputs, *sets, *values)
         return dx, dweight if of_weight else None
 
     def square_sum(self, tensors: Sequence[Tensor]) -> float:

@@ -76,8 +76,8 @@ def backward(k: Any, **changed: Any) -> Any:
     return k.layer_backward(x, weights(), angles, plan, saved, changed.get("grad", zeros(TOKENS, 8)), SHAPE, 2)
 
 
-def labels(k: Any, *values: int, hidden: int = 8) -> Any:
-    return k.label_logprobs(zeros(2, hidden), zeros(8, 20), ids(*values), 1.0, tied=False, entropy=False)
+def labels(k: Any, *values: int, hidden: int = 8, sets: Any = (None, None)) -> Any:
+    return k.label_logprobs(zeros(2, hidden), zeros(8, 20), ids(*values), 1.0, tied=False, entropy=False, sets=sets)
 
 
 def choose(k: Any, banned_ids: list[int] = [1], **changed: Any) -> Any:  # noqa: B006
@@ -110,6 +110,7 @@ RIGHT: list[Callable[[Any], Any]] = [
     cached,
     backward,
     lambda k: labels(k, 0, 19),
+    lambda k: labels(k, 0, 19, sets=(ids(0, 1, 19), ids(0, 2, 3))),
     choose,
     adamw,
     lambda k: packed(k, weights=weights(), part=ATTENTION, first_layer=1),
@@ -125,6 +126,12 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda k: labels(k, 0, 20), "label 20 "),
     (lambda k: labels(k, 0, -100), "label -100 "),
     (lambda k: labels(k, 0), "labels has 1 numbers; 2 are wanted"),
+    (lambda k: labels(k, 0, 1, sets=(ids(0, 20), ids(0, 1, 2))), "allowed id 20 "),
+    (lambda k: labels(k, 0, 1, sets=(ids(0, 1), ids(0, 2))), "the starts of the sets has 2 numbers; 3"),
+    (lambda k: labels(k, 0, 1, sets=(ids(0, 1), ids(0, 1, 3))), "begin at 0 and end at 3 of 2"),
+    (lambda k: labels(k, 0, 1, sets=(ids(0, 1), ids(0, 2, 2))), "the set of row 1 is empty"),
+    (lambda k: labels(k, 0, 1, sets=(ids(0, 3, 1), ids(0, 1, 3))), "the ids of row 1's set do not rise"),
+    (lambda k: labels(k, 0, 1, sets=(ids(0, 1), None)), "ids and starts"),
     (lambda k: labels(k, 0, 1, hidden=6), r"x must be \[rows, 8\]"),
     (lambda k: choose(k, [20]), "banned id 20 "),
     (lambda k: choose(k, [-1]), "banned id -1 "),

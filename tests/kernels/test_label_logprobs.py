@@ -8,11 +8,17 @@ import numpy as np
 import paddle
 import pytest
 
+from alignment.losses.token_sets import TokenSets
 
-def exact(x, weight, labels, temperature, of_logprobs, of_entropy):
-    """Log-probs, entropy, and the gradients of x and of the weight ``[hidden, vocab]``, in float64."""
+
+def exact(x, weight, labels, temperature, of_logprobs, of_entropy, mask=None):
+    """Log-probs, entropy, and the gradients of x and of the weight ``[hidden, vocab]``, in float64; over what a mask
+    ``[rows, vocab]`` shows, if there is one.
+    """
     x, weight = x.astype(np.float64), weight.astype(np.float64)
     logits = x @ weight / temperature
+    if mask is not None:
+        logits = np.where(mask, logits, -1e30)
     shifted = logits - logits.max(-1, keepdims=True)
     logp = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     p = np.exp(logp)
@@ -50,6 +56,71 @@ def test_equal_float64(operators, rows, hidden, vocab, tied, temperature):
         np.testing.assert_allclose(of_weight, expected[3], atol=2e-5 * max(1.0, np.abs(expected[3]).max()))
         logits = x.astype(np.float64) @ weight
         np.testing.assert_array_equal(greedy.numpy(), (logits.argmax(-1) == labels).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "vocab"), [(5, 8, 3), (19, 36, 37), (70, 24, 1031), (2100, 12, 45), (9, 60, 3000)]
+)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("share", [0.005, 0.4])
+def test_over_sets_equal_float64(operators, rows, hidden, vocab, tied, share):
+    """NLPO: sets of every size, some with nothing in a block of the vocabulary, some of one token."""
+    draw = np.random.default_rng(rows)
+    x = draw.standard_normal([rows, hidden]).astype(np.float32)
+    weight = (draw.standard_normal([hidden, vocab]) / np.sqrt(hidden) * 2).astype(np.float32)
+    labels = draw.integers(0, vocab, rows)
+    mask = draw.random((rows, vocab)) < share
+    mask[0], mask[1] = True, False
+    mask[np.arange(rows), labels] = True
+    sets = TokenSets.of(mask)
+    starts = np.concatenate([[0], np.cumsum(sets.counts)])
+    ragged = paddle.to_tensor(sets.ids.astype(np.int64)), paddle.to_tensor(starts)
+    of_logprobs, of_entropy = draw.standard_normal([2, rows]).astype(np.float32)
+    held = paddle.to_tensor(np.ascontiguousarray(weight.T) if tied else weight)
+    inputs = (paddle.to_tensor(x), held, paddle.to_tensor(labels))
+    expected = exact(x, weight, labels, 0.7, of_logprobs, of_entropy, mask)
+    logprobs, entropy, log_norm, greedy = operators.label_logprobs(*inputs, 0.7, tied=tied, entropy=True, sets=ragged)
+    grads = (paddle.to_tensor(of_logprobs), paddle.to_tensor(of_entropy))
+    dx, dweight = operators.label_logprobs_backward(*inputs, log_norm, entropy, grads, 0.7, tied=tied, sets=ragged)
+    np.testing.assert_allclose(logprobs.numpy(), expected[0], atol=2e-5)
+    np.testing.assert_allclose(entropy.numpy(), expected[1], atol=2e-5)
+    np.testing.assert_allclose(dx.numpy(), expected[2], atol=2e-5)
+    of_weight = dweight.numpy().T if tied else dweight.numpy()
+    np.testing.assert_allclose(of_weight, expected[3], atol=2e-5 * max(1.0, np.abs(expected[3]).max()))
+    best = np.where(mask, x.astype(np.float64) @ weight, -np.inf).argmax(-1)
+    np.testing.assert_array_equal(greedy.numpy(), (best == labels).astype(np.float32))
+
+
+def test_sets_of_everything_are_the_same_bits_as_none(operators):
+    draw = np.random.default_rng(2)
+    x, weight = (paddle.to_tensor(draw.standard_normal(s).astype(np.float32)) for s in ([7, 12], [12, 2100]))
+    labels, ids = paddle.arange(7), paddle.to_tensor(np.tile(np.arange(2100), 7))
+    sets = ids, paddle.to_tensor(np.arange(8) * 2100)
+    results = []
+    for ragged in ((None, None), sets):
+        outs = operators.label_logprobs(x, weight, labels, 0.9, tied=False, entropy=True, sets=ragged)
+        grads = (paddle.ones([7]), paddle.ones([7]))
+        dx, dw = operators.label_logprobs_backward(
+            x, weight, labels, outs[2], outs[1], grads, 0.9, tied=False, sets=ragged
+        )
+        results.append([part.numpy() for part in (*outs, dx, dw)])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_label_outside_its_set_has_no_chance_and_no_gradient(operators):
+    x, weight = paddle.ones([2, 4]), paddle.to_tensor(np.random.default_rng(0).normal(size=[4, 9]).astype(np.float32))
+    sets = paddle.to_tensor([1, 3, 2, 5]), paddle.to_tensor([0, 2, 4])
+    labels = paddle.to_tensor([2, 2])
+    logprobs, entropy, log_norm, greedy = operators.label_logprobs(
+        x, weight, labels, 1.0, tied=False, entropy=True, sets=sets
+    )
+    assert float(logprobs[0]) < -1e29 and float(logprobs[1]) > -10 and float(greedy[0]) == 0
+    grads = (paddle.ones([2]), None)
+    _, dweight = operators.label_logprobs_backward(
+        x, weight, labels, log_norm, entropy, grads, 1.0, tied=False, sets=sets
+    )
+    assert (dweight.numpy()[:, [0, 4, 6, 7, 8]] == 0).all() and np.isfinite(dweight.numpy()).all()
 
 
 def test_no_rows(operators):

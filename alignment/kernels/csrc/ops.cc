@@ -205,25 +205,45 @@ int64_t need_labels(const Tensor& x, const Head& head, const Tensor& labels) {
   return n;
 }
 
-Tensors LabelLogprobs(const Tensor& x, const Tensor& weight, const Tensor& labels, float temperature, bool tied,
-                      bool want_entropy) {
+using MaybeTensor = paddle::optional<Tensor>;
+
+alignment::Sets need_sets(const MaybeTensor& ids, const MaybeTensor& starts, int64_t rows, int64_t vocabulary) {
+  ALIGNMENT_NEED(!ids == !starts, "sets of tokens are ids and starts");
+  if (!ids) return {};
+  alignment::need_size(*starts, rows + 1, "the starts of the sets");
+  const alignment::Sets sets{ids->data<int64_t>(), starts->data<int64_t>()};
+  alignment::need_starts(sets.starts, rows, ids->numel());
+  alignment::need_below(sets.ids, ids->numel(), 0, vocabulary, "allowed id");
+  for (int64_t r = 0; r < rows; r++) {
+    ALIGNMENT_NEED(sets.starts[r] < sets.starts[r + 1], "the set of row ", r, " is empty");
+    for (int64_t i = sets.starts[r] + 1; i < sets.starts[r + 1]; i++)
+      ALIGNMENT_NEED(sets.ids[i - 1] < sets.ids[i], "the ids of row ", r, "'s set do not rise");
+  }
+  return sets;
+}
+
+Tensors LabelLogprobs(const Tensor& x, const Tensor& weight, const Tensor& labels, const MaybeTensor& ids,
+                      const MaybeTensor& starts, float temperature, bool tied, bool want_entropy) {
   const Head head = head_of(weight, tied);
   const int64_t n = need_labels(x, head, labels);
+  const alignment::Sets sets = need_sets(ids, starts, n, head.vocabulary);
   Tensors outs = {made({n}), made({n}), made({n}), made({n})};
   if (!want_entropy) std::memset(written(outs[1]), 0, n * sizeof(float));
-  alignment::label_logprobs(floats(x), head, labels.data<int64_t>(), temperature, n, written(outs[0]),
+  alignment::label_logprobs(floats(x), head, labels.data<int64_t>(), temperature, n, sets, written(outs[0]),
                             want_entropy ? written(outs[1]) : nullptr, written(outs[2]), written(outs[3]));
   return outs;
 }
 
 Tensors LabelLogprobsBackward(const Tensor& x, const Tensor& weight, const Tensor& labels, const Tensor& log_norm,
-                              const Tensor& entropy, const Tensor& dlogprob, const Tensor& dentropy, float temperature,
-                              bool tied, bool through_entropy, bool of_weight) {
+                              const Tensor& entropy, const Tensor& dlogprob, const Tensor& dentropy,
+                              const MaybeTensor& ids, const MaybeTensor& starts, float temperature, bool tied,
+                              bool through_entropy, bool of_weight) {
   const Head head = head_of(weight, tied);
   const int64_t n = need_labels(x, head, labels);
+  const alignment::Sets sets = need_sets(ids, starts, n, head.vocabulary);
   for (const Tensor* one : {&log_norm, &entropy, &dlogprob, &dentropy}) alignment::need_size(*one, n, "one number a token");
   Tensor dx = made(x.shape()), dweight = made(of_weight ? weight.shape() : Dims{0});
-  alignment::label_logprobs_backward(floats(x), head, labels.data<int64_t>(), temperature, n,
+  alignment::label_logprobs_backward(floats(x), head, labels.data<int64_t>(), temperature, n, sets,
                                      floats(log_norm), floats(entropy), floats(dlogprob),
                                      through_entropy ? floats(dentropy) : nullptr, written(dx),
                                      of_weight ? written(dweight) : nullptr);
@@ -284,7 +304,7 @@ Tensors Project(const Tensor& x, const Tensor& weight, bool tied) {
 
 // logits [B, V]; uniforms [B] float64; seen [B, V] uint8 or empty; banned [B] uint8: whether `banned_ids` have no chance.
 Tensors Choose(const Tensor& logits, const Tensor& uniforms, const Tensor& seen, const Tensor& banned,
-               const paddle::optional<Tensor>& allowed, float temperature, int64_t top_k, double top_p, float penalty,
+               const MaybeTensor& allowed, float temperature, int64_t top_k, double top_p, float penalty,
                bool greedy, const Dims& banned_ids) {
   ALIGNMENT_NEED(logits.shape().size() == 2 && logits.shape()[1] > 0, "logits are [rows, vocabulary]");
   const int64_t rows = logits.shape()[0], vocabulary = logits.shape()[1];
@@ -346,13 +366,14 @@ PD_BUILD_OP(alignment_layer_backward)
     .SetKernelFn(PD_KERNEL(LayerBackward));
 
 PD_BUILD_OP(alignment_label_logprobs)
-    .Inputs({"X", "Weight", "Labels"})
+    .Inputs({"X", "Weight", "Labels", paddle::Optional("AllowedIds"), paddle::Optional("AllowedStarts")})
     .Outputs({"Logprobs", "Entropy", "LogNorm", "Greedy"})
     .Attrs({"temperature: float", "tied: bool", "want_entropy: bool"})
     .SetKernelFn(PD_KERNEL(LabelLogprobs));
 
 PD_BUILD_OP(alignment_label_logprobs_backward)
-    .Inputs({"X", "Weight", "Labels", "LogNorm", "Entropy", "DLogprobs", "DEntropy"})
+    .Inputs({"X", "Weight", "Labels", "LogNorm", "Entropy", "DLogprobs", "DEntropy", paddle::Optional("AllowedIds"),
+             paddle::Optional("AllowedStarts")})
     .Outputs({"DX", "DWeight"})
     .Attrs({"temperature: float", "tied: bool", "through_entropy: bool", "of_weight: bool"})
     .SetKernelFn(PD_KERNEL(LabelLogprobsBackward));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "gemm.h"
@@ -23,11 +24,28 @@ struct Head {
   View backward(int64_t from) const { return tied ? plain(weight + from * hidden, hidden) : transposed(weight + from, vocabulary); }
 };
 
-// logprob, entropy (null: not wanted), log_norm and greedy [rows] of labels [rows] under softmax(x W / temperature).
+// Which tokens each row's softmax is over: of row r the rising ids[starts[r]] ... ids[starts[r + 1] - 1]; no ids: all.
+struct Sets {
+  const int64_t *ids = nullptr, *starts = nullptr;
+  // those of [from, end)
+  std::pair<const int64_t*, const int64_t*> between(int64_t row, int64_t from, int64_t end) const {
+    const int64_t *first = ids + starts[row], *last = ids + starts[row + 1];
+    first = std::lower_bound(first, last, from);
+    return {first, std::lower_bound(first, last, end)};
+  }
+  bool has(int64_t row, int64_t id) const {
+    return !ids || std::binary_search(ids + starts[row], ids + starts[row + 1], id);
+  }
+};
+
+constexpr float kForbidden = -1e30f;  // in place of minus infinity, as in losses/logprobs.py
+
+// logprob, entropy (null: not wanted), log_norm and greedy [rows] of labels [rows] under softmax(x W / temperature), over
+// each row's set; a label outside has a log-prob of about kForbidden.
 // The running maximum and sum over blocks of the vocabulary as in Milakov and Gimelshein 2018, "Online normalizer
 // calculation for softmax".
 inline void label_logprobs(const float* x, const Head& head, const int64_t* labels, float temperature, int64_t rows,
-                           float* logprob, float* entropy, float* log_norm, float* greedy) {
+                           const Sets& sets, float* logprob, float* entropy, float* log_norm, float* greedy) {
   const float inverse = 1.0f / temperature;
   Buffer space(std::min(rows, kTokenBlock) * kVocabularyBlock);
   struct Running {
@@ -45,12 +63,19 @@ inline void label_logprobs(const float* x, const Head& head, const int64_t* labe
       parallel_rows(count, 4, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
           Running& run = running[r0 + i];
-          const float* row = z + i * width;
+          float* row = z + i * width;
           const int64_t label = labels[r0 + i] - v0;
-          if (label >= 0 && label < width) run.chosen = row[label];
+          if (label >= 0 && label < width) run.chosen = sets.has(r0 + i, labels[r0 + i]) ? row[label] : kForbidden;
+          int64_t columns = width;
+          if (sets.ids) {  // the set's columns move to the front
+            const auto [first, last] = sets.between(r0 + i, v0, v0 + width);
+            columns = last - first;
+            for (int64_t k = 0; k < columns; k++) row[k] = row[first[k] - v0];
+            if (columns == 0) continue;
+          }
           Vec best = splat(-INFINITY);
           float peak = -INFINITY;
-          over_columns(width, [&](int64_t j, int64_t n) {
+          over_columns(columns, [&](int64_t j, int64_t n) {
             if (n == kLanes) best = larger(best, load(row + j));
             else for (int64_t e = 0; e < n; e++) peak = std::max(peak, row[j + e]);
           });
@@ -58,7 +83,7 @@ inline void label_logprobs(const float* x, const Head& head, const int64_t* labe
           const float high = std::max(run.peak, peak);
           Vec total{}, weighted{};
           const Vec from = splat(high);
-          over_columns(width, [&](int64_t j, int64_t n) {
+          over_columns(columns, [&](int64_t j, int64_t n) {
             Vec shifted = (get(row + j, n) - from) * inverse;
             Vec e = exp(shifted);
             if (n < kLanes) {
@@ -97,8 +122,8 @@ inline void label_logprobs(const float* x, const Head& head, const int64_t* labe
 // dx [rows, hidden] and dweight (shaped as the weight; null: not wanted) from the gradients of logprob and entropy (null: none).
 // The logits are made anew block by block.
 inline void label_logprobs_backward(const float* x, const Head& head, const int64_t* labels, float temperature,
-                                    int64_t rows, const float* log_norm, const float* entropy, const float* dlogprob,
-                                    const float* dentropy, float* dx, float* dweight) {
+                                    int64_t rows, const Sets& sets, const float* log_norm, const float* entropy,
+                                    const float* dlogprob, const float* dentropy, float* dx, float* dweight) {
   const float inverse = 1.0f / temperature;
   Buffer space(std::min(rows, kTokenBlock) * kVocabularyBlock);
   const int64_t h = head.hidden;
@@ -126,8 +151,14 @@ inline void label_logprobs_backward(const float* x, const Head& head, const int6
           } else {
             over_columns(width, [&](int64_t j, int64_t n) { put(row + j, -slope * exp(get(row + j, n) * inverse - norm), n); });
           }
+          if (sets.ids) {
+            const auto [first, last] = sets.between(r, v0, v0 + width);
+            int64_t from = 0;
+            for (const int64_t* id = first; id != last; from = *id++ - v0 + 1) std::fill(row + from, row + (*id - v0), 0.f);
+            std::fill(row + from, row + width, 0.f);
+          }
           const int64_t label = labels[r] - v0;
-          if (label >= 0 && label < width) row[label] += slope[0];
+          if (label >= 0 && label < width && sets.has(r, labels[r])) row[label] += slope[0];
         }
       });
       gemm(plain(z, width), count, width, head.backward(v0), h, dx + r0 * h, h, true);
