@@ -186,6 +186,7 @@ class OnlineMethod(Method):
         logprobs: np.ndarray,
         ref_logprobs: np.ndarray | None = None,
         options: AdvantageOptions | None = None,
+        shaped: np.ndarray | None = None,
         **more: Any,
     ) -> Experience:
         """Advantages by name, of scores that are shaped and clipped and, given the reference's log-probs, of
@@ -197,10 +198,11 @@ class OnlineMethod(Method):
             logprobs: ``[B, R]`` of the actor by the training network.
             ref_logprobs: ``[B, R]``; None where the KL is not in the reward.
             options: None: :meth:`advantage_options`.
+            shaped: ``[B]`` of :meth:`shape_scores`, where that was called already.
             more: further fields of :class:`~alignment.losses.estimators.AdvantageInputs`.
         """
         args, mask = self.args, rollout.actions
-        shaped = self.shape_scores(rollout, scores.total)
+        shaped = self.shape_scores(rollout, scores.total) if shaped is None else shaped
         columns, coeff = {"scores": scores.total, "shaped_scores": shaped, "logprobs": logprobs}, 0.0
         kl = np.zeros_like(mask)
         if ref_logprobs is not None:

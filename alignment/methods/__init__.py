@@ -39,6 +39,9 @@ M = TypeVar("M", bound=type)
 BUILT_IN: dict[str, str] = {
     "ppo": "alignment.methods.ppo:PPO",
     "rloo": "alignment.methods.rloo:RLOO",
+    "reinforce": "alignment.methods.reinforce:Reinforce",
+    "remax": "alignment.methods.remax:ReMax",
+    "a2c": "alignment.methods.a2c:A2C",
 }
 #: Other names of methods.
 ALIASES = {"rm": "reward"}

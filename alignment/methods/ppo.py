@@ -100,7 +100,8 @@ class PPO(OnlineMethod):
         # added at the answer's last token to the KL penalty.
         shaped = self.shape_scores(rollout, scores.total)
         kl = kl_estimate(logprobs, ref_logprobs, args.kl_estimator) * mask
-        rewards = shape_rewards(shaped, kl, rollout.response_len, self.kl_controller.kl_coeff, args.clip_range_score)
+        coeff, lengths = self.kl_controller.kl_coeff, rollout.response_len
+        rewards = shape_rewards(shaped, kl, lengths, coeff, args.clip_range_score, action_mask=mask)
         advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
         if args.normalize_advantage:
             advantages = whiten(advantages, mask)

@@ -17,15 +17,22 @@ import pytest
 
 from alignment.arguments import from_dict
 from alignment.cli import main
+from alignment.flow.method import Window
+from alignment.flow.statistics import Statistics
 from alignment.losses.kl import FixedKLController
-from alignment.methods import arguments_of, find_method
+from alignment.methods import arguments_of, find_method, with_preset
 from alignment.rollout.rewards import RewardResult
-from alignment.rollout.rollout import Rollout
+from alignment.rollout.rollout import Experience, Rollout
 from tests.ppo.conftest import assert_same_metrics, metric_rows
 from tests.precision import BF16, read_weights
 
 REPO = Path(__file__).resolve().parents[2]
-METHODS = ("rloo",)
+METHODS = ("rloo", "reinforce", "reinforce_baseline", "remax", "a2c")
+
+
+def class_of(name: str) -> Any:
+    """The method of a name, or of a preset's."""
+    return with_preset(name) or find_method(name)
 
 
 def method_of(name: str, **keys: Any) -> Any:
@@ -34,14 +41,15 @@ def method_of(name: str, **keys: Any) -> Any:
     keys = {"actor_model_name_or_path": "a", "output_dir": "o", "reward": "gsm8k", "train_datasets": "t", **keys}
     made = method(from_dict(arguments_of(method), keys))
     made.kl_controller = FixedKLController(made.args.kl_coeff)
-    made.finish = lambda experience, scores: (experience, None)
+    made.finish = lambda experience, scores: (experience, Statistics())
+    made.count_tokens = lambda rollout, name: None
     return made
 
 
-def rollout_of(actions: np.ndarray, prompts: np.ndarray | list[int]) -> Rollout:
-    """Answers of which the policy chose the tokens ``actions`` ``[B, R]``; those behind its last one are no tokens."""
-    mask = np.asarray(actions) > 0
-    lengths = mask.shape[1] - mask[:, ::-1].argmax(axis=1)
+def rollout_of(actions: np.ndarray, prompts: np.ndarray | list[int], tail: int = 0) -> Rollout:
+    """Answers of which the policy chose the tokens ``actions`` ``[B, R]``; behind its last one come ``tail`` others."""
+    mask = np.pad(np.asarray(actions) > 0, ((0, 0), (0, tail)))
+    lengths = mask.shape[1] - mask[:, ::-1].argmax(axis=1) + tail
     rows = len(mask)
     zeros = np.zeros(mask.shape, np.float32)
     return Rollout(
@@ -65,9 +73,9 @@ def trained(out: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_learns_what_is_rewarded(name: str, online_json: Callable[..., Path], tmp_path: Path) -> None:
-    """The reward asks for vowels in short answers; 40 steps raise it by far more than its noise."""
-    file = online_json("run", max_steps=40, learning_rate=1e-2, num_train_epochs=100, logging_steps=1)
-    assert main([name, str(file), "evaluation_strategy=steps", "eval_steps=40"]) == 0
+    """The reward asks for vowels in short answers; 32 steps raise it by far more than its noise."""
+    file = online_json("run", max_steps=32, learning_rate=1e-2, num_train_epochs=100)
+    assert main([name, str(file), "evaluation_strategy=steps", "eval_steps=32"]) == 0
     rows = metric_rows(tmp_path / "run")
     rewards = [row["train/reward"] for row in rows if "train/reward" in row]
     assert np.mean(rewards[-8:]) > np.mean(rewards[:8]) + 0.3
@@ -96,12 +104,14 @@ def test_a_resume_in_the_middle_of_an_update_changes_no_bit(
     assert_same_metrics(metric_rows(tmp_path / "whole"), metric_rows(tmp_path / "parts"), 0.0)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["reinforce_baseline", "remax"])
 def test_two_processes_give_the_single_processs_run(
-    name: str, online_json: Callable[..., Path], tmp_path: Path
+    name: str, online_json: Callable[..., Path], tmp_path: Path, prompt_file: Path
 ) -> None:
-    assert main([name, str(online_json("one", max_steps=4))]) == 0
-    file = online_json("two", max_steps=4, per_device_prompt_batch_size=4, per_device_train_batch_size=4)
+    """The second rollout has one prompt: the second process has none, and generates nothing, greedily neither."""
+    data = {"train_datasets": f"jsonl:9/-1:{prompt_file}", "max_steps": 5}
+    assert main([name, str(online_json("one", **data))]) == 0
+    file = online_json("two", **data, per_device_prompt_batch_size=4, per_device_train_batch_size=4)
     command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2"]
     command += ["--log_dir", str(tmp_path / "log"), str(REPO / "alignment" / "__main__.py"), name, str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -121,9 +131,8 @@ def test_without_a_kl_no_reference_is_loaded(
     assert main([name, str(online_json("run", max_steps=2, kl_coeff=0.0))]) == 0
     rows = metric_rows(tmp_path / "run")
     assert all("train/kl_divergence" not in row for row in rows) and any("train/reward" in row for row in rows)
-    assert (
-        not find_method(name)(SimpleNamespace(kl_coeff=0.0, reward="gsm8k", critic_warmup_steps=0)).roles()[1].present
-    )
+    roles = class_of(name)(SimpleNamespace(kl_coeff=0.0, reward="gsm8k", critic_warmup_steps=0)).roles()
+    assert [spec.name for spec in roles if not spec.present] == ["reference", "reward"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -135,8 +144,8 @@ def test_dry_run_and_help_show_its_keys(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
-    own = find_method(name).Keys.__dataclass_fields__
-    assert own and all(f"  {key}  (default: " in shown for key in own)
+    own = [*getattr(class_of(name).Keys, "__dataclass_fields__", {}), *getattr(class_of(name), "changes", {})]
+    assert all(f"  {key}  (default: " in shown for key in own) and class_of(name).title in shown
 
 
 # ----------------------------------------------------------------------------------------------- the peers' own numbers
@@ -151,35 +160,95 @@ def entry_of(vectors: dict[str, Any], name: str) -> dict[str, Any]:
     return next(entry for entry in vectors["entries"] if entry["name"] == name)
 
 
-GROUPS = np.array([0, 0, 0, 1, 1, 1])
-
-
-def advantages_of(method: Any, vectors: dict[str, Any], kl: float = 0.0, **more: Any) -> np.ndarray:
-    """What a method's own step makes of the vectors' scores, masks and log-probs; ``[B, R]``."""
+def advantages_of(method: Any, vectors: dict[str, Any], groups: np.ndarray, kl: float, *more: Any) -> Experience:
+    """What a method's own step makes of the vectors' scores, masks and log-probs."""
     inputs = {name: np.asarray(values) for name, values in vectors["inputs"]["rl"].items() if name != "group"}
-    rollout = rollout_of(inputs["mask"], GROUPS)
     method.kl_controller = FixedKLController(kl)
     logprobs = inputs["old_logprobs"].astype(np.float32)
     ref_logprobs = inputs["ref_logprobs"].astype(np.float32) if kl else None
-    experience, _ = method.advantages(rollout, logprobs, ref_logprobs, scores_of(inputs["scores"]), **more)
-    return experience["advantages"]
+    return method.advantages(
+        rollout_of(inputs["mask"], groups), logprobs, ref_logprobs, scores_of(inputs["scores"]), *more
+    )[0]
 
 
-@pytest.mark.parametrize(
-    ("entry", "compat", "keys"),
-    [
-        ("adv/verl/rloo", "verl", {}),
-        ("adv/trl1.x/rloo", "trl", {}),
-        ("adv/trl1.x/rloo normalized", "trl", {"normalize_advantage": True, "normalize_over": "sequences"}),
-        ("adv/openrlhf/rloo", "openrlhf", {}),
-    ],
-)
-def test_rloo_is_the_peers(vectors: dict[str, Any], entry: str, compat: str, keys: dict[str, Any]) -> None:
+def groups_of(vectors: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
+    given = entry["inputs"].get("group", "")
+    names = vectors["inputs"]["rl"][given[4:]] if given.startswith("@") else [0, 0, 0, 1, 1, 1]
+    return np.unique(names, return_inverse=True)[1]
+
+
+WHOLE = {"advantage": "reinforce_plus_plus_baseline", "num_return_sequences": 3}
+PEERS = {
+    "adv/verl/rloo": ("rloo", "verl", {}),
+    "adv/trl1.x/rloo": ("rloo", "trl", {}),
+    "adv/trl1.x/rloo normalized": ("rloo", "trl", {"normalize_advantage": True, "normalize_over": "sequences"}),
+    "adv/openrlhf/rloo": ("rloo", "openrlhf", {}),
+    "adv/verl/reinforce++ gamma 1.0": ("reinforce", "verl", {}),
+    "adv/verl/reinforce++ gamma 0.9": ("reinforce", "verl", {"gamma": 0.9}),
+    "adv/verl/reinforce++ with KL in the reward": ("reinforce", "verl", {}),
+    "adv/verl/reinforce++_baseline": ("reinforce", "verl", WHOLE),
+    "adv/openrlhf/reinforce (REINFORCE++)": ("reinforce", "openrlhf", {}),
+    "adv/openrlhf/reinforce gamma .9 clipped": (
+        "reinforce", "openrlhf", {"gamma": 0.9, "clip_range_score": 0.5},
+    ),
+    "adv/openrlhf/reinforce_baseline": ("reinforce", "openrlhf", WHOLE),
+    "adv/verl/remax": ("remax", "verl", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", PEERS)
+def test_the_methods_own_step_gives_the_peers_numbers(vectors: dict[str, Any], entry: str) -> None:
+    name, compat, keys = PEERS[entry]
     found = entry_of(vectors, entry)
-    method = method_of("rloo", compat=compat, **keys)
-    got = advantages_of(method, vectors, found["options"].get("init_kl_coef", 0.0))
-    wanted = np.asarray(found["expected"]["advantages"], float)
-    np.testing.assert_allclose(got if wanted.ndim == 2 else got[:, 0], wanted, atol=1e-5)
+    options, groups = found["options"], groups_of(vectors, found)
+    more: list[Any] = []
+    if name == "remax":  # the peer's baselines are one a row: so is our greedy answer here
+        groups = np.arange(6)[::-1]
+        more = [rollout_of(np.ones((6, 1)), groups), scores_of(vectors["inputs"]["rl"]["seq_advantages"])]
+    kl = options.get("init_kl_coef", options.get("kl_ratio", 0.0))
+    got = advantages_of(method_of(name, compat=compat, **keys), vectors, groups, kl, *more)
+    for column in set(found["expected"]) & {"advantages", "returns"}:
+        wanted = np.asarray(found["expected"][column], float)
+        np.testing.assert_allclose(got[column] if wanted.ndim == 2 else got[column][:, 0], wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("entry", ["a2c/rl4lms", "a2c/rl4lms normalized advantage + entropy"])
+def test_a2c_has_rl4lms_losses_and_gradients(vectors: dict[str, Any], entry: str) -> None:
+    """With a tool's token in the middle, which changes nothing and gets no gradient."""
+    import paddle
+
+    found, inputs = entry_of(vectors, entry), vectors["inputs"]["ac"]
+    options, hole = found["options"], 3
+    method = method_of("a2c", entropy_coeff=options["ent_coef"], value_coeff=options["vf_coef"])
+    actions = np.insert(np.ones((1, 6)), hole, 0, axis=1)
+    column = {name: np.insert(np.asarray([inputs[name]], np.float32), hole, 7.0, axis=1) for name in inputs}
+    advantages = column["advantages"]
+    if options["normalize_advantage"]:
+        inside = np.asarray(inputs["advantages"])
+        advantages = (advantages - inside.mean()) / (inside.std(ddof=1) + 1e-8)
+    batch = Experience(
+        rollout_of(actions, [0]), logprobs=column["old_log_prob"], advantages=advantages.astype(np.float32),
+        returns=column["returns"], values=column["old_values"],
+    )  # fmt: skip
+    window = Window(batch, tokens=6, answers=1, all_tokens=8, rows=1, first_pass=True, after=None)
+    tensors = {name: paddle.to_tensor(column[name]) for name in ("log_prob", "entropy", "values")}
+    for tensor in tensors.values():
+        tensor.stop_gradient = False
+    actor = method.actor_loss(tensors["log_prob"], tensors["entropy"], batch, window)
+    critic = method.critic_loss(tensors["values"], batch, window)
+    total = actor.total + critic.total
+    total.backward()
+    assert float(actor.sums["train/actor_loss"][0]) == pytest.approx(float(found["expected"]["policy_loss"]), abs=1e-5)
+    assert float(critic.sums["train/reward_critic_loss"][0]) == pytest.approx(
+        float(found["expected"]["value_loss"]), abs=1e-5
+    )
+    assert float(total) == pytest.approx(float(found["expected"]["total"]), abs=1e-5)
+    for name, tensor in tensors.items():
+        if tensor.grad is None:  # an entropy without weight
+            assert not np.any(np.asarray(found["expected"][f"grad_{name}"], float))
+            continue
+        wanted = np.insert(np.asarray([found["expected"][f"grad_{name}"]], float), hole, 0.0, axis=1)
+        np.testing.assert_allclose(tensor.grad.numpy(), wanted, atol=1e-6, err_msg=name)
 
 
 def test_trls_rloo_has_the_ratio_of_the_whole_answer() -> None:
@@ -190,12 +259,26 @@ def test_trls_rloo_has_the_ratio_of_the_whole_answer() -> None:
     assert method_of("rloo").args.policy_loss_mean == "token"
 
 
+@pytest.mark.parametrize(("name", "answers"), [("rloo", 1), ("reinforce_baseline", 1), ("reinforce", 0), ("a2c", 0)])
 def test_one_answer_a_prompt_is_refused_where_the_baseline_needs_others(
+    name: str, answers: int, online_json: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = main([name, str(online_json("run", num_return_sequences=1)), "--dry_run"])
+    said = capsys.readouterr().err
+    assert (refused, "num_return_sequences" in said, "Traceback" in said) == (
+        (2, True, False) if answers else (0, False, False)
+    )
+
+
+def test_a2c_refuses_a_second_pass_and_says_what_lies_between_steps(
     online_json: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["rloo", str(online_json("run", num_return_sequences=1))]) == 2
-    said = capsys.readouterr().err
-    assert "num_return_sequences" in said and "Traceback" not in said
+    assert main(["a2c", str(online_json("run", update_iters=2)), "--dry_run"]) == 2
+    assert "update_iters" in capsys.readouterr().err
+    assert main(["a2c", str(online_json("run", clip_range_value=3.0)), "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "a rollout has 16 rows on each process and an optimizer step 8" in said
+    assert "clip_range_value: A2C has no ratio and clips nothing" in said
 
 
 # ---------------------------------------------------------------------------- tokens that the policy did not choose
@@ -204,12 +287,11 @@ HOLE = np.array([[1, 1, 0, 1], [1, 0, 0, 1], [1, 1, 1, 0], [1, 1, 0, 0]])  # a t
 KL = np.array([[0.1, 0.2, 9.0, 0.3], [0.4, 9.0, 9.0, 0.5], [0.6, 0.7, 0.8, 9.0], [0.9, 1.0, 9.0, 9.0]], np.float32)
 
 
-def hand_made(name: str, total: list[float], **keys: Any) -> np.ndarray:
+def hand_made(name: str, total: list[float], actions: np.ndarray = HOLE, *more: Any, **keys: Any) -> np.ndarray:
     method = method_of(name, kl_coeff=0.5, **keys)
-    zeros = np.zeros(HOLE.shape, np.float32)
-    rollout = rollout_of(HOLE, [3, 3, 8, 8])
-    experience, _ = method.advantages(rollout, KL[:, : rollout.width], zeros, scores_of(total))
-    return experience["advantages"]
+    rollout = rollout_of(actions, [3, 3, 8, 8])
+    zeros = np.zeros(actions.shape, np.float32)
+    return method.advantages(rollout, KL, zeros, scores_of(total), *more)[0]["advantages"]
 
 
 def test_rloo_leaves_out_what_a_tool_wrote() -> None:
@@ -228,3 +310,54 @@ def test_rloo_with_the_kl_at_its_tokens_goes_on_over_what_a_tool_wrote() -> None
         [2 - 0.95, 2 - 0.5, 0, 0],
     ]
     np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+#: Scores 1, 2, 3 and 10 at the last chosen token, half the KL off each, summed from behind.
+RETURNS = np.array([[0.7, 0.75, 0, 0.85], [1.55, 0, 0, 1.75], [1.95, 2.25, 2.6, 0], [9.05, 9.5, 0, 0]])
+
+
+def test_reinforce_goes_on_over_what_a_tool_wrote_and_clips_the_score_at_10() -> None:
+    chosen = RETURNS[HOLE > 0]
+    wanted = np.where(HOLE > 0, (RETURNS - chosen.mean()) / chosen.std(ddof=1), 0.0)
+    np.testing.assert_allclose(hand_made("reinforce", [1.0, 2.0, 3.0, 50.0]), wanted, atol=1e-6)
+    np.testing.assert_allclose(
+        hand_made("reinforce", [1.0, 2.0, 3.0, 50.0], normalize_advantage=False), RETURNS, atol=1e-6
+    )
+
+
+def test_reinforce_with_a_baseline_whitens_over_the_chosen_tokens() -> None:
+    rows = np.array([0.7 - 1.125, 1.55 - 1.125, 1.95 - 5.5, 9.05 - 5.5])[:, None] * HOLE
+    chosen = rows[HOLE > 0]
+    got = hand_made("reinforce", [1.0, 2.0, 3.0, 10.0], preset="reinforce_baseline")
+    np.testing.assert_allclose(got, np.where(HOLE > 0, (rows - chosen.mean()) / chosen.std(ddof=1), 0.0), atol=1e-6)
+
+
+def test_remax_takes_off_the_greedy_answer_of_the_same_prompt() -> None:
+    greedy = rollout_of(np.ones((2, 3)), [8, 3])
+    got = hand_made("remax", [1.0, 2.0, 3.0, 10.0], HOLE, greedy, scores_of([1.5, 0.25]))
+    np.testing.assert_allclose(got, (RETURNS - np.array([0.25, 0.25, 1.5, 1.5])[:, None]) * HOLE, atol=1e-6)
+
+
+def test_a2c_discounts_from_one_chosen_token_to_the_next() -> None:
+    values = np.full(HOLE.shape, 0.5, np.float32)
+    values[HOLE == 0] = 99.0
+    got = hand_made("a2c", [1.0, 2.0, 3.0, 10.0], HOLE, values, gamma=0.9)
+    first = [-0.05 + 0.9 * (-0.1 + 0.9 * 0.85) - 0.5, -0.1 + 0.9 * 0.85 - 0.5, 0, 0.85 - 0.5]
+    np.testing.assert_allclose(got[0], first, atol=1e-6)
+    np.testing.assert_allclose(got[1], [-0.2 + 0.9 * 1.75 - 0.5, 0, 0, 1.75 - 0.5], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rloo", "reinforce", "remax", "a2c", "ppo"])
+def test_a_score_is_not_lost_behind_what_a_tool_wrote_last(name: str) -> None:
+    """The answers end with a tool's token: the score goes to the last token that the policy chose."""
+    total = [1.0, 2.0, 3.0, 5.0]
+    greedy = [rollout_of(np.ones((2, 3)), [8, 3]), scores_of([1.5, 0.25])]
+    more = greedy if name == "remax" else []
+    method = method_of(name, kl_coeff=0.5)
+    short, long = rollout_of(HOLE, [3, 3, 8, 8]), rollout_of(HOLE, [3, 3, 8, 8], tail=1)
+    found = []
+    for rollout in (short, long):
+        kl, zeros = np.pad(KL, ((0, 0), (0, rollout.width - 4))), np.zeros(rollout.mask.shape, np.float32)
+        given = [zeros] if name in ("a2c", "ppo") else more
+        found.append(method.advantages(rollout, kl, zeros, scores_of(total), *given)[0]["advantages"])
+    np.testing.assert_array_equal(found[1][:, :4], found[0])
