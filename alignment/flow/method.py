@@ -39,6 +39,7 @@ class RoleSpec:
         evaluates: whether evaluation needs it, so that it is loaded without training too.
         temperature: of a policy's log-probs; None: that of sampling.
         present: whether the run has it at all; a call of one that is not there is given None.
+        masked: of a policy that is trained, whether over the tokens of ``rollout.allowed`` alone.
         options: further words for the loader of its kind.
     """
 
@@ -52,6 +53,7 @@ class RoleSpec:
     evaluates: bool = False
     temperature: float | None = None
     present: bool = True
+    masked: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from alignment.flow.loop import Loop
     from alignment.parallel import World
     from alignment.rollout.generate import GenerationPrompt
+    from alignment.rollout.masking import MaskingPolicy
     from alignment.rollout.rewards import RewardResult
     from alignment.rollout.rollout import Rollout
 
@@ -88,6 +89,10 @@ class OnlineMethod(Method):
     def reference_model(self) -> RoleSpec:
         """The reference's role; it is there where the KL to it has a weight."""
         return replace(REFERENCE, present=self.args.kl_coeff > 0)
+
+    def masking(self, roles: Mapping[str, Any]) -> MaskingPolicy | None:
+        """What says which tokens may be sampled, of the run's roles; None: all may."""
+        return None
 
     # -- at the run's beginning
 
@@ -442,14 +447,14 @@ def summed_k1(experience: Experience) -> np.ndarray:
     """``[B]`` k1 estimate of each answer's KL to the reference, in nats: what the adaptive controller and the metric
     use.
     """
-    return ((experience.logprobs - experience.ref_logprobs) * experience.actions).sum(axis=1)
+    return ((experience.plain_logprobs - experience.ref_logprobs) * experience.actions).sum(axis=1)
 
 
 def rollout_gaps(experience: Experience) -> np.ndarray:
     """``[N]``, of each token that the policy chose: how far the log-prob of the rollout engine is from the training
     network's.
     """
-    return np.abs(experience.rollout.logprobs - experience.logprobs)[experience.actions > 0]
+    return np.abs(experience.rollout.logprobs - experience.plain_logprobs)[experience.actions > 0]
 
 
 def clipped_scores(experience: Experience, clip_range_score: float) -> np.ndarray:

@@ -340,6 +340,7 @@ def build_loop(method: Method, world: World, data: RunData, sizes: Any, argv: li
             token_budget=args.rollout_token_budget,
             most_rows=args.per_device_rollout_batch_size if args.per_device_rollout_batch_size > 0 else None,
             tokens=tokens,
+            masking=method.masking(roles),
             progress=not args.disable_tqdm if world.is_main else None,
         ),
     )
@@ -394,7 +395,8 @@ def make_role(spec: RoleSpec, engine: Engine, args: OnlineArguments) -> Any:
     rows, budget = args.rollout_logprob_batch_size or args.per_device_train_batch_size, args.max_tokens_per_micro_batch
     if spec.kind == "policy":
         temperature = args.temperature if spec.temperature is None else spec.temperature
-        return PolicyRole(engine, temperature, rows, budget, entropy_grad=args.entropy_coeff != 0.0)
+        entropy_grad = args.entropy_coeff != 0.0
+        return PolicyRole(engine, temperature, rows, budget, entropy_grad=entropy_grad, masked=spec.masked)
     if spec.kind == "value":
         return ValueRole(engine, rows, budget)
     return RewardRole(engine, rows, budget)

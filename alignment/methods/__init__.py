@@ -42,6 +42,7 @@ BUILT_IN: dict[str, str] = {
     "reinforce": "alignment.methods.reinforce:Reinforce",
     "remax": "alignment.methods.remax:ReMax",
     "a2c": "alignment.methods.a2c:A2C",
+    "nlpo": "alignment.methods.nlpo:NLPO",
 }
 #: Other names of methods.
 ALIASES = {"rm": "reward"}

@@ -207,12 +207,12 @@ class ContinuousBatch:
         uniforms, early, marked = chance
         seen = None if marked is None else paddle.gather(self._seen, marked)
         logits, eos_ids, allowed = self.ops.logits(hidden[0]), self.table.stop.eos_ids, None
-        if self.kept is not None and self.kept.wants(self.settings):
-            self.kept.look(logits[: self.kept.ROWS].numpy(), self.settings)
         if self.masking is not None:
             theirs = self._readers[1].logits(hidden[1]) if len(hidden) > 1 else logits
             too_early = self.table.response_len[rows] < self.settings.min_new_tokens
             allowed = self.masking.allow(theirs.numpy(), self.settings.temperature, too_early, eos_ids)
+        if self.kept is not None and self.kept.wants(self.settings):
+            self.kept.look(logits[: self.kept.ROWS].numpy(), self.settings, allowed)
         chosen = self.ops.choose(logits, self.settings, uniforms[step], early[step], eos_ids, seen, allowed)
         if marked is not None:
             paddle.index_put_(self._seen, (marked, chosen[0].clip(min=0)), self._mark)

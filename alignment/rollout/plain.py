@@ -106,10 +106,10 @@ class PlainBatch:
         seen: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         own, early, allowed = logits[0], np.full(len(active), position < settings.min_new_tokens), None
-        if self.kept.wants(settings):
-            self.kept.look(own[growing], settings)
         if self.masking is not None:
             allowed = self.masking.allow(logits[-1], settings.temperature, early, table.stop.eos_ids)
+        if self.kept.wants(settings):
+            self.kept.look(own[growing], settings, None if allowed is None else allowed[growing])
         tokens, logprobs, sampler_logprobs = choose_tokens(
             own,
             settings,

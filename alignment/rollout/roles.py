@@ -164,19 +164,29 @@ class PolicyRole:
         """``[B, R]`` float32 without gradient, in micro batches; with ``masked`` of the policy over
         ``rollout.allowed`` alone.
         """
+        return self._infer(rollout, (masked,))[0]
 
-        def compute(hidden: Tensor, part: Rollout) -> np.ndarray:
+    def plain_and_masked_logprobs(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+        """:meth:`logprobs` without and with ``masked``, ``[B, R]`` float32 each, in one pass."""
+        plain, masked = self._infer(rollout, (False, True))
+        return plain, masked
+
+    def _infer(self, rollout: Rollout, masked: Sequence[bool]) -> list[np.ndarray]:
+        def compute(hidden: Tensor, part: Rollout) -> list[np.ndarray]:
             positions = ResponsePositions.of(part)
             if not len(positions.labels):
-                return np.zeros(positions.shape, dtype=np.float32)
-            labels = paddle.to_tensor(positions.labels)
-            allowed = part.allowed if masked else None
-            scores = self.engine.score_labels(_states(hidden, positions), labels, self.temperature, allowed=allowed)
-            return positions.spread(scores.logprobs).numpy()
+                return [np.zeros(positions.shape, dtype=np.float32) for _ in masked]
+            states, labels = _states(hidden, positions), paddle.to_tensor(positions.labels)
+            found = []
+            for only_allowed in masked:
+                allowed = part.allowed if only_allowed else None
+                scores = self.engine.score_labels(states, labels, self.temperature, allowed=allowed)
+                found.append(positions.spread(scores.logprobs).numpy())
+            return found
 
         groups = micro_batches(rollout.lengths, self.micro_batch_size, self.max_tokens)
         pieces = self.engine.infer_pass([rollout.select(group) for group in groups], rows_of, compute)
-        return join_micro_batches(pieces, groups, rollout.width)
+        return [join_micro_batches([piece[i] for piece in pieces], groups, rollout.width) for i in range(len(masked))]
 
 
 class ValueRole:

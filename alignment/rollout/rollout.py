@@ -158,6 +158,13 @@ class Experience(Rollout):
         return self["logprobs"]
 
     @property
+    def plain_logprobs(self) -> np.ndarray:
+        """``[B, R]`` float32 of the whole policy before the update: ``logprobs``, unless those are over the allowed
+        tokens alone. The reference and the generation engine give such, too.
+        """
+        return self["plain_logprobs" if "plain_logprobs" in self else "logprobs"]
+
+    @property
     def score_parts(self) -> dict[str, np.ndarray]:
         """``[B]`` float32 each, by the reward's name."""
         return {name.removeprefix(_PARTS): self[name] for name in self.columns if name.startswith(_PARTS)}

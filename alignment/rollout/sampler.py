@@ -88,9 +88,13 @@ class KeptMass:
         self.calls += narrow
         return narrow and self.rows < self.ENOUGH and self.calls % self.EVERY == 1
 
-    def look(self, logits: np.ndarray, settings: SamplingSettings) -> None:
-        """Take in a step's logits ``[N, V]``, before penalties."""
+    def look(self, logits: np.ndarray, settings: SamplingSettings, allowed: np.ndarray | None = None) -> None:
+        """Take in a step's logits ``[N, V]``, before penalties; with ``allowed`` ``[N, V]`` bool (of a masking policy)
+        the policy is the one over these tokens.
+        """
         some = logits[: self.ROWS]
+        if allowed is not None:
+            some = np.where(allowed[: self.ROWS], some, -np.inf)
         whole = truncated_probabilities(some, replace(settings, top_k=0, top_p=1.0))
         self.sum += float(whole[truncated_probabilities(some, settings) > 0].sum())
         self.rows += len(some)

@@ -122,6 +122,13 @@ def test_the_policys_own_best_tokens_need_no_copy(llama: paddle.nn.Layer, way: s
         np.testing.assert_array_equal(masked.tokens, cut.tokens)
 
 
+def test_what_top_k_leaves_is_measured_of_the_masked_policy(llama: paddle.nn.Layer, way: str) -> None:
+    """Of six allowed tokens top_k 6 leaves everything, however little of the whole policy that is."""
+    engine = masked_engine(llama, way, MaskingPolicy(None, "topk", 5))
+    engine.generate(PROMPTS, SamplingSettings(8, seed=5, top_k=6))
+    assert engine.kept.mean == pytest.approx(1.0, abs=1e-9)
+
+
 @pytest.mark.parametrize("choose", [choose_tokens, by_kernel])
 @pytest.mark.parametrize("greedy", [False, True])
 def test_a_row_without_an_allowed_token_is_reported(choose: Callable, greedy: bool) -> None:
