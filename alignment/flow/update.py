@@ -16,9 +16,9 @@ from paddle import Tensor
 
 from alignment import runtime
 from alignment.engine.batching import micro_batches, rank_slice
-from alignment.flow.finite import FiniteCheck
 from alignment.flow.invariants import FirstStepCheck, Guard, check_first_pass, check_later_pass, precision_of
 from alignment.flow.method import Loss, RoleSpec, Train, Window, figures_of
+from alignment.flow.nonfinite import FiniteCheck
 from alignment.flow.ptx import PtxStream
 from alignment.flow.statistics import Statistics
 from alignment.losses.aggregation import row_weights
