@@ -8,11 +8,14 @@ import numpy as np
 import paddle
 import pytest
 
+from alignment.engine.engine import Engine
 from alignment.errors import ModelError
 from alignment.losses.vocabulary_mask import vocabulary_mask
+from alignment.parallel import World
 from alignment.rollout.generate import GenerationEngine
 from alignment.rollout.layers import LayerOps
 from alignment.rollout.masking import MaskingPolicy
+from alignment.rollout.roles import PolicyRole
 from alignment.rollout.rollout import Rollout
 from alignment.rollout.sampler import SamplingSettings, choose_tokens
 from tests.precision import same_answers, within
@@ -154,3 +157,17 @@ def test_a_masking_policy_that_gives_nan_is_told(llama: paddle.nn.Layer, way: st
 def test_a_copy_of_another_model_is_refused(llama: paddle.nn.Layer) -> None:
     with pytest.raises(ModelError, match=f"the policy predicts {VOCAB} tokens and the masking policy 32"):
         GenerationEngine(llama, IdTokenizer(), [EOS], 64, 8, masking=MaskingPolicy(make_model("llama", vocab_size=32)))
+
+
+def test_the_update_sees_the_distribution_that_was_sampled_from(
+    llama: paddle.nn.Layer, lagging: paddle.nn.Layer, way: str
+) -> None:
+    """Renormalised over the kept sets, the training network's log-probs are log q; without them they are log p."""
+    how = SamplingSettings(12, seed=5, temperature=0.8)
+    rollout = masked_engine(llama, way, MaskingPolicy(lagging, top_mask=0.5)).generate(PROMPTS, how, 2)
+    role = PolicyRole(Engine("actor", make_model("llama"), World()), 0.8, 3)
+    tolerance = within(1e-4, "logprob")
+    np.testing.assert_allclose(role.logprobs(rollout, masked=True), rollout.sampler_logprobs, atol=tolerance)
+    np.testing.assert_allclose(role.logprobs(rollout), rollout.logprobs, atol=tolerance)
+    gap = (rollout.sampler_logprobs - rollout.logprobs)[rollout.mask > 0]
+    assert (gap > -1e-5).all() and gap.mean() > 0.1
