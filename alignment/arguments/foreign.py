@@ -126,7 +126,10 @@ RL_ALGORITHMS = {"ppo": "ppo", "grpo": "grpo", "reinforce_plus_plus": "reinforce
 
 def _reference_settings(cls: type, chosen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What paddlenlp's algorithms take for granted and the methods here do not."""
-    return {"grpo": {"kl_coeff": 0.001}, "reinforce_plus_plus": {"kl_coeff": 0.02}}
+    return {
+        "grpo": {"kl_coeff": 0.001, "max_gen_batches": 32, "overlong_reward_buffer": 256},
+        "reinforce_plus_plus": {"kl_coeff": 0.02},
+    }
 
 
 #: Options of the reference's reinforcement-learning script in its later versions, for every method that generates.

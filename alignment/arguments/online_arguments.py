@@ -25,7 +25,11 @@ def _compat_settings(cls: type[Arguments], chosen: Mapping[str, Any]) -> dict[st
     """What each value of ``compat`` sets for a method: the peer's constants under the names of keys."""
     loss = chosen.get("policy_loss", "ppo")
     tables = {peer: compat_settings(peer, cls.STAGE, loss) for peer in COMPAT if cls.STAGE in COMPAT[peer]}
-    return {peer: {_COMPAT_KEYS.get(key, key): value for key, value in table.items()} for peer, table in tables.items()}
+    own = cls.specs()
+    return {
+        peer: {key if key in own else _COMPAT_KEYS.get(key, key): value for key, value in table.items()}
+        for peer, table in tables.items()
+    }
 
 
 @dataclass

@@ -112,7 +112,8 @@ class Evaluator:
             statistics.add(f"eval/truncation_rate{suffix}", not record["finished"], 1)
             if len(record["scores"]) > 1:
                 for name, score in record["scores"].items():
-                    statistics.add(f"eval/reward{suffix}/{name}", score, 1)
+                    if score == score:  # else the reward does not apply to this answer
+                        statistics.add(f"eval/reward{suffix}/{name}", score, 1)
 
 
 def sample_table(records: Sequence[dict[str, Any]], step: int) -> str:

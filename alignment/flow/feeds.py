@@ -25,6 +25,9 @@ class PromptFeed:
         args: ``seed``, ``shuffle``, ``dataloader_drop_last``.
         sizes: how many prompts a rollout has.
         world: the data ranks.
+
+    Attributes:
+        began: the position at which this iteration began.
     """
 
     input = "prompts"
@@ -32,7 +35,7 @@ class PromptFeed:
     def __init__(self, prompts: Any, args: Any, sizes: Sizes, world: World) -> None:
         self.prompts, self.sizes, self.world = prompts, sizes, world
         self.drop_last = bool(args.dataloader_drop_last)
-        self.stream = IndexStream(len(prompts), args.seed, shuffle=args.shuffle)
+        self.stream, self.began = IndexStream(len(prompts), args.seed, shuffle=args.shuffle), 0
 
     @property
     def position(self) -> int:
@@ -41,7 +44,8 @@ class PromptFeed:
 
     @position.setter
     def position(self, value: int) -> None:
-        self.stream.position = value
+        # an iteration that is taken up again began in the epoch of its last prompt, unless its method knows better
+        self.stream.position, self.began = value, max(0, value - 1)
 
     @property
     def epoch(self) -> float:
@@ -50,19 +54,25 @@ class PromptFeed:
 
     @property
     def epoch_ended(self) -> bool:
-        """Whether the next prompt begins an epoch (what is left of this one may be dropped)."""
-        left = self.stream.left_in_epoch
-        return left == self.stream.rows or (self.drop_last and left < self.sizes.prompts_per_rollout)
+        """Whether this iteration's prompts were the last of an epoch (what is left of it may be dropped)."""
+        left, passed = self.stream.left_in_epoch, self.stream.epoch > self.began // self.stream.rows
+        return passed or (self.drop_last and left < self.sizes.prompts_per_rollout)
 
-    def next(self) -> list[GenerationPrompt]:
-        """This rank's share of the next global batch of prompts."""
-        count, first = self.sizes.prompts_per_rollout, self.stream.position
+    def next(self, within: bool = False) -> list[GenerationPrompt]:
+        """This rank's share of the next global batch of prompts, none of which is beyond the epoch's end.
+
+        Args:
+            within: they are further prompts of the iteration that has begun.
+        """
+        count = self.sizes.prompts_per_rollout
         if self.stream.left_in_epoch < count:
-            if self.drop_last and first % self.stream.rows != 0:
+            if self.drop_last and self.stream.position % self.stream.rows != 0:
                 self.stream.skip_epoch_rest()
-                first = self.stream.position
             else:
                 count = self.stream.left_in_epoch
+        first = self.stream.position
+        if not within:
+            self.began = first
         rows = self.stream.take(count)
         share = rank_slice(np.arange(len(rows)), self.world.rank, self.world.size)
         return [as_prompt(self.prompts[rows[i]], first + int(i)) for i in share]

@@ -79,6 +79,11 @@ class OnlineMethod(Method):
         self._said: set[str] = set()
 
     @property
+    def partial_rewards(self) -> bool:
+        """Whether one of several rewards may say of an answer that it does not apply to it (``None``)."""
+        return False
+
+    @property
     def reward_model(self) -> RoleSpec:
         """The reward model's role; it is there where ``reward`` names it."""
         from alignment.rollout.rewards import uses_model
@@ -212,7 +217,8 @@ class OnlineMethod(Method):
         kl = np.zeros_like(mask)
         if ref_logprobs is not None:
             coeff = self.kl_controller.kl_coeff
-            kl = kl_estimate(logprobs, ref_logprobs, args.kl_estimator) * mask
+            bounds = [getattr(args, name, None) for name in ("kl_log_ratio_clamp", "kl_clamp")]
+            kl = kl_estimate(logprobs, ref_logprobs, args.kl_estimator, *bounds) * mask
             columns |= {"ref_logprobs": ref_logprobs, "kl": kl}
         rewards = shape_rewards(shaped, kl, rollout.response_len, coeff, args.clip_range_score, action_mask=mask)
         inputs = AdvantageInputs(
@@ -471,7 +477,7 @@ def describe_experience(experience: Experience, kl_coeff: float, clip_range_scor
         stats.add("train/reward_std", experience.scores.std() * rows if rows else 0.0, rows)
         if len(experience.score_parts) > 1:
             for name, part in experience.score_parts.items():
-                stats.add(f"train/reward/{name}", part.sum(), rows)
+                stats.add(f"train/reward/{name}", np.nansum(part), int((~np.isnan(part)).sum()))
     if "shaped_scores" in experience:
         stats.add("train/norm_reward", experience.shaped_scores.sum(), rows)
         stats.add("reward/clipped_fraction", clipped_scores(experience, clip_range_score).sum(), rows)

@@ -285,6 +285,8 @@ def build_loop(method: Method, world: World, data: RunData, sizes: Any, argv: li
     """Load the models and put the loop together; ``rewards`` None: those that the arguments name."""
     args = method.args
     rewards = rewards or resolve_rewards(args.reward, _model_comes_later, args.reward_timeout)
+    if method.partial_rewards:
+        rewards.allow_partial()
     rewards.settle_columns(dict.fromkeys(name for rows in data.prompt_sets for name in rows.columns()))
     get_logger().info("reward: %s", rewards)
     specs, flow = method.roles(), method.flow()

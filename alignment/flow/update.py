@@ -218,8 +218,8 @@ class Updater:
 
     def _check_ratios(self, stats: Statistics, name: str) -> None:
         """Behind the first optimizer step of a rollout: of the first rollout by its ratios, later by the mean KL."""
-        if not self.guard.looks or "train/approx_kl" not in stats.sums:
-            return
+        if not self.guard.looks or not stats.weights.get("train/approx_kl"):
+            return  # there is no token in it to look at
         role = self.roles[name]
         first, temperature = self._log_ratios is not None, role.temperature
         exact = first and self.specs[name].starts_at == 0  # with a warm-up, exact products end before this step

@@ -38,6 +38,7 @@ M = TypeVar("M", bound=type)
 #: Where the toolkit's own methods are.
 BUILT_IN: dict[str, str] = {
     "ppo": "alignment.methods.ppo:PPO",
+    "grpo": "alignment.methods.grpo:GRPO",
     "rloo": "alignment.methods.rloo:RLOO",
     "reinforce": "alignment.methods.reinforce:Reinforce",
     "remax": "alignment.methods.remax:ReMax",

@@ -76,7 +76,7 @@ class PythonReward(RewardSource):
             raise
         except Exception as error:
             raise RewardError(self._failure(error, batch)) from error
-        return check_scores(self.NAME, values, batch)
+        return check_scores(self.NAME, values, batch, self.partial)
 
     def settle_columns(self, columns: Collection[str]) -> None:
         """See :meth:`RewardSource.settle_columns`: whether a column is missing is decided once, by all rows of the run,

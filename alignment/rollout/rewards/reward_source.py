@@ -74,10 +74,12 @@ class RewardSource(abc.ABC):
         NAME: how the JSON, the logs and the metrics call it.
         figures: ``[B]`` each, of the newest batch, for the metrics alone: ``"truncated"`` becomes the mean
             ``reward/truncated_fraction``.
+        partial: whether it may say ``None`` of an answer that it does not apply to.
     """
 
     NAME: str
     figures: Mapping[str, np.ndarray] = MappingProxyType({})
+    partial: bool = False
 
     @abc.abstractmethod
     def score(self, batch: RewardBatch) -> list[float] | np.ndarray:
@@ -105,6 +107,14 @@ class RewardResult:
     parts: dict[str, np.ndarray]
     figures: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def select(self, index: np.ndarray) -> RewardResult:
+        """Those of the given rows, in the given order."""
+        return RewardResult(
+            self.total[index],
+            {name: part[index] for name, part in self.parts.items()},
+            {name: figure[index] for name, figure in self.figures.items()},
+        )
+
     @classmethod
     def join(cls, results: Sequence[RewardResult]) -> RewardResult:
         """Those of several batches (at least one) as one."""
@@ -116,7 +126,7 @@ class RewardResult:
         )
 
 
-def check_scores(name: str, values: object, batch: RewardBatch) -> np.ndarray:
+def check_scores(name: str, values: object, batch: RewardBatch, partial: bool = False) -> np.ndarray:
     """Return ``values`` as ``[B]`` float32.
 
     Args:
@@ -124,6 +134,7 @@ def check_scores(name: str, values: object, batch: RewardBatch) -> np.ndarray:
         values: what the source returned: a list, tuple, array or tensor of ``B`` numbers (truth values count as 0 and
             1).
         batch: what it was given.
+        partial: whether it may say ``None`` or NaN of an answer that it does not apply to, which is NaN in the result.
 
     Raises:
         RewardError: another type, another count, something that is no number, NaN or infinite (also only in float32).
@@ -145,6 +156,9 @@ def check_scores(name: str, values: object, batch: RewardBatch) -> np.ndarray:
     for i, value in enumerate(values):
         if hasattr(value, "item") and getattr(value, "size", 1) == 1:  # a NumPy scalar or a tensor of one number
             value = value.item()
+        if partial and (value is None or value != value):
+            scores[i] = np.nan
+            continue
         if not isinstance(value, numbers.Real):
             raise RewardError(
                 f"reward {name!r} gave {_describe(value)} instead of a number for sample {i}:\n{batch.show(i)}"

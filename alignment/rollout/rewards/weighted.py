@@ -52,12 +52,19 @@ class WeightedRewards:
         for name, _, source in self.sources:
             watched = contextlib.nullcontext() if isinstance(source, ModelReward) else patience(name, self.timeout)
             with watched:
-                parts[name] = check_scores(name, source.score(batch), batch)
+                parts[name] = check_scores(name, source.score(batch), batch, source.partial)
             figures.update(source.figures)
         total = np.zeros(len(batch), dtype=np.float64)
         for name, weight, _ in self.sources:
-            total += weight * parts[name].astype(np.float64)
+            total += weight * np.nan_to_num(parts[name].astype(np.float64))
         return RewardResult(total=check_scores(str(self), total, batch), parts=parts, figures=figures)
+
+    def allow_partial(self) -> None:
+        """Let every source say ``None`` of an answer that it does not apply to: NaN among the parts, and nothing in the
+        sum.
+        """
+        for _, _, source in self.sources:
+            source.partial = True
 
     def use_model(self, scorer: ModelScorer) -> None:
         """Give the reward model, where it was not loaded yet when the sources were made."""
