@@ -251,6 +251,7 @@ class Flow:
         halted: Callable[[], bool] | None = None,
         on_call: Callable[[Call], None] | None = None,
         on_values: Callable[[Mapping[str, Any]], None] | None = None,
+        goes_on: Callable[[], bool] | None = None,
         first: str | None = None,
         step: int = 0,
     ) -> dict[str, Any]:
@@ -269,6 +270,8 @@ class Flow:
                 comes behind it happens once, when it was taken up again and is done.
             on_call: called before each phase (residency, heartbeats).
             on_values: called with the values that a phase gave.
+            goes_on: asked behind each training call whether it came to its end; an interrupted one ends the iteration:
+                its averages and the calls behind it come when it is taken up again.
             first: name of the call to begin with (an iteration that is taken up again); None for all.
             step: optimizer steps taken so far, for ``when``.
 
@@ -302,6 +305,9 @@ class Flow:
                 else:
                     given = call(there, [known[name] for name in call.needs])
                 known.update(given)
+                if call.kind == "train" and goes_on is not None and not goes_on():
+                    timer.add(call.name, time.perf_counter() - started)
+                    return known
                 for average in call.after:
                     roles[average.target].engine.average(roles[average.source].engine, average.share)
             timer.add(call.name, time.perf_counter() - started)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignment import cli, methods
+from alignment.arguments import from_dict
 from alignment.errors import ArgumentsError
 from alignment.methods import start
 
@@ -239,3 +240,15 @@ def test_rl_algorithm_chooses_the_method(monkeypatch: pytest.MonkeyPatch, capsys
 def test_rl_algorithm_must_be_the_method_that_was_started(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "run", "mine", "conf/mine.json", "rl_algorithm=grpo")
     assert status == 2 and "rl_algorithm is grpo, but this is Mine: start it with `alignment grpo`" in err
+
+
+def test_a_file_of_paddlenlps_script_may_have_the_critics_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    """paddlenlp has one set of keys for its algorithms with a critic and without."""
+    keys = {"critic_learning_rate": 1e-5, "clip_range_value": 5.0}
+    made = from_dict(methods.arguments_of(methods.find_method("reinforce")), {
+        **GIVEN, **keys, "rl_algorithm": "reinforce_plus_plus",
+    })  # fmt: skip
+    assert "critic_learning_rate, clip_range_value: REINFORCE++ has no critic" in made.remarks
+    assert made.kl_coeff == 0.02, "paddlenlp's"
+    with pytest.raises(ArgumentsError, match="clip_range_value: is an argument of methods with a critic"):
+        from_dict(methods.arguments_of(methods.find_method("reinforce")), {**GIVEN, **keys})
