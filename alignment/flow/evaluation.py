@@ -97,7 +97,7 @@ class Evaluator:
                         "response": rollout.responses[i],
                         "score": float(result.total[i]),
                         "scores": {name: float(part[i]) for name, part in result.parts.items()},
-                        "response_len": int(rollout.response_len[i]),
+                        "response_len": int(rollout.chosen_len[i]),
                         "finished": bool(rollout.finished[i]),
                     }
                 )

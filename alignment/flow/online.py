@@ -367,7 +367,7 @@ class OnlineMethod(Method):
         """
         for call in self.loop.flow.calls:
             if call.kind == "generate" and name in call.outputs:
-                self.timer.count_tokens(call.name, float(whole.response_len.sum()))
+                self.timer.count_tokens(call.name, float(whole.chosen_len.sum()))
             elif (
                 call.kind == "infer"
                 and name in call.needs
@@ -487,8 +487,8 @@ def describe_experience(experience: Experience, kl_coeff: float, clip_range_scor
         stats.add("train/kl_divergence", summed_k1(experience).sum(), rows)
         stats.add("train/kl_divergence_per_token", summed_k1(experience).sum(), tokens)
         stats.set("train/kl_coeff", kl_coeff)
-    stats.add("train/mean_generated_length", experience.response_len.sum(), rows)
-    stats.maximum("train/max_generated_length", float(experience.response_len.max(initial=0)))
+    stats.add("train/mean_generated_length", experience.chosen_len.sum(), rows)
+    stats.maximum("train/max_generated_length", float(experience.chosen_len.max(initial=0)))
     stats.add("train/truncation_rate", float((~experience.finished).sum()), rows)
     for name in ("values", "returns", "advantages"):
         if name in experience:

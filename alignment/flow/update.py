@@ -165,11 +165,11 @@ class Updater:
                 break
 
     def _micro_batches(self, mine: Rollout) -> list[Rollout]:
-        """This rank's rows in micro batches; those without any response token teach nothing."""
+        """This rank's rows in micro batches; those without a token that the policy chose teach nothing."""
         args = self.args
         groups = micro_batches(mine.lengths, args.per_device_train_batch_size, args.max_tokens_per_micro_batch)
         parts = [mine.select(group) for group in groups]
-        return [part for part in parts if part.response_len.any()]
+        return [part for part in parts if part.chosen_len.any()]
 
     def _step(self, name: str, loss: Callable[..., Loss], window: Window, stats: Statistics, global_step: int) -> bool:
         """One optimizer step of a role; returns whether the update is to stop because the policy moved too far."""

@@ -1,6 +1,7 @@
 """PPO with a critic (Schulman et al. 2017; for language models Ziegler et al. 2019, Ouyang et al. 2022).
 
-Of each answer, token by token (``t``), with the score at its last token:
+Of each answer, token by token (``t``) that the policy chose, with the score at the last one (tokens that a tool put in
+are stepped over):
 
     r_t = -kl_coeff KL_t + [t is last] score          KL_t of the policy to the reference, by ``kl_estimator``
     A_t = sum_l (gamma lambda)^l delta_{t+l}          delta_t = r_t + gamma V_{t+1} - V_t  (GAE, Schulman et al. 2016)
@@ -97,7 +98,7 @@ class PPO(OnlineMethod):
         """What is learnt from; arrays ``[B, R]`` of the actor by the training network, the reference, the critic."""
         args, mask = self.args, rollout.actions
         # The score's way: normalised by the running moments (if any), then the missing-EOS rule, then clipped, then
-        # added at the answer's last token to the KL penalty.
+        # added to the KL penalty at the last token that the policy chose.
         shaped = self.shape_scores(rollout, scores.total)
         kl = kl_estimate(logprobs, ref_logprobs, args.kl_estimator) * mask
         coeff, lengths = self.kl_controller.kl_coeff, rollout.response_len

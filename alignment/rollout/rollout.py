@@ -122,6 +122,11 @@ class Rollout(Batch):
         """
         return self["action_mask"].astype(np.float32)
 
+    @property
+    def chosen_len(self) -> np.ndarray:
+        """``[B]`` int64, how many tokens of each response the policy chose."""
+        return self["action_mask"].sum(axis=1)
+
 
 class Experience(Rollout):
     """A rollout with everything that the update needs: columns of the length kind ``response``, which show as
