@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from alignment import methods
 from alignment.arguments import PPOArguments, RewardArguments, SFTArguments
 from alignment.errors import ArgumentsError, ModelError
 from alignment.plan import run_plan
@@ -173,6 +174,16 @@ def test_any_method_is_planned_by_its_own_roles_and_flow(
     assert peak(mine)["update"]["parameters"] == pytest.approx(peak(ppo)["update"]["parameters"] / 2, rel=0.02)
     assert peak(mine)["update"]["optimizer"] == pytest.approx(peak(ppo)["update"]["optimizer"] / 2, rel=0.02)
     assert ppo["stage"] == "ppo" and ppo["seconds"] > mine["seconds"]
+
+
+@pytest.mark.parametrize("name", methods.BUILT_IN)
+def test_every_method_is_planned(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file.json").write_text(json.dumps({"train_datasets": "alpaca", "output_dir": "o"}))
+    named = methods.arguments_of(methods.find_method(name)).specs()
+    models = [f"{key}=beaver-7b" for key in named if key.endswith("model_name_or_path")]
+    found = plan(capsys, str(tmp_path / "file.json"), *models, "--method", name, "--cards", "1")
+    assert found["stage"] == name
+    assert "update" in peak(found) or "train" in peak(found)
 
 
 def test_adapters_alone_have_gradients_and_an_optimizer(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
