@@ -10,7 +10,7 @@ from pathlib import Path
 #: Rooms inside rooms. Every other folder below ``alignment`` is a room, and the modules beside them are ``base``, but
 #: for those that stand above some rooms and are rooms of their own.
 INNER = ("ppo.data", "ppo.models", "rollout.rewards")
-ALONE = {"cli": "cli", "__main__": "cli", "plugins": "plugins"}
+ALONE = {"cli": "cli", "__main__": "cli", "plugins": "plugins", "api": "api"}
 
 
 @dataclass(frozen=True)

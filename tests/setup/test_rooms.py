@@ -27,6 +27,7 @@ PERMITTED: dict[str, str] = {
     "rollout.rewards": "plugins arguments ppo.models ppo.data rollout",
     "flow": "plugins arguments parallel losses engine ppo.models ppo.data rollout rollout.rewards",
     "methods": "cli plugins arguments parallel losses engine ppo.models ppo.data rollout rollout.rewards flow",
+    "api": "arguments losses ppo.data rollout rollout.rewards flow methods",
     "sft": "cli arguments parallel losses engine ppo.models ppo.data flow methods",
     "rm": "cli arguments parallel losses engine ppo.models ppo.data flow methods",
     "ppo": "cli arguments parallel losses engine ppo.models ppo.data rollout rollout.rewards flow methods",
