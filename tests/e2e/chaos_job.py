@@ -1,4 +1,4 @@
-"""One process of a PPO run that is to be killed: it runs the ordinary command, and a thread beside it pulls the trigger
+"""One process of a run that is to be killed: it runs the ordinary command, and a thread beside it pulls the trigger
 at the moment that was drawn.
 
 The thread looks up where the main thread stands in :class:`~alignment.flow.loop.Loop`, so a kill hits the phase that it
@@ -48,17 +48,17 @@ class Shot:
     everyone: bool
 
 
-def run(words: list[str], output: str, shot: Shot | None) -> int:
-    """The command ``alignment ppo WORDS``; returns its exit status, if it lives to see it."""
+def run(method: str, words: list[str], output: str, shot: Shot | None) -> int:
+    """The command ``alignment METHOD WORDS``; returns its exit status, if it lives to see it."""
     import paddle
 
-    from alignment.ppo.run_ppo import main
+    from tests.parallel.layouts import started
 
     paddle.set_device("cpu")
     if shot is not None and int(os.environ["PADDLE_TRAINER_ID"]) == shot.rank:
         main_thread = threading.get_ident()
         threading.Thread(target=_shoot, args=(main_thread, Path(output), shot), daemon=True).start()
-    code = main(words)
+    code = started(method, words)
     assert code == 0, code
     return code
 

@@ -18,17 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.cli import load_task
+from alignment import cli
 from tests import tiny
 from tests.parallel.forked import run_ranks
 from tests.precision import ARGUMENTS
+from tests.small_methods import METHODS
 
-MAINS = {
-    "sft": "alignment.sft.run_sft:main",
-    "rm": "alignment.rm.run_reward:main",
-    "cost": "alignment.rm.run_reward:main_cost",
-    "ppo": "alignment.ppo.run_ppo:main",
-}
 GLOBAL_BATCH = 8
 TOLERANCE = 1e-4
 # Rewards that write down what they are asked to judge, so that two runs' answers can be compared word for word.
@@ -111,7 +106,7 @@ class Trace:
 
     Attributes:
         rows: of ``metrics.jsonl``.
-        answers: ``[prompt, answer]`` of every rollout and evaluation in the order of their scoring (PPO).
+        answers: ``[prompt, answer]`` of every rollout and evaluation in the order of their scoring.
         output: the run's folder.
     """
 
@@ -143,13 +138,13 @@ class Difference:
 
 
 def make_files(folder: Path, arch: str = "qwen2", **config: Any) -> Path:
-    """Write a random model of four layers, a second one as reward model, and data; returns ``folder``.
+    """Write a random model of four layers, others as reward and as cost model, and data; returns ``folder``.
 
-    The last batch of each epoch has one row, so that a data rank goes empty-handed.
+    The last batch of each epoch has one prompt or row, so that a data rank goes empty-handed.
     """
     settings = {"layers": 4, "initializer_range": 0.1, **config}
-    tiny.tiny_model_dir(folder / "model", arch, **settings)
-    tiny.tiny_model_dir(folder / "reward", arch, seed=1, **settings)
+    for seed, name in enumerate(("model", "reward", "cost")):
+        tiny.tiny_model_dir(folder / name, arch, seed=seed, **settings)
     rows = 5 * GLOBAL_BATCH + 1
     tiny.write_jsonl(folder / "sft.jsonl", tiny.copy_rows(rows))
     tiny.write_jsonl(folder / "one_batch.jsonl", tiny.copy_rows(GLOBAL_BATCH, seed=2))
@@ -159,18 +154,20 @@ def make_files(folder: Path, arch: str = "qwen2", **config: Any) -> Path:
     tiny.write_jsonl(folder / "cost.jsonl", tiny.safety_rows(rows))
     tiny.write_jsonl(folder / "cost_dev.jsonl", tiny.safety_rows(19, seed=1))
     prompts = [{"prompt": f"{row['src']} {i}"} for i, row in enumerate(tiny.copy_rows(24))]
-    tiny.write_jsonl(folder / "prompts.jsonl", prompts[: 2 * GLOBAL_BATCH + 1])
+    for answers in {method.answers for method in METHODS.values()}:
+        tiny.write_jsonl(folder / f"prompts_{answers}.jsonl", prompts[: 2 * GLOBAL_BATCH // answers + 1])
     tiny.write_jsonl(folder / "prompts_dev.jsonl", prompts[-7:])
     (folder / "recorder.py").write_text(_RECORDER)
     return folder
 
 
 def arguments(files: Path, stage: str, layout: Layout, output: Path) -> list[str]:
-    """The command line of a stage: the same global batches on any layout."""
+    """The command line of a stage or method: the same global batches on any layout."""
     rows = GLOBAL_BATCH // layout.data_ranks
     micro = max(1, rows // 2)
-    model, dev = files / "model", "prompts_dev" if stage == "ppo" else f"{stage}_dev"
-    train = "prompts" if stage == "ppo" else stage
+    model, train, dev = files / "model", stage, f"{stage}_dev"
+    if stage in METHODS:
+        train, dev = f"prompts_{METHODS[stage].answers}", "prompts_dev"
     words = [
         f"train_datasets=jsonl::{files / train}.jsonl",
         f"eval_datasets=jsonl::{files / dev}.jsonl",
@@ -191,18 +188,14 @@ def arguments(files: Path, stage: str, layout: Layout, output: Path) -> list[str
         "seed=3",
         *(f"{key}={json.dumps(value)}" for key, value in ARGUMENTS.items()),
     ]
-    if stage == "ppo":
+    if stage in METHODS:
         words += [
             f"actor_model_name_or_path={model}",
             f"reward_model_name_or_path={files / 'reward'}",
             'reward={"model": 1.0, "' + str(files / "recorder.py") + ':record": 0.0}',
-            f"per_device_prompt_batch_size={rows}",
-            "update_iters=2",
             "max_src_len=48",
             "max_dec_len=10",
-            "kl_coeff=0.1",
-            "normalize_advantage=true",
-            "critic_learning_rate=0.0005",
+            *METHODS[stage].words(files, rows),
         ]
         if layout.eval_mode:
             words.append(f"eval_mode={layout.eval_mode}")
@@ -220,7 +213,7 @@ def one_batch(files: Path, packed: bool = False) -> list[str]:
 
 
 def run(files: Path, stage: str, layout: Layout, extra: Sequence[str] = (), timeout: float = 120.0) -> Trace:
-    """Run a stage on forked ranks; the same code as ``python -m alignment STAGE``.
+    """Run a stage or method on forked ranks; the same code as ``python -m alignment STAGE``.
 
     Raises:
         RankError: a rank failed.
@@ -259,9 +252,15 @@ def _job(stage: str, words: list[str], environ: dict[str, str]) -> int:
     os.environ.update(environ)
     os.environ["RECORD_FILE"] += f".{rank}"
     paddle.set_device("cpu")
-    code = load_task(MAINS[stage])(words)
+    code = started(stage, words)
     assert code == 0, code
     return code
+
+
+def started(name: str, words: list[str]) -> int | None:
+    """Run ``alignment NAME WORDS`` in this process; what goes wrong is raised."""
+    task = cli.TASKS.get(name)
+    return cli.load_task(task.target)(words) if task else cli.load_task(cli.METHODS)([name, *words])
 
 
 def compare(one: Trace, other: Trace) -> Difference:

@@ -126,7 +126,7 @@ def test_the_shipped_llama_layout(tmp_path: Path) -> None:
         str(REPO / "config" / "llama" / "ppo_argument.json"),
         f"actor_model_name_or_path={files / 'model'}",
         f"reward_model_name_or_path={files / 'reward'}",
-        f"train_datasets=jsonl::{files / 'prompts.jsonl'}",
+        f"train_datasets=jsonl::{files / 'prompts_1.jsonl'}",
         f"eval_datasets=jsonl::{files / 'prompts_dev.jsonl'}",
         f"ptx_datasets=jsonl::{files / 'sft.jsonl'}",
         f"output_dir={tmp_path / 'run'}",
