@@ -248,7 +248,6 @@ class Flow:
         timer: PhaseTimer,
         *,
         train: Callable[[Call, Any], Any] | None = None,
-        halted: Callable[[], bool] | None = None,
         on_call: Callable[[Call], None] | None = None,
         on_values: Callable[[Mapping[str, Any]], None] | None = None,
         goes_on: Callable[[], bool] | None = None,
@@ -266,8 +265,6 @@ class Flow:
             world: the data ranks.
             timer: gets each phase's seconds.
             train: runs the training calls.
-            halted: asked behind each of them: whether it was left in the middle. Then nothing else runs, so that what
-                comes behind it happens once, when it was taken up again and is done.
             on_call: called before each phase (residency, heartbeats).
             on_values: called with the values that a phase gave.
             goes_on: asked behind each training call whether it came to its end; an interrupted one ends the iteration:
@@ -298,8 +295,6 @@ class Flow:
                     needed = [gathered[name] for name in call.needs]
                     given = call.named(train(call, *needed)) if call.kind == "train" and train else call(there, needed)
                     gathered.update(given)
-                    if call.kind == "train" and halted is not None and halted():
-                        return known
                 elif call.kind == "infer":
                     given = self._infer(call, there, [known[name] for name in call.needs])
                 else:

@@ -174,7 +174,7 @@ class Loop:
                 self.world,
                 self.timer,
                 train=self._update,
-                halted=lambda: self.half_used is not None,
+                goes_on=lambda: self.half_used is None,
                 on_call=lambda call: self._enter(call.name),
                 on_values=self._note_figures,
                 first=first,
