@@ -372,7 +372,7 @@ def _check_reward(args: RewardArguments) -> None:
 def _check_online(args: OnlineArguments, problems: Problems) -> None:
     if args.do_train and not args.train_datasets:
         problems.add("there are no training prompts: give train_datasets", "train_datasets")
-    _check_rewards(args, problems)
+    check_sources(args, problems, "reward", "reward_critic_model_name_or_path")
     _check_windows(args, problems)
     _check_answer_limits(args, problems)
     algorithm = args.passthrough.get("rl_algorithm")
@@ -430,27 +430,36 @@ def _check_critic(args: Any, problems: Problems) -> None:
         _check_learning_rate(args, problems, "critic_")
 
 
-def _check_rewards(args: OnlineArguments, problems: Problems) -> None:
-    names = [args.reward] if isinstance(args.reward, str) else list(args.reward or {"model": 1.0})
-    if "model" in names and not args.reward_model_name_or_path:
-        asked, other = "there is no reward", ', or reward as "file.py:function"'
-        if args.reward:
-            asked, other = "reward asks for the reward model", ""
-        problems.add(f"{asked}: give reward_model_name_or_path{other}", "reward", "reward_model_name_or_path")
-    if "model" not in names and args.reward_model_name_or_path:
-        starts_critic = isinstance(args, CriticKeys) and "reward_critic_model_name_or_path" not in args.given
+def check_sources(args: OnlineArguments, problems: Problems, key: str, critic_key: str) -> None:
+    """Note what is wrong with what ``key`` (``reward``) names as scoring the answers.
+
+    Args:
+        args: the arguments.
+        problems: what is noted.
+        key: the key; its model is that of ``KEY_model_name_or_path``.
+        critic_key: names a critic's folder that is the model's unless it is given; ``args`` may lack it.
+    """
+    sources, model_key = getattr(args, key), f"{key}_model_name_or_path"
+    names, model = [sources] if isinstance(sources, str) else list(sources or {"model": 1.0}), getattr(args, model_key)
+    if "model" in names and not model:
+        asked, other = f"there is no {key}", f', or {key} as "file.py:function"'
+        if sources:
+            asked, other = f"{key} asks for the {key} model", ""
+        problems.add(f"{asked}: give {model_key}{other}", key, model_key)
+    if "model" not in names and model:
+        starts_critic = isinstance(args, CriticKeys) and critic_key not in args.given
         only = " except to start the critic" if starts_critic else ""
-        args.notes.append(f"reward_model_name_or_path is not used{only}, because reward does not name the reward model")
+        args.notes.append(f"{model_key} is not used{only}, because {key} does not name the {key} model")
     for name in names:
         file, colon, function = name.rpartition(":")
         if not colon or not file.endswith(".py"):
             if name.endswith(".py"):
-                problems.add(f"reward: {name} names a file but no function; write {name}:FUNCTION", "reward")
+                problems.add(f"{key}: {name} names a file but no function; write {name}:FUNCTION", key)
             continue
         if not function.isidentifier():
-            problems.add(f"reward: {name} names no function; write {file}:FUNCTION", "reward")
+            problems.add(f"{key}: {name} names no function; write {file}:FUNCTION", key)
         elif not Path(file).expanduser().is_file():
-            problems.add(f"reward: {file} does not exist (looked in {Path.cwd()})", "reward")
+            problems.add(f"{key}: {file} does not exist (looked in {Path.cwd()})", key)
 
 
 def _check_windows(args: OnlineArguments, problems: Problems) -> None:

@@ -37,9 +37,9 @@ class CriticKeys:
     )
     gae_lambda: float = argument(0.95, "Lambda of GAE.", ge=0, le=1)
     clip_range_value: float = argument(5.0, "Values are clipped to this distance from the old ones.", gt=0)
-    value_coeff: float = argument(1.0, "Weight of the critic's loss.", ge=0)
+    value_coeff: float = argument(1.0, "Weight of a critic's loss.", ge=0)
     critic_warmup_steps: int = argument(
-        0, "First optimizer steps, in which only the critic learns.", ge=0, unit="optimizer steps"
+        0, "First optimizer steps, in which only critics learn.", ge=0, unit="optimizer steps"
     )
     critic_learning_rate: float | None = argument(None, "The critic's learning_rate.", ge=0, derived="learning_rate")
     critic_min_learning_rate: float | None = argument(

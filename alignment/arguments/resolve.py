@@ -91,11 +91,15 @@ def beside_file(name: str, argument_file: str | None) -> str:
     return f"{beside}{colon}{function}" if beside.is_file() else name
 
 
+def sources_beside_file(sources: Any, argument_file: str | None) -> Any:
+    """What ``reward`` (or a key like it) names, with every file as :func:`beside_file` finds it."""
+    if isinstance(sources, str):
+        return beside_file(sources, argument_file)
+    return sources and {beside_file(name, argument_file): weight for name, weight in sources.items()}
+
+
 def _resolve_online(args: OnlineArguments) -> None:
-    if isinstance(args.reward, str):
-        args.reward = beside_file(args.reward, args.file)
-    elif args.reward:
-        args.reward = {beside_file(name, args.file): weight for name, weight in args.reward.items()}
+    args.reward = sources_beside_file(args.reward, args.file)
     if args.max_src_len is None:
         args.max_src_len = args.max_length
     if args.max_dec_len is None:

@@ -29,7 +29,7 @@ class Evaluator:
         generate: answers prompts with the actor.
         modes: settings by the mode's name, ``"sampled"`` and ``"greedy"``; the seed is the evaluation's own, so that
             the draws are the same each time.
-        score: gives a rollout's rewards.
+        scores: give a rollout's scores, by what they are; the first is ``"reward"``.
         world: the data ranks.
         output_dir: where ``eval_samples.jsonl`` grows.
         table_rows: how many samples the table on the screen shows.
@@ -41,13 +41,13 @@ class Evaluator:
         prompts: Sequence[GenerationPrompt],
         generate: Callable[[Sequence[GenerationPrompt], SamplingSettings], Rollout],
         modes: Mapping[str, SamplingSettings],
-        score: Callable[[Rollout], RewardResult],
+        scores: Mapping[str, Callable[[Rollout], RewardResult]],
         world: World,
         output_dir: str,
         table_rows: int,
         write: Callable[[str], None],
     ) -> None:
-        self.prompts, self.generate, self.modes, self.score = list(prompts), generate, dict(modes), score
+        self.prompts, self.generate, self.modes, self.scores = list(prompts), generate, dict(modes), dict(scores)
         self.world, self.path, self.table_rows, self.write = world, Path(output_dir) / SAMPLES_FILE, table_rows, write
 
     def run(self, step: int) -> dict[str, float]:
@@ -57,8 +57,8 @@ class Evaluator:
             step: optimizer steps so far, for the file and the table.
 
         Returns:
-            ``eval/reward`` (sampled), ``eval/reward_greedy``, lengths and truncation rates, each source's reward where
-            there are several.
+            ``eval/reward`` (sampled), ``eval/reward_greedy`` and likewise other scores, lengths and truncation rates,
+            each source's score where there are several.
         """
         statistics, table = Statistics(), []
         for mode, settings in self.modes.items():
@@ -69,7 +69,7 @@ class Evaluator:
                 with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         if self.world.is_main and table:
-            self.write(sample_table(table, step))
+            self.write(sample_table(table, step, [_keys(name)[0] for name in self.scores]))
         return statistics.result()
 
     def drop_after(self, step: int) -> None:
@@ -86,7 +86,7 @@ class Evaluator:
         mine: list[dict[str, Any]] = []
         if len(share):
             rollout = self.generate([self.prompts[i] for i in share], settings)
-            result = self.score(rollout)
+            results = {name: score(rollout) for name, score in self.scores.items()}
             for i in range(len(rollout)):
                 mine.append(
                     {
@@ -95,29 +95,40 @@ class Evaluator:
                         "index": int(rollout.prompt_index[i]),
                         "prompt": rollout.prompts[i],
                         "response": rollout.responses[i],
-                        "score": float(result.total[i]),
-                        "scores": {name: float(part[i]) for name, part in result.parts.items()},
+                        **{key: value for name, result in results.items() for key, value in _scores(name, result, i)},
                         "response_len": int(rollout.chosen_len[i]),
                         "finished": bool(rollout.finished[i]),
                     }
                 )
         return [record for part in self.world.all_gather_object(mine) for record in part]
 
-    @staticmethod
-    def _count(mode: str, records: list[dict[str, Any]], statistics: Statistics) -> None:
+    def _count(self, mode: str, records: list[dict[str, Any]], statistics: Statistics) -> None:
         suffix = "" if mode == "sampled" else "_greedy"
         for record in records:
-            statistics.add(f"eval/reward{suffix}", record["score"], 1)
             statistics.add(f"eval/mean_generated_length{suffix}", record["response_len"], 1)
             statistics.add(f"eval/truncation_rate{suffix}", not record["finished"], 1)
-            if len(record["scores"]) > 1:
-                for name, score in record["scores"].items():
-                    if score == score:  # else the reward does not apply to this answer
-                        statistics.add(f"eval/reward{suffix}/{name}", score, 1)
+            for name in self.scores:
+                total, parts = _keys(name)
+                statistics.add(f"eval/{name}{suffix}", record[total], 1)
+                if len(record[parts]) > 1:
+                    for source, score in record[parts].items():
+                        if score == score:  # else the source does not apply to this answer
+                            statistics.add(f"eval/{name}{suffix}/{source}", score, 1)
 
 
-def sample_table(records: Sequence[dict[str, Any]], step: int) -> str:
-    """A table of prompts, answers and scores, as text."""
+def _keys(name: str) -> tuple[str, str]:
+    """What a sample calls a score and those of its sources: a reward is its ``score``."""
+    return ("score", "scores") if name == "reward" else (name, f"{name}s")
+
+
+def _scores(name: str, result: RewardResult, index: int) -> list[tuple[str, Any]]:
+    """The entries of a sample for a score."""
+    total, parts = _keys(name)
+    return [(total, float(result.total[index])), (parts, {n: float(part[index]) for n, part in result.parts.items()})]
+
+
+def sample_table(records: Sequence[dict[str, Any]], step: int, scores: Sequence[str] = ("score",)) -> str:
+    """A table of prompts, answers and scores (their keys), as text."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -126,11 +137,11 @@ def sample_table(records: Sequence[dict[str, Any]], step: int) -> str:
     for name, ratio in (("prompt", 4), ("answer", 5)):
         table.add_column(name, ratio=ratio, overflow="fold")
     table.add_column("mode")
-    table.add_column("score", justify="right")
+    for name in scores:
+        table.add_column(name, justify="right")
     for record in records:
-        table.add_row(
-            _short(record["prompt"], 160), _short(record["response"], 240), record["mode"], f"{record['score']:.3f}"
-        )
+        numbers = [f"{record[name]:.3f}" for name in scores]
+        table.add_row(_short(record["prompt"], 160), _short(record["response"], 240), record["mode"], *numbers)
     console = Console(width=120, no_color=True, highlight=False, markup=False)
     with console.capture() as capture:
         console.print(table)

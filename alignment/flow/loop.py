@@ -44,7 +44,7 @@ class Given:
 
     Attributes:
         generator: generates with the actor (:class:`~alignment.rollout.layouts.RolloutEngine`).
-        score: rewards of a rollout.
+        scores: scores of a rollout, by what they are: ``"reward"``.
         eval_prompts: prompts for evaluation; may be empty.
         running_normalization: whether scores are normalised by their running mean and standard deviation.
         decode: token ids to text.
@@ -52,7 +52,7 @@ class Given:
     """
 
     generator: Any = None
-    score: Callable[[Rollout], Any] | None = None
+    scores: Mapping[str, Callable[[Rollout], Any]] = field(default_factory=dict)
     eval_prompts: Sequence[Any] = ()
     running_normalization: bool = False
     decode: Callable[[list[int]], str] = str

@@ -56,12 +56,16 @@ class OnlineMethod(Method):
     """A method whose iteration begins with prompts.
 
     Attributes:
+        scored: what answers are scored by. For each NAME the key of that name says what gives it (as ``reward`` does),
+            and a role of that name is the model among these, with the keys ``NAME_model_name_or_path``,
+            ``NAME_tokenizer_name_or_path`` and ``NAME_prompt_template``.
         kl_controller: weighs the KL penalty; learns from every rollout.
         moments: of the scores, where they are normalised as they come; else None.
         generator: generates with the actor.
     """
 
     base: ClassVar[str] = "online"
+    scored: ClassVar[tuple[str, ...]] = ("reward",)
     bar: ClassVar[tuple[str, ...]] = ("train/reward", "train/kl_divergence", "train/actor_loss")
 
     @classmethod
@@ -85,10 +89,14 @@ class OnlineMethod(Method):
 
     @property
     def reward_model(self) -> RoleSpec:
-        """The reward model's role; it is there where ``reward`` names it."""
+        """The reward model's role; see :meth:`scoring`."""
+        return self.scoring(REWARD)
+
+    def scoring(self, spec: RoleSpec) -> RoleSpec:
+        """The role of a model that scores; it is there where the key of its name names it."""
         from alignment.rollout.rewards import uses_model
 
-        return replace(REWARD, present=uses_model(self.args.reward))
+        return replace(spec, present=uses_model(getattr(self.args, spec.name)))
 
     @property
     def reference_model(self) -> RoleSpec:
@@ -104,7 +112,7 @@ class OnlineMethod(Method):
     def begin(self, loop: Loop) -> None:
         args = self.args
         self.world, self.roles_there, self.guard, self.timer = loop.world, loop.roles, loop.guard, loop.timer
-        self.loop, self.generator, self.scorer = loop, loop.given.generator, loop.given.score
+        self.loop, self.generator, self.scorers = loop, loop.given.generator, loop.given.scores
         self.moments = RunningMoments() if loop.given.running_normalization else None
         self.kl_controller = (
             AdaptiveKLController(args.kl_coeff, args.kl_target, args.kl_horizon)
@@ -171,7 +179,7 @@ class OnlineMethod(Method):
 
     def score(self, reward: Any, rollout: Rollout) -> RewardResult:
         """The rewards of the answers, by the reward model and whatever else ``reward`` names."""
-        return self.scorer(rollout)
+        return self.scorers["reward"](rollout)
 
     # -- the way of a score into a reward
 
@@ -415,7 +423,7 @@ class OnlineMethod(Method):
             loop.given.eval_prompts,
             generate,
             modes,
-            self.scorer,
+            self.scorers,
             self.world,
             args.output_dir,
             args.sample_table_rows,

@@ -5,9 +5,11 @@ Everything that can be wrong is checked in the order in which it is cheap; the m
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignment import runtime
 from alignment.arguments import OnlineArguments
@@ -50,11 +52,14 @@ from alignment.ppo.models import (
 )
 from alignment.rollout.generate import GenerationEngine
 from alignment.rollout.layouts import RolloutEngine
-from alignment.rollout.rewards import RewardBatch, RewardResult, resolve_rewards, uses_model
+from alignment.rollout.rewards import RewardBatch, RewardResult, WeightedRewards, resolve_rewards, uses_model
 from alignment.rollout.rewards.reward_model import RewardModelScorer
 from alignment.rollout.roles import PolicyRole, RewardRole, ValueRole
 from alignment.rollout.rollout import Rollout
 from alignment.rollout.stopping import eos_token_ids
+
+if TYPE_CHECKING:
+    from alignment.flow.online import OnlineMethod
 
 
 @dataclass
@@ -67,8 +72,8 @@ class RunData:
         train: prompts to learn on.
         eval_prompts: prompts to evaluate on; may be empty.
         ptx: supervised rows, or ``None``.
-        reward_tokenizer: the reward model's own, where it needs answers tokenised anew, else ``None``.
-        reward_template: likewise.
+        formats: tokenizer and template of a model that scores, by what it gives (``"reward"``), where it needs answers
+            tokenised anew.
         sets: the data sets by name, for the summaries.
     """
 
@@ -77,8 +82,7 @@ class RunData:
     train: Any
     eval_prompts: list[Any]
     ptx: Any | None
-    reward_tokenizer: Any | None
-    reward_template: Any | None
+    formats: dict[str, tuple[Any, Any]]
     sets: dict[str, Any]
 
     @property
@@ -87,7 +91,7 @@ class RunData:
         return [self.sets[name] for name in ("train", "eval") if name in self.sets]
 
 
-def run_online(method: Method, world: World, argv: list[str]) -> int:
+def run_online(method: OnlineMethod, world: World, argv: list[str]) -> int:
     """Train and evaluate as the method's arguments say.
 
     Returns:
@@ -102,7 +106,7 @@ def run_online(method: Method, world: World, argv: list[str]) -> int:
     resume_path = None if args.dry_run else prepare_output_dir(args, world, store)
     check_resumable(args, world, resume_path)
     # What is wrong with a reward is said before anything heavy is read; its model comes later.
-    rewards = resolve_rewards(args.reward, _model_comes_later, args.reward_timeout)
+    sources = resolve_sources(method)
     world.phase("data")
     data = main_first(world, lambda: load_data(method, show_progress=world.is_main, resume=resume_path))
     check_same_data(args, world, resume_path, data.sets)
@@ -116,7 +120,7 @@ def run_online(method: Method, world: World, argv: list[str]) -> int:
     describe_run(args, world, data, sizes)
     runtime.seed_everything(args.seed)
     world.phase("models")
-    return build_loop(method, world, data, sizes, argv, rewards).train(resume_path)
+    return build_loop(method, world, data, sizes, argv, sources).train(resume_path)
 
 
 def needed_roles(method: Method) -> list[RoleSpec]:
@@ -124,8 +128,21 @@ def needed_roles(method: Method) -> list[RoleSpec]:
     return [spec for spec in method.roles() if spec.present and (method.args.do_train or spec.evaluates)]
 
 
+def resolve_sources(method: OnlineMethod) -> dict[str, WeightedRewards]:
+    """What scores the answers, by what it gives; models are given to it later.
+
+    Raises:
+        RewardError: as in :func:`~alignment.rollout.rewards.resolve_rewards`.
+    """
+    args = method.args
+    return {
+        name: resolve_rewards(getattr(args, name), _model_comes_later, args.reward_timeout, name)
+        for name in method.scored
+    }
+
+
 def _model_comes_later(batch: Any) -> Any:
-    raise RuntimeError("the reward model is not loaded yet")
+    raise RuntimeError("the model is not loaded yet")
 
 
 def check_models(method: Method, topology: Any) -> None:
@@ -149,19 +166,19 @@ def check_models(method: Method, topology: Any) -> None:
             args.check_context(model_context_length(path), f"{spec.key}={path}")
 
 
-def check_reward_context(args: OnlineArguments) -> None:
-    """Refuse a reward model whose context is shorter than the rows that it is to read as they were sampled.
+def check_score_context(args: OnlineArguments, name: str) -> None:
+    """Refuse a reward model (or what else ``name`` is) whose context is shorter than the rows that it is to read as
+    they were sampled.
 
     Raises:
         ArgumentsError: the limits that were given do not fit.
     """
+    if uses_model(getattr(args, name)):
+        key = f"{name}_model_name_or_path"
+        args.check_context(model_context_length(getattr(args, key)), f"{key}={getattr(args, key)}")
 
-    if uses_model(args.reward):
-        path = args.reward_model_name_or_path
-        args.check_context(model_context_length(path), f"reward_model_name_or_path={path}")
 
-
-def load_data(method: Method, show_progress: bool = True, resume: Path | None = None) -> RunData:
+def load_data(method: OnlineMethod, show_progress: bool = True, resume: Path | None = None) -> RunData:
     """Load tokenizer and data sets and settle the prompt template; ``resume`` is the checkpoint to go on from.
 
     Raises:
@@ -176,9 +193,13 @@ def load_data(method: Method, show_progress: bool = True, resume: Path | None = 
         if spec.kind == "value":
             check_tokenizer_fits(tokenizer, getattr(args, spec.key), role=spec.name)
     template = stage_template(args, tokenizer, actor, resume)
-    reward_tokenizer, reward_template = own_reward_format(method, tokenizer, template)
-    if reward_tokenizer is None:  # else answers are written anew for it, cut to its context, and counted
-        check_reward_context(args)
+    formats = {}
+    for name in method.scored:
+        own = own_format(method, name, tokenizer, template)
+        if own is None:
+            check_score_context(args, name)
+        else:  # answers are written anew for it, cut to its context, and counted
+            formats[name] = own
     common = {"template": template, **args.data_options(show_progress)}
     prompts = {**common, "max_length": args.max_src_len, "max_src_len": args.max_src_len}
 
@@ -210,10 +231,10 @@ def load_data(method: Method, show_progress: bool = True, resume: Path | None = 
     if held_out is not None:
         count = len(held_out) if args.eval_num_samples is None else min(args.eval_num_samples, len(held_out))
         eval_prompts = [as_prompt(held_out[i], i) for i in range(count)]
-    return RunData(tokenizer, template, train, eval_prompts, ptx, reward_tokenizer, reward_template, sets)
+    return RunData(tokenizer, template, train, eval_prompts, ptx, formats, sets)
 
 
-def show_samples(method: Method, data: RunData) -> None:
+def show_samples(method: OnlineMethod, data: RunData) -> None:
     """Show a row of the run as each of its models reads it.
 
     Raises:
@@ -223,72 +244,81 @@ def show_samples(method: Method, data: RunData) -> None:
 
     args = method.args
     roles = ["actor", *(spec.name for spec in needed_roles(method) if spec.kind == "value")]
-    own_reward = data.reward_tokenizer is not None
-    roles += ["reward model"] * (uses_model(args.reward) and not own_reward)
+    read_the_same = [name for name in method.scored if uses_model(getattr(args, name)) and name not in data.formats]
+    roles += [f"{name} model" for name in read_the_same]
     with_ids = args.show_sample_ids
     show_sample(data.train, ", ".join(roles), with_ids=with_ids, what=" [[the actor's answer]]")
     if data.ptx is not None:
         show_sample(data.ptx, "actor (ptx)", with_ids=with_ids)
-    if own_reward:
+    for name, (tokenizer, template) in data.formats.items():
         for prompts in data.prompt_sets:
-            prompts.check_template(data.reward_template, "the reward model's template (reward_prompt_template)")
+            prompts.check_template(template, f"the {name} model's template ({name}_prompt_template)")
         sample = data.train.example
         show_scored(
             prompt_messages(sample),
             sample.get("tools"),
-            data.reward_tokenizer,
-            data.reward_template,
+            tokenizer,
+            template,
             Limits(max_length=args.max_src_len + 2 * args.max_dec_len),
             with_ids=with_ids,
+            role=f"{name} model",
         )
 
 
-def own_reward_format(method: Method, tokenizer: Any, template: Any) -> tuple[Any | None, Any | None]:
-    """The reward model's tokenizer and template where they are not the actor's, else ``(None, None)``.
+def own_format(method: OnlineMethod, name: str, tokenizer: Any, template: Any) -> tuple[Any, Any] | None:
+    """Tokenizer and template of the model that gives ``name`` (``"reward"``) where they are not the actor's, else None.
 
     Raises:
-        AlignmentError: the templates differ and that was not allowed, or the critic would start from a model whose
-            tokens are not the actor's.
+        AlignmentError: the templates differ and that was not allowed, or a critic would start from a model whose tokens
+            are not the actor's.
     """
-
     args = method.args
-    if not uses_model(args.reward):
-        return None, None
-    folder = args.reward_model_name_or_path
-    own = load_tokenizer(args.reward_tokenizer_name_or_path or folder, role="reward model's tokenizer")
-    check_tokenizer_fits(own, folder, role="reward model")
-    own_template, saved, why = PromptTemplate.for_model(args.reward_prompt_template, own, folder)
-    if args.reward_prompt_template != "auto":
-        check_same(saved, own_template, f"the reward model {folder}", "this run", args.allow_template_mismatch)
+    if not uses_model(getattr(args, name)):
+        return None
+    folder, title = getattr(args, f"{name}_model_name_or_path"), f"{name} model"
+    own = load_tokenizer(getattr(args, f"{name}_tokenizer_name_or_path") or folder, role=f"{title}'s tokenizer")
+    check_tokenizer_fits(own, folder, role=title)
+    wanted = getattr(args, f"{name}_prompt_template")
+    own_template, saved, why = PromptTemplate.for_model(wanted, own, folder)
+    if wanted != "auto":
+        check_same(saved, own_template, f"the {title} {folder}", "this run", args.allow_template_mismatch)
     elif saved is not None:
-        check_same(saved, template, f"the reward model {folder}", "this run", args.allow_template_mismatch)
+        check_same(saved, template, f"the {title} {folder}", "this run", args.allow_template_mismatch)
     elif own_template.kind == "beaver":  # neither saved nor the tokenizer's: nothing says what it was trained with
         own_template, why = PromptTemplate.resolve(template, own), "it has none of its own; the run's"
     own_template = own_template.with_choices_of(template)
-    get_logger().info("reward model's prompt template: %s (%s)", own_template.describe(), why)
+    get_logger().info("%s's prompt template: %s (%s)", title, own_template.describe(), why)
     other_tokens = tokenizer_differs(tokenizer, own)
     for spec in needed_roles(method):
         if spec.kind == "value" and other_tokens and Path(getattr(args, spec.key)).resolve() == Path(folder).resolve():
             raise ArgumentsError(
-                f"the {spec.name} would start from the reward model {folder}, but that has another tokenizer than the "
+                f"the {spec.name} would start from the {title} {folder}, but that has another tokenizer than the "
                 f"actor, so its values would be of other tokens: set {spec.key} to a model with the actor's tokenizer "
                 f"({args.actor_model_name_or_path} itself will do: it gets a new head)"
             )
     if other_tokens or own_template.to_dict() != template.to_dict():
         what = "tokenizer" if other_tokens else "template"
-        get_logger().info("the reward model has another %s than the actor: answers are written anew for it", what)
+        get_logger().info("the %s has another %s than the actor: answers are written anew for it", title, what)
         return own, own_template
-    return None, None
+    return None
 
 
-def build_loop(method: Method, world: World, data: RunData, sizes: Any, argv: list[str], rewards: Any = None) -> Loop:
-    """Load the models and put the loop together; ``rewards`` None: those that the arguments name."""
+def build_loop(
+    method: OnlineMethod,
+    world: World,
+    data: RunData,
+    sizes: Any,
+    argv: list[str],
+    sources: Mapping[str, WeightedRewards] | None = None,
+) -> Loop:
+    """Load the models and put the loop together; ``sources`` None: those that the arguments name."""
     args = method.args
-    rewards = rewards or resolve_rewards(args.reward, _model_comes_later, args.reward_timeout)
-    if method.partial_rewards:
-        rewards.allow_partial()
-    rewards.settle_columns(dict.fromkeys(name for rows in data.prompt_sets for name in rows.columns()))
-    get_logger().info("reward: %s", rewards)
+    sources = sources or resolve_sources(method)
+    for name, source in sources.items():
+        if method.partial_rewards:
+            source.allow_partial()
+        source.settle_columns(dict.fromkeys(column for rows in data.prompt_sets for column in rows.columns()))
+        get_logger().info("%s: %s", name, source)
     specs, flow = method.roles(), method.flow()
     residency = build_residency(
         args.offload_level,
@@ -320,12 +350,12 @@ def build_loop(method: Method, world: World, data: RunData, sizes: Any, argv: li
     for spec in needed_roles(method):
         if spec.kind == "score":
             folder = getattr(args, spec.key)
-            anew = spec.name == "reward" and data.reward_tokenizer is not None
-            reads = (data.reward_tokenizer, data.reward_template) if anew else (data.tokenizer, data.template)
+            reads = data.formats.get(spec.name, (data.tokenizer, data.template))
             limit = model_context_length(folder) or args.max_src_len + 2 * args.max_dec_len
-            roles[spec.name].scorer = RewardModelScorer(roles[spec.name], *reads, eos_ids, limit, anew=anew)
-    if "reward" in roles:
-        rewards.use_model(roles["reward"].scorer)
+            scorer = RewardModelScorer(roles[spec.name], *reads, eos_ids, limit, anew=spec.name in data.formats)
+            roles[spec.name].scorer = scorer
+            if spec.name in sources:
+                sources[spec.name].use_model(scorer)
 
     generator = RolloutEngine(
         actor,
@@ -350,18 +380,19 @@ def build_loop(method: Method, world: World, data: RunData, sizes: Any, argv: li
     def save_extras(folder: Path) -> None:
         save_tokenizer(data.tokenizer, folder, data.template)
 
-    def score(rollout: Rollout) -> RewardResult:
+    def score(source: WeightedRewards, rollout: Rollout) -> RewardResult:
         texts = None
         if args.reward_sees_special_tokens:
             stop = generator.stop_rule(args.stop_strings or ())
             ends = zip(rollout.tokens, rollout.prompt_len, rollout.lengths, rollout.finished, strict=True)
             texts = [stop.text(row[begin:end].tolist(), done, special=True) for row, begin, end, done in ends]
-        return rewards.score(RewardBatch.from_rollout(rollout, texts))
+        return source.score(RewardBatch.from_rollout(rollout, texts))
 
     ptx = None
     if data.ptx is not None:
         ptx = PtxStream(data.ptx, args.seed + 1, generator.pad_id, args.shuffle)
-    given = Given(generator, score, data.eval_prompts, running_normalization, generator.tokenizer.decode)
+    scores = {name: functools.partial(score, source) for name, source in sources.items()}
+    given = Given(generator, scores, data.eval_prompts, running_normalization, generator.tokenizer.decode)
     feed = PromptFeed(data.train, args, sizes, world)
     return Loop(method, world, roles, feed, sizes, save_extras, argv, given, ptx, residency)
 

@@ -56,8 +56,10 @@ MUST_EQUAL = {
     "prompt_template": "the texts would have another form than those learnt from",
     "enable_thinking": "the texts would have another form than those learnt from",
     "reward_prompt_template": "the reward model would read texts of another form",
+    "cost_prompt_template": "the cost model would read texts of another form",
     "tokenizer_name_or_path": "the token ids would mean something else",
     "reward_tokenizer_name_or_path": "the token ids would mean something else",
+    "cost_tokenizer_name_or_path": "the token ids would mean something else",
     "model_name_or_path": _MODEL,
     "actor_model_name_or_path": "the reference model, from which the KL is measured, would be another one",
     "lora": _MODEL,
@@ -66,6 +68,8 @@ MUST_EQUAL = {
     "lora_target_modules": _MODEL,
     "reward": _OBJECTIVE,
     "reward_model_name_or_path": _OBJECTIVE,
+    "cost": _OBJECTIVE,
+    "cost_model_name_or_path": _OBJECTIVE,
     "normalize_reward": "the saved statistics of the scores would be missing or unused",
     "adaptive_kl": "the saved state belongs to the other controller",
     "score_type": _OBJECTIVE,
@@ -91,7 +95,7 @@ FREE = frozenset(
         "per_device_eval_batch_size", "per_device_rollout_batch_size", "rollout_logprob_batch_size",
         "max_tokens_per_micro_batch", "pad_to_multiple_of", "pad_to_max_length",
         # starting points, which the checkpoint replaces
-        "lora_path", "reward_critic_model_name_or_path",
+        "lora_path", "reward_critic_model_name_or_path", "cost_critic_model_name_or_path",
     }
 )  # fmt: skip
 
@@ -233,6 +237,9 @@ def _check_models(args: Any, checkpoint: Path) -> None:
         if hasattr(args, "reward_critic_model_name_or_path"):
             critic = args.reward_critic_model_name_or_path or args.reward_model_name_or_path
             pairs["value"] = ("reward_critic_model_name_or_path", critic or args.actor_model_name_or_path)
+        if hasattr(args, "cost_critic_model_name_or_path"):
+            key = "cost_critic_model_name_or_path"
+            pairs["cost_value"] = (key, getattr(args, key))
     for name, (key, source) in pairs.items():
         then, now = _read(checkpoint / name / "config.json"), _read(Path(source) / "config.json")
         differing = [k for k in _MODEL_KEYS if k in then and k in now and then[k] != now[k]]

@@ -75,25 +75,27 @@ def show_scored(
     limits: Any,
     *,
     with_ids: bool = False,
+    role: str = "reward model",
 ) -> None:
-    """Log a prompt with an answer as a reward model reads it that has a tokenizer or template of its own.
+    """Log a prompt with an answer as a model reads it that scores and has a tokenizer or template of its own.
 
     Args:
         messages: of the prompt.
         tools: its tools, or None.
-        tokenizer, template: the reward model's.
+        tokenizer, template: the model's.
         limits: as for an encoder.
         with_ids: whether the token ids are shown, too.
+        role: what the model is called.
 
     Raises:
         DataError: the folder's ``tokenizer.json`` gives other ids.
     """
     recorder = _Recorder(tokenizer, template, limits)
     prompt, answer = recorder.answered(messages, ANSWER, True, tools=tools)
-    check_ids(recorder.conversations[-1], recorder, "reward model")
+    check_ids(recorder.conversations[-1], recorder, role)
     text = marked_text(tokenizer, prompt + answer, [False] * (len(prompt) + len(answer)))
     text += f"\nids: {prompt + answer}" if with_ids else ""
-    get_logger().info("sample as the reward model reads it (%d tokens):\n%s", len(prompt) + len(answer), text)
+    get_logger().info("sample as the %s reads it (%d tokens):\n%s", role, len(prompt) + len(answer), text)
 
 
 def marked_text(tokenizer: Any, ids: Sequence[int], trained: Sequence[bool]) -> str:

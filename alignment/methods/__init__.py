@@ -44,6 +44,7 @@ BUILT_IN: dict[str, str] = {
     "remax": "alignment.methods.remax:ReMax",
     "a2c": "alignment.methods.a2c:A2C",
     "nlpo": "alignment.methods.nlpo:NLPO",
+    "safe_ppo": "alignment.methods.safe_ppo:SafePPO",
 }
 #: Other names of methods.
 ALIASES = {"rm": "reward"}

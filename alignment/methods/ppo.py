@@ -118,13 +118,15 @@ class PPO(OnlineMethod):
         in_float32 = {name: column.astype(np.float32) for name, column in columns.items()}
         return Experience(rollout, scores.parts, logprobs=logprobs, ref_logprobs=ref_logprobs, **in_float32)
 
-    def critic_loss(self, values: Tensor, batch: Experience, window: Window) -> Loss:
-        """The clipped value loss; ``values`` ``[b, R]``."""
+    def critic_loss(
+        self, values: Tensor, batch: Experience, window: Window, critic: str = "reward_critic", prefix: str = ""
+    ) -> Loss:
+        """The clipped value loss of the columns ``<prefix>values`` and ``<prefix>returns``; ``values`` ``[b, R]``."""
         args, tokens, denominator = self.args, float(batch.actions.sum()), window.denominator("token")
         loss, clipped = value_loss(
             values,
-            batch.tensor("values"),
-            batch.tensor("returns"),
+            batch.tensor(f"{prefix}values"),
+            batch.tensor(f"{prefix}returns"),
             batch.tensor("actions"),
             args.clip_range_value,
             denominator=denominator,
@@ -132,8 +134,8 @@ class PPO(OnlineMethod):
         return Loss(
             loss * args.value_coeff,
             sums={
-                "train/reward_critic_loss": (loss, tokens, denominator),
-                "train/value_clip_fraction": (clipped, tokens),
+                f"train/{critic}_loss": (loss, tokens, denominator),
+                f"train/{prefix}value_clip_fraction": (clipped, tokens),
             },
         )
 

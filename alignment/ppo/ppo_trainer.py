@@ -19,8 +19,6 @@ def load_data(args: Any, show_progress: bool = True) -> online_run.RunData:
     return online_run.load_data(PPO(args), show_progress)
 
 
-def build_trainer(
-    args: Any, world: World, data: online_run.RunData, sizes: Any, argv: list[str], rewards: Any = None
-) -> PPOTrainer:
+def build_trainer(args: Any, world: World, data: online_run.RunData, sizes: Any, argv: list[str]) -> PPOTrainer:
     """PPO's models in its loop; see :func:`alignment.flow.online_run.build_loop`."""
-    return online_run.build_loop(PPO(args), world, data, sizes, argv, rewards)
+    return online_run.build_loop(PPO(args), world, data, sizes, argv)

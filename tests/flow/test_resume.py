@@ -24,6 +24,7 @@ from alignment.flow.resume import (
     save_arguments,
 )
 from alignment.log import get_logger
+from alignment.methods import all_arguments
 from alignment.parallel import World
 from tests.tiny import tiny_tokenizer_dir
 
@@ -63,7 +64,7 @@ def saved(folder: Path, args: Any, step: int = 4) -> Path:
 
 
 def test_every_listed_key_is_an_argument_and_is_listed_once() -> None:
-    known = {key for cls in STAGES for key in cls.specs()}
+    known = {key for cls in [*STAGES, *all_arguments().values()] for key in cls.specs()}
     assert set(MUST_EQUAL) <= known and known >= FREE
     assert not set(MUST_EQUAL) & FREE
 

@@ -105,52 +105,54 @@ def resolve_rewards(
     spec: Any,
     model_scorer: ModelScorer | None = None,
     timeout: float = 0.0,
+    key: str = "reward",
 ) -> WeightedRewards:
-    """Make the sources that ``reward`` names.
+    """Make the sources that ``reward`` (or another key) names.
 
     Args:
         spec: ``None`` (the reward model alone), a NAME, a list of NAMEs (weight 1 each) or a mapping NAME -> weight. A
             NAME is ``"model"``, a registered name, ``"file.py:function"`` or ``"package.module:function"``.
         model_scorer: scores a batch with the reward model: ``[B]`` float32. Needed only for ``"model"``.
         timeout: see :class:`WeightedRewards`.
+        key: the argument that names them, for messages.
 
     Raises:
         RewardError: an unknown name, a wrong weight, a function that cannot be called, or no reward model for
             ``"model"``.
     """
-    weights = _weights(spec)
-    made = [(name, weight, _make(name, model_scorer)) for name, weight in weights.items()]
+    weights = _weights(spec, key)
+    made = [(name, weight, _make(name, model_scorer, key)) for name, weight in weights.items()]
     short = short_names(list(weights))
     return WeightedRewards(
         [(name, weight, source) for name, (_, weight, source) in zip(short, made, strict=True)], timeout
     )
 
 
-def _weights(spec: Any) -> dict[str, float]:
+def _weights(spec: Any, key: str = "reward") -> dict[str, float]:
     if spec is None:
         return {MODEL: 1.0}
     if isinstance(spec, str):
         spec = [spec]
     if isinstance(spec, (list, tuple)):
         if len(set(map(str, spec))) != len(spec):
-            raise RewardError(f"`reward` names a source twice: {list(spec)}; give it a weight instead: {{NAME: 2.0}}")
+            raise RewardError(f"`{key}` names a source twice: {list(spec)}; give it a weight instead: {{NAME: 2.0}}")
         spec = dict.fromkeys(spec, 1.0)
     if not isinstance(spec, Mapping) or not spec:
-        raise RewardError(f"`reward` must be a NAME, a list of NAMEs or an object NAME -> weight, not {spec!r}")
+        raise RewardError(f"`{key}` must be a NAME, a list of NAMEs or an object NAME -> weight, not {spec!r}")
     for name, weight in spec.items():
         if not isinstance(name, str) or not name:
-            raise RewardError(f"`reward`: {name!r} is not the NAME of a reward")
+            raise RewardError(f"`{key}`: {name!r} is not the NAME of a reward")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise RewardError(f"`reward`: the weight of {name!r} must be a finite number, not {weight!r}")
+            raise RewardError(f"`{key}`: the weight of {name!r} must be a finite number, not {weight!r}")
     return {name: float(weight) for name, weight in spec.items()}
 
 
-def _make(name: str, model_scorer: ModelScorer | None) -> RewardSource:
+def _make(name: str, model_scorer: ModelScorer | None, key: str) -> RewardSource:
     if name == MODEL:
         if model_scorer is None:
             raise RewardError(
-                "`reward` asks for the reward model, but none is given: "
-                "set reward_model_name_or_path, or name other rewards"
+                f"`{key}` asks for the {key} model, but none is given: "
+                f"set {key}_model_name_or_path, or name other sources"
             )
         return ModelReward(model_scorer)
     from_file = ":" in name or name.endswith(".py")
