@@ -189,13 +189,6 @@ class ObjectiveFields:
     )
     missing_eos_score: float = argument(-1.0, "The fixed score.")
     missing_eos_penalty: float = argument(1.0, "The penalty.", ge=0)
-    checks: str = argument(
-        "strict",
-        "Whether the rollout's log-probs are the training network's, first ratios are 1, gradients reach every tensor "
-        "and frozen ones rest: strict stops a run whose first iteration fails (later ones warn unless the error is "
-        "gross), warn says it, off does not look.",
-        choices=("strict", "warn", "off"),
-    )
     compat: str | None = argument(
         None,
         "Set constants as a peer does, where they are not given: the same names mean other maths there. What is set is "

@@ -138,6 +138,14 @@ class EvaluationFields:
     greater_is_better: bool | None = argument(
         None, "Whether a greater metric is better.", derived="false for a loss, perplexity or KL, else true"
     )
+    checks: str = argument(
+        "strict",
+        "Whether gradients reach every tensor in the first optimizer step and frozen ones rest and, where answers are "
+        "generated, the rollout's log-probs are the training network's and first ratios are 1: strict stops a run "
+        "whose first iteration fails (later ones warn unless the error is gross), warn says it, off does not look. "
+        "LoRA's first gradients are 0 by design and are not looked at.",
+        choices=("strict", "warn", "off"),
+    )
     early_stopping_patience: int | None = argument(
         None,
         "End the run when this many evaluations in a row have not improved metric_for_best_model.",

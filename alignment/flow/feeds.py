@@ -31,6 +31,7 @@ class PromptFeed:
     """
 
     input = "prompts"
+    of_all_ranks = False
 
     def __init__(self, prompts: Any, args: Any, sizes: Sizes, world: World) -> None:
         self.prompts, self.sizes, self.world = prompts, sizes, world
@@ -57,6 +58,10 @@ class PromptFeed:
         """Whether this iteration's prompts were the last of an epoch (what is left of it may be dropped)."""
         left, passed = self.stream.left_in_epoch, self.stream.epoch > self.began // self.stream.rows
         return passed or (self.drop_last and left < self.sizes.prompts_per_rollout)
+
+    def exhausted(self, rollouts: int) -> bool:
+        """Whether all prompts of the run have been taken, after so many rollouts."""
+        return rollouts >= self.sizes.rollouts
 
     def next(self, within: bool = False) -> list[GenerationPrompt]:
         """This rank's share of the next global batch of prompts, none of which is beyond the epoch's end.

@@ -253,6 +253,7 @@ class Flow:
         goes_on: Callable[[], bool] | None = None,
         first: str | None = None,
         step: int = 0,
+        of_all_ranks: bool = False,
     ) -> dict[str, Any]:
         """Run the calls in order.
 
@@ -271,11 +272,12 @@ class Flow:
                 its averages and the calls behind it come when it is taken up again.
             first: name of the call to begin with (an iteration that is taken up again); None for all.
             step: optimizer steps taken so far, for ``when``.
+            of_all_ranks: whether the inputs are those of all data ranks already.
 
         Returns:
             All values by name.
         """
-        known, gathered = dict(values), dict(values) if first is not None else {}
+        known, gathered = dict(values), dict(values) if first is not None or of_all_ranks else {}
         begin = [call.name for call in self.calls].index(first) if first is not None else 0
         for call in self.calls[begin:]:
             if call.when is not None and not call.when(step):

@@ -55,9 +55,9 @@ def save_half_used(folder: Path, half: HalfUsed) -> None:
         folder / "rollout",
         position=asdict(half.position),
         first_step=half.first_step,
-        rollout_stats=asdict(half.figures),
+        rollout_stats=half.figures.to_json(),
         call=half.call,
-        waiting_rows=[[step, asdict(stats)] for step, stats in half.rows],
+        waiting_rows=[[step, stats.to_json()] for step, stats in half.rows],
     )
 
 
@@ -89,8 +89,8 @@ def load_half_used(folder: Path) -> HalfUsed | None:
             batch=batch,
             position=Position(**texts["position"]),
             first_step=int(texts["first_step"]),
-            figures=Statistics(**texts["rollout_stats"]),
-            rows=[(int(step), Statistics(**stats)) for step, stats in texts["waiting_rows"]],
+            figures=Statistics.from_json(texts["rollout_stats"]),
+            rows=[(int(step), Statistics.from_json(stats)) for step, stats in texts["waiting_rows"]],
             call=texts.get("call", "update"),
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

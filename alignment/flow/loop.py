@@ -31,7 +31,7 @@ from alignment.flow.ptx import PtxStream
 from alignment.flow.resume import save_arguments
 from alignment.flow.state import LoopState, load_state, read_state, save_state
 from alignment.flow.statistics import Statistics
-from alignment.flow.update import Position, Updater
+from alignment.flow.update import Position
 from alignment.log import get_logger
 from alignment.parallel import World
 from alignment.parallel.offload import Residency
@@ -103,17 +103,24 @@ class Loop:
         self.half_used: HalfUsed | None = None
         self.first_step, self.begin, self.update_began = 0, None, 0.0
         self.store = CheckpointStore(args.output_dir, args.save_total_limit)
-        self.updaters = {
-            call.name: Updater(args, world, call.run, self.specs, self.roles, ptx, given.decode, self.guard)
-            for call in self.flow.calls
-            if call.kind == "train" and args.do_train
-        }
+        trains = [call for call in self.flow.calls if call.kind == "train" and args.do_train]
+        self.updaters = {call.name: method.updater(self, call) for call in trains}
 
     @property
     def changing(self) -> dict[str, Any]:
         """The engines whose weights change, by the folder that a checkpoint has them in."""
         there = {name: spec.folder for name, spec in self.specs.items() if spec.folder and name in self.roles}
         return {folder: self.roles[name].engine for name, folder in there.items()}
+
+    @property
+    def optimizers(self) -> dict[str, Any]:
+        """The engines that are trained, by the name of their optimizer's file in a checkpoint."""
+        trained = {spec.name: spec for spec in self.specs.values() if spec.trained and spec.name in self.roles}
+        return {
+            spec.optimizer_file: self.roles[name].engine
+            for name, spec in trained.items()
+            if self.roles[name].engine.trainable
+        }
 
     # -- the loop
 
@@ -149,6 +156,7 @@ class Loop:
                         return self._stop_early()
                 if self.args.do_train:
                     self._finish()
+                self.method.finished(self._final_metrics)
         finally:
             self.writer.close()
         return 0
@@ -179,6 +187,7 @@ class Loop:
                 on_values=self._note_figures,
                 first=first,
                 step=before,
+                of_all_ranks=self.feed.of_all_ranks,
             )
         if self.half_used is not None:
             return
@@ -188,7 +197,8 @@ class Loop:
             self.rows.append((self.state.global_step, self.pending))
             self.pending = Statistics()
         self._write_rows()
-        improved = self._due(self.args.evaluation_strategy, self.args.eval_steps, before) and self._improves()
+        due = self._due(self.args.evaluation_strategy, self.args.eval_steps, before) or not self._goes_on()
+        improved = due and self._improves()
         # the best model must be on the disk to be loaded at the end, whether or not a save is due
         keep_best = improved and self.args.load_best_model_at_end
         # checkpoints of steps inside the update are there already
@@ -211,7 +221,7 @@ class Loop:
 
     def _goes_on(self) -> bool:
         # An update that stops early takes fewer steps than planned: then the prompts, not the steps, end the run.
-        more_rows = self.args.max_steps > 0 or self.state.rollouts < self.sizes.rollouts
+        more_rows = self.args.max_steps > 0 or not self.feed.exhausted(self.state.rollouts)
         return self.state.global_step < self.sizes.total_steps and more_rows and not self.state.stopped
 
     def _update(self, call: Call, batch: Rollout) -> None:
@@ -260,10 +270,9 @@ class Loop:
     def _write_rows(self) -> None:
         """Write the iteration's rows now that its update has been timed; the timings go into the last one."""
         for number, (step, stats) in enumerate(self.rows, 1):
-            values: dict[str, float] = {**stats.result(), "global_step": step}
+            values = self.method.row(stats, step)
             if number == len(self.rows):
-                values.update(self.timer.drain())
-                values.update(self.method.drain())
+                values.update(self.method.drain(self.timer))
                 values.update(self.residency.drain() if self.residency is not None else {})
             self.writer.log(step, values, epoch=self.feed.epoch)
         self.rows = []
@@ -280,11 +289,11 @@ class Loop:
             last_row=self.half_used.first_step if self.half_used is not None else None,
             bar_keys=self.method.bar,
         )
-        self.writer.advance(self.state.global_step)
         self.method.begin(self)
+        self.writer.advance(self.state.global_step)
         if self.state.method:
             self.method.load_state(self.state.method)
-        if self.state.global_step == 0 and self.updaters and self.guard.looks:
+        if self.state.global_step == 0 and self.updaters and self.guard.looks and not getattr(self.args, "lora", False):
             moved = {average.target for call in self.flow.calls for average in call.after}
             engines = {name: role.engine for name, role in self.roles.items() if name not in moved}
             using = {"using": self.residency.using} if self.residency is not None else {}
@@ -311,7 +320,7 @@ class Loop:
             self._lose_patience(name, value)
             return False
         self.state.best_value, self.state.best_step = value, self.state.global_step
-        self.state.without_improvement = 0
+        self.state.without_improvement, self.state.best_metrics = 0, dict(values)
         return True
 
     def _lose_patience(self, name: str, value: float) -> None:
@@ -339,7 +348,10 @@ class Loop:
             values = self.method.evaluate(self.state.global_step)
         seconds = time.monotonic() - started
         self.writer.pause(seconds)
-        self.writer.log(self.state.global_step, {**values, "eval/runtime_seconds": seconds}, epoch=self.feed.epoch)
+        self.state.eval_metrics, step, method = dict(values), self.state.global_step, self.method
+        row = {**values, method.runtime_metric: seconds}
+        self.writer.log(step, row, epoch=self.feed.epoch, echo=method.echoes_evaluation)
+        method.tell_evaluation(step, values)
         return values
 
     def _awake(self, phase: str) -> contextlib.ExitStack:
@@ -347,7 +359,7 @@ class Loop:
         stack = contextlib.ExitStack()
         for name, role in self.roles.items():
             if name in self.method.between()[phase]:
-                stack.enter_context(role.engine.awake())
+                stack.enter_context(role.engine.awake() if self.method.base == "online" else role.engine.in_passes())
         return stack
 
     def save_checkpoint(self, best: bool = False, half_used: HalfUsed | None = None) -> None:
@@ -360,21 +372,23 @@ class Loop:
         self.state.position = self.feed.position
         self.state.ptx_position = self.ptx.stream.position if self.ptx else 0
         self.state.method = self.method.state()
-        self.state.evaluated_at, self.state.pending = self.evaluated_at, asdict(self.pending)
+        self.state.evaluated_at, self.state.pending = self.evaluated_at, self.pending.to_json()
         self.state.timer = asdict(self.timer)
         self.state.rng = {"kind": "counter", "seed": self.args.seed}
+        began = time.monotonic()
         self._enter("checkpoint")
         with on_main(self.world, lambda: self.store.writing(self.state.global_step, best=best)) as folder:
-            save_state(folder, self.state, self.changing, self.save_extras, half_used)
+            save_state(folder, self.state, self.changing, self.optimizers, self.save_extras, half_used)
             if self.world.is_main:
                 save_arguments(folder, self.args, self.world)
         self.world.barrier()
         self.saved_at = self.state.global_step
+        self.writer.pause(time.monotonic() - began)
 
     def _resume(self, path: Path) -> None:
         self._enter("checkpoint")
         if self.args.do_train:
-            self.state = load_state(path, self.changing)
+            self.state = load_state(path, self.changing, self.optimizers)
         else:  # whatever was evaluated there before, this run was started to evaluate
             self.state = replace(read_state(path), evaluated_at=-1)
             for folder, engine in self.changing.items():
@@ -385,7 +399,7 @@ class Loop:
         if self.world.is_main:
             self.store.remember_best(self.state.best_step)
         self.half_used = load_half_used(path / "trainer") if self.args.do_train else None
-        self.pending, self.timer = Statistics(**self.state.pending), PhaseTimer(**self.state.timer)
+        self.pending, self.timer = Statistics.from_json(self.state.pending), PhaseTimer(**self.state.timer)
         self.evaluated_at, self.saved_at = self.state.evaluated_at, self.state.global_step
         where = ", in the middle of an update" if self.half_used is not None else ""
         get_logger().info("resumed from %s (optimizer step %d%s)", path, self.state.global_step, where)
@@ -400,8 +414,15 @@ class Loop:
             self.save_checkpoint(half_used=self.half_used)
         self._write_rows()  # those of an unfinished update; a resumed run writes them again
         command = resume_command(self.argv, world_size=self.world.processes, overwrites=self.args.overwrite_output_dir)
-        get_logger().warning("stopped at step %d and saved; go on with:\n  %s", self.state.global_step, command)
+        step = self.state.global_step
+        get_logger().warning("stopped at step %d; saved %s; go on with:\n  %s", step, self.store.path(step), command)
         return EXIT_INTERRUPTED
+
+    @property
+    def _final_metrics(self) -> dict[str, float]:
+        """Of the evaluation of the model that the run ends with."""
+        best = self.args.load_best_model_at_end and self.args.do_train and self.state.best_step >= 0
+        return self.state.best_metrics if best else self.state.eval_metrics
 
     def _finish(self) -> None:
         """The last evaluation and checkpoint, then the trained models in ``output_dir``."""
@@ -426,6 +447,6 @@ class Loop:
                 if self.world.is_main:
                     self.save_extras(target)
         self.world.barrier()
-        names = {"policy": "the policy", "value": "the value model"}
+        names = {"policy": "the policy", "value": "the value model", ".": "the final model"}
         places = [f"{names.get(name, name)} is in {Path(self.args.output_dir) / name}" for name in results]
         get_logger().info("%s", ", ".join(places))

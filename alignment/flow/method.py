@@ -17,7 +17,9 @@ from alignment.flow.flow import Flow, optimizer_of
 if TYPE_CHECKING:
     from paddle import Tensor
 
+    from alignment.flow.flow import Call, PhaseTimer
     from alignment.flow.loop import Loop
+    from alignment.flow.statistics import Statistics
     from alignment.rollout.batch import Batch
 
 #: A sum over things, how many things, and (where it is not 1) what the sum had been divided by.
@@ -30,10 +32,11 @@ class RoleSpec:
 
     Attributes:
         name: of the role; offloading, messages and metrics call it so.
-        kind: ``"policy"`` (log-probs; generates), ``"value"`` (one number per state) or ``"score"`` (one per answer).
+        kind: ``"policy"`` (log-probs; generates), ``"value"`` (one number per state), ``"score"`` (one per answer), or
+            ``"rows"`` (reads given rows).
         key: the argument that names its folder.
         trained: whether it has an optimizer.
-        folder: where a checkpoint has its weights; empty for one that never changes.
+        folder: where a checkpoint has its weights (``"."``: in its root); empty for one that never changes.
         metric: what its metrics are called, ``train/<metric>_lr``; empty: its name.
         starts_at: optimizer steps of the run before it learns.
         evaluates: whether evaluation needs it, so that it is loaded without training too.
@@ -60,6 +63,11 @@ class RoleSpec:
     def title(self) -> str:
         """What its metrics are called."""
         return self.metric or self.name
+
+    @property
+    def optimizer_file(self) -> str:
+        """The name of its optimizer's file in a checkpoint."""
+        return "optimizer.safetensors" if self.folder == "." else f"{self.name}_optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,8 @@ class Method:
         base: ``"online"`` where it answers prompts, ``"rows"`` where it learns from given rows.
         presets: names that set keys.
         bar: metrics that the progress bar shows.
+        runtime_metric: what the seconds of an evaluation are called.
+        echoes_evaluation: whether an evaluation's row is shown as rows are; else :meth:`tell_evaluation` shows it.
     """
 
     name: ClassVar[str] = ""
@@ -150,6 +160,8 @@ class Method:
     base: ClassVar[str] = "online"
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     bar: ClassVar[tuple[str, ...]] = ()
+    runtime_metric: ClassVar[str] = "eval/runtime_seconds"
+    echoes_evaluation: ClassVar[bool] = True
 
     def __init__(self, args: Any) -> None:
         self.args = args
@@ -191,9 +203,27 @@ class Method:
         """Figures of an evaluation, with their full names."""
         return {}
 
-    def drain(self) -> dict[str, float]:
-        """Figures since the last call that are no means over rows, for the next row of metrics."""
-        return {}
+    def tell_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Show an evaluation's figures."""
+
+    def updater(self, loop: Loop, call: Call) -> Any:
+        """What runs a training call: it has ``run(batch, number, global_step, on_step, begin)`` and ``first_step`` (see
+        :class:`~alignment.flow.update.Updater`).
+        """
+        from alignment.flow.update import Updater
+
+        return Updater(self.args, loop.world, call.run, loop.specs, loop.roles, loop.ptx, loop.given.decode, loop.guard)
+
+    def row(self, stats: Statistics, step: int) -> dict[str, float]:
+        """A row of training metrics, from the statistics of the optimizer steps since the last one."""
+        return {**stats.result(), "global_step": step}
+
+    def drain(self, timer: PhaseTimer) -> dict[str, float]:
+        """Times and rates since the last call, and other figures that are no means over rows."""
+        return timer.drain()
+
+    def finished(self, final: Mapping[str, float]) -> None:
+        """The run is at its end; ``final`` are the evaluation figures of its model."""
 
     def state(self) -> dict[str, Any]:
         """What it must know to go on, as JSON values (controllers, running means)."""

@@ -34,6 +34,7 @@ from alignment.rollout.sampler import SamplingSettings
 if TYPE_CHECKING:
     from paddle import Tensor
 
+    from alignment.flow.flow import PhaseTimer
     from alignment.flow.loop import Loop
     from alignment.parallel import World
     from alignment.rollout.generate import GenerationPrompt
@@ -392,11 +393,11 @@ class OnlineMethod(Method):
                 f"data rank {self.world.rank}: the processes that share the actor sampled different tokens"
             )
 
-    def drain(self) -> dict[str, float]:
+    def drain(self, timer: PhaseTimer) -> dict[str, float]:
         if self.generator.resharder is None:
-            return {}
+            return timer.drain()
         moved, self.reshard_bytes = float(self.reshard_bytes), 0
-        return {"reshard/bytes": moved}
+        return {**timer.drain(), "reshard/bytes": moved}
 
     # -- evaluation
 

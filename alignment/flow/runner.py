@@ -1,13 +1,10 @@
-"""What the runners of SFT and reward modelling share, from the command line to the trainer.
-
-Everything that can be wrong is checked in the order in which it is cheap: arguments, folder, model folder, tokenizer,
-template, data, sizes; the model loads last.
+"""What every run shares before its models load: from the command line to a process that has joined the others, the
+device, the template, what is said about data and sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,26 +18,10 @@ from alignment.parallel.world import FOR_EVER
 from alignment.ppo.data import PromptTemplate, check_same
 
 if TYPE_CHECKING:
-    from alignment.flow.stage import Stage
+    pass
 
 T = TypeVar("T")
 LOG_WIDTH = 160
-
-
-@dataclass
-class Data:
-    """A stage's rows.
-
-    Attributes:
-        train: training rows; None without training.
-        evaluation: evaluation rows; None where there are none.
-        sets: the data sets behind them, for summaries: "train", "eval" -> a data set with ``summary`` and
-            ``mixture_record()``.
-    """
-
-    train: Sequence[Any] | None
-    evaluation: Sequence[Any] | None
-    sets: dict[str, Any]
 
 
 def run_stage(argv: list[str], parse: Callable[[list[str]], Any], body: Callable[[Any, World, list[str]], int]) -> int:
@@ -67,86 +48,6 @@ def run_stage(argv: list[str], parse: Callable[[list[str]], Any], body: Callable
         code = body(args, world, argv)
     world.close()
     return code
-
-
-def train_stage(
-    args: Any,
-    world: World,
-    argv: list[str],
-    *,
-    role: str,
-    build_data: Callable[..., Data],
-    load_model: Callable[[], Any],
-    make_stage: Callable[[Any, Any, Callable[[Path], None]], Stage],
-) -> int:
-    """Everything from checked arguments to the trained model, for the stages that :class:`StageTrainer` runs.
-
-    Args:
-        args: of SFT or reward modelling.
-        world: the processes of the run.
-        argv: the command's arguments, to say how to resume.
-        role: what the model is, for messages.
-        build_data: ``(args, tokenizer, template, show_progress=) -> Data``.
-        load_model: gives the model of ``model_name_or_path``.
-        make_stage: ``(engine, tokenizer, save) -> Stage``.
-
-    Returns:
-        The exit status: 0, or 130 after an interruption.
-    """
-    from alignment import runtime
-    from alignment.engine.engine import Engine, OptimizerSettings
-    from alignment.flow.checkpoint import CheckpointStore
-    from alignment.flow.output import prepare_output_dir
-    from alignment.flow.resume import check_resumable, check_same_data
-    from alignment.flow.sample import show_sample
-    from alignment.flow.stage_trainer import StageTrainer
-    from alignment.ppo.models import (
-        check_layout,
-        check_model_folder,
-        check_tokenizer_fits,
-        load_tokenizer,
-        model_context_length,
-        save_tokenizer,
-    )
-
-    store = CheckpointStore(args.output_dir, args.save_total_limit)
-    resume = None if args.dry_run else prepare_output_dir(args, world, store)
-    source = args.model_name_or_path
-    found = check_model_folder(source, role=role)
-    if found is not None:
-        check_layout(found.config, world.topology, f"{role} {source}")
-    args.check_context(model_context_length(source), f"model {source}")
-    check_resumable(args, world, resume)
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or source, role=f"{role}'s tokenizer")
-    check_tokenizer_fits(tokenizer, source, role=role)
-    template = stage_template(args, tokenizer, source, resume)
-    world.phase("data")
-    data = main_first(world, lambda: build_data(args, tokenizer, template, show_progress=world.is_main))
-    check_same_data(args, world, resume, data.sets)
-    if world.is_main:
-        show_sample(next(iter(data.sets.values())), role, with_ids=args.show_sample_ids)
-    sizes = args.derive_sizes(len(data.train), world.size) if data.train is not None else None
-    if args.dry_run:
-        if world.is_main:
-            print(args.dry_run_text(sizes))
-        return 0
-    describe_run(args, world, data, sizes)
-
-    runtime.seed_everything(args.seed)
-    world.phase("models")
-    model = load_model()
-    settings = OptimizerSettings(**args.optimizer(sizes.total_steps)) if sizes is not None else None
-    engine = Engine(role, model, world, settings, recompute=args.recompute)
-    if args.lora_path:
-        engine.load_weights(args.lora_path)
-
-    def save(folder: Path) -> None:
-        engine.save_weights(folder)
-        if world.is_main:
-            save_tokenizer(tokenizer, folder, template)
-
-    stage = make_stage(engine, tokenizer, save)
-    return StageTrainer(stage, args, world, data.train, data.evaluation, argv=argv, resume=resume).run()
 
 
 def model_flags(args: Arguments) -> dict[str, Any]:
@@ -229,7 +130,7 @@ def stage_template(args: Arguments, tokenizer: Any, model_folder: str, resume: P
     return template
 
 
-def describe_run(args: Arguments, world: World, data: Data, sizes: Any) -> None:
+def describe_run(args: Arguments, world: World, data: Any, sizes: Any) -> None:
     """Print the data tables and derived sizes; write ``arguments.json``, ``data_mixture.json`` and
     ``data_summary.json``.
     """

@@ -9,6 +9,7 @@ any layout; the positions below are all there is to remember.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from alignment.engine.engine import Engine
 from alignment.errors import CheckpointError
+from alignment.flow.checkpoint import write_json
 from alignment.flow.halfway import HalfUsed, save_half_used
 
 STATE_FILE = "trainer_state.json"
@@ -33,6 +35,8 @@ class LoopState:
         method: what the method remembers.
         best_value: the best ``metric_for_best_model`` so far, or ``None``.
         best_step: the step it was reached at, -1 before.
+        best_metrics: of the evaluation then.
+        eval_metrics: of the last evaluation.
         without_improvement: evaluations since then.
         stopped: whether ``early_stopping_patience`` has ended the run.
         evaluated_at: the step of the last evaluation, -1 before.
@@ -48,6 +52,8 @@ class LoopState:
     method: dict[str, Any] = field(default_factory=dict)
     best_value: float | None = None
     best_step: int = -1
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    eval_metrics: dict[str, float] = field(default_factory=dict)
     without_improvement: int = 0
     stopped: bool = False
     evaluated_at: int = -1
@@ -60,6 +66,7 @@ def save_state(
     folder: Path,
     state: LoopState,
     engines: Mapping[str, Engine],
+    optimizers: Mapping[str, Engine],
     save_extras: Callable[[Path], None],
     half_used: HalfUsed | None = None,
 ) -> None:
@@ -68,7 +75,8 @@ def save_state(
     Args:
         folder: an empty folder; it becomes a checkpoint when the caller renames it.
         state: the counters and small states.
-        engines: those whose weights change, by the name of their folder; those that are trained have an optimizer.
+        engines: those whose weights change, by the name of their folder.
+        optimizers: those that are trained, by the name of their optimizer's file.
         save_extras: writes tokenizer and template into a model's folder.
         half_used: the rows in work, in the middle of an update.
     """
@@ -77,25 +85,25 @@ def save_state(
     for name, engine in engines.items():
         target = folder / name
         if main:
-            target.mkdir()
+            target.mkdir(exist_ok=True)
             save_extras(target)
         engine.save_weights(target)
     if main:
         trainer.mkdir()
-        (trainer / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+        write_json(trainer / STATE_FILE, _strict(asdict(state)))
         if half_used is not None:
             save_half_used(trainer, half_used)
-    for engine in engines.values():
-        if engine.trainable:
-            engine.save_state(trainer / f"{engine.name}_optimizer.safetensors")
+    for file, engine in optimizers.items():
+        engine.save_state(trainer / file)
 
 
-def load_state(folder: Path, engines: Mapping[str, Engine]) -> LoopState:
+def load_state(folder: Path, engines: Mapping[str, Engine], optimizers: Mapping[str, Engine]) -> LoopState:
     """Read what :func:`save_state` wrote.
 
     Args:
         folder: a checkpoint that was verified.
-        engines: get their weights and optimizers.
+        engines: get their weights.
+        optimizers: get their optimizers' states.
 
     Returns:
         The counters and small states.
@@ -106,9 +114,8 @@ def load_state(folder: Path, engines: Mapping[str, Engine]) -> LoopState:
     state = read_state(folder)
     for name, engine in engines.items():
         engine.load_weights(folder / name)
-    for engine in engines.values():
-        if engine.trainable:
-            engine.load_state(folder / "trainer" / f"{engine.name}_optimizer.safetensors")
+    for file, engine in optimizers.items():
+        engine.load_state(folder / "trainer" / file)
     return state
 
 
@@ -118,8 +125,10 @@ def read_state(folder: Path) -> LoopState:
     Raises:
         CheckpointError: they are missing or unreadable.
     """
-    file = folder / "trainer" / STATE_FILE
+    file, before = folder / "trainer" / STATE_FILE, folder / "trainer" / "state.json"
     try:
+        if before.exists() and not file.exists():  # as SFT and reward models wrote it when they had a loop of their own
+            return _of_a_stage(json.loads(before.read_text(encoding="utf-8")))
         state = json.loads(file.read_text(encoding="utf-8"))
         if "prompt_position" in state:  # as PPO wrote it when it had a loop of its own
             state["position"] = state.pop("prompt_position")
@@ -129,3 +138,29 @@ def read_state(folder: Path) -> LoopState:
         raise CheckpointError(f"{folder} is no checkpoint of this loop: it has no trainer/{STATE_FILE}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def _of_a_stage(state: dict[str, Any]) -> LoopState:
+    """What is waiting for the next row is not taken over: its kinds have changed."""
+    best = {f"eval/{name}": value for name, value in state["best_metrics"].items()}
+    last = {f"eval/{name}": value for name, value in state["eval_metrics"].items()}
+    return LoopState(
+        global_step=state["step"],
+        rollouts=state["step"],
+        position=state["step"],
+        method={"order": state["order"], "loss_sum": state["loss_sum"]},
+        best_value=state["best_value"],
+        best_step=state["best_step"],
+        best_metrics=best,
+        eval_metrics=last,
+        evaluated_at=state["last_eval_step"],
+    )
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinity as None, which strict JSON can hold."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -37,6 +37,9 @@ M = TypeVar("M", bound=type)
 
 #: Where the toolkit's own methods are.
 BUILT_IN: dict[str, str] = {
+    "sft": "alignment.methods.sft:SFT",
+    "reward": "alignment.methods.reward:RewardModel",
+    "cost": "alignment.methods.reward:CostModel",
     "ppo": "alignment.methods.ppo:PPO",
     "grpo": "alignment.methods.grpo:GRPO",
     "rloo": "alignment.methods.rloo:RLOO",

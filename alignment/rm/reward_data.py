@@ -6,18 +6,18 @@ import logging
 from typing import Any
 
 from alignment.arguments import RewardArguments
-from alignment.flow.runner import Data
 from alignment.log import say_once
 from alignment.ppo.data import PreferenceDataset, PromptTemplate, SafetyPreferenceDataset, load_train_and_eval
 
 
-def build_data(args: RewardArguments, tokenizer: Any, template: PromptTemplate, *, show_progress: bool) -> Data:
-    """Tokenise (or read from the cache) what the arguments ask for.
+def preference_sets(
+    args: RewardArguments, tokenizer: Any, template: PromptTemplate, *, show_progress: bool
+) -> dict[str, PreferenceDataset]:
+    """Tokenise (or read from the cache) what the arguments ask for: ``"train"`` and ``"eval"``, where there are any.
 
     Raises:
         DataError: see :class:`alignment.ppo.data.TokenizedDataset`.
     """
-
     kind = SafetyPreferenceDataset if args.score_type == "cost" else PreferenceDataset
 
     def load(mixture: Any, name: str, evaluation: bool = False) -> PreferenceDataset:
@@ -42,7 +42,7 @@ def build_data(args: RewardArguments, tokenizer: Any, template: PromptTemplate, 
         do_eval=args.do_eval,
     )
     _warn_of_one_side(sets.get("train"))
-    return Data(sets.get("train"), sets.get("eval"), sets)
+    return sets
 
 
 def _warn_of_one_side(train: PreferenceDataset | None) -> None:

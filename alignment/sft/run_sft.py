@@ -1,17 +1,15 @@
-"""Supervised fine-tuning: ``alignment sft FILE.json [key=value ...]``, or this file as a script, alone or under the
-launcher.
+"""Supervised fine-tuning: ``alignment sft FILE [key=value ...]``, or this file as a script, alone or under the
+launcher; the algorithm is in :mod:`alignment.methods.sft`.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):  # started as a file: make the checkout importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from alignment.arguments import SFTArguments, parse_sft
 from alignment.cli import run_main
 
 
@@ -21,40 +19,10 @@ def main(argv: list[str]) -> int:
     Raises:
         AlignmentError: whatever the user can mend.
     """
-    from alignment.flow.runner import run_stage
+    from alignment.methods.sft import SFT
+    from alignment.methods.start import run_method
 
-    return run_stage(argv, parse_sft, _run)
-
-
-def _run(args: SFTArguments, world: Any, argv: list[str]) -> int:
-    from alignment.flow.runner import lora_settings, model_flags, train_stage
-    from alignment.ppo.models import load_causal_lm
-    from alignment.sft.sft_data import build_data
-    from alignment.sft.sft_trainer import SFTStage
-
-    return train_stage(
-        args,
-        world,
-        argv,
-        role="SFT model",
-        build_data=build_data,
-        load_model=lambda: load_causal_lm(
-            args.model_name_or_path,
-            dtype=args.dtype,
-            config_overrides=model_flags(args),
-            lora=lora_settings(args),
-            topology=world.topology,
-            role="SFT model",
-        ),
-        make_stage=lambda engine, tokenizer, save: SFTStage(
-            engine,
-            tokenizer,
-            packed=args.zero_padding,
-            pad_to=args.max_length if args.pad_to_max_length else None,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-            save=save,
-        ),
-    )
+    return run_method(SFT, argv)
 
 
 if __name__ == "__main__":

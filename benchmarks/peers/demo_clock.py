@@ -13,7 +13,7 @@ import threading
 import time
 
 POLL = 0.02
-LOOP = os.path.join("alignment", "flow", "stage_trainer.py")
+LOOP = os.path.join("alignment", "flow", "loop.py")
 DONE = "first optimizer step"
 
 
@@ -21,8 +21,8 @@ def steps_done(main_thread: int) -> int:
     """Optimizer steps of the training loop that the thread is in; 0 outside of one."""
     frame = sys._current_frames().get(main_thread)
     while frame is not None:
-        if frame.f_code.co_name == "run" and frame.f_code.co_filename.endswith(LOOP):
-            return frame.f_locals["self"].progress.step
+        if frame.f_code.co_name == "train" and frame.f_code.co_filename.endswith(LOOP):
+            return frame.f_locals["self"].state.global_step
         frame = frame.f_back
     return 0
 

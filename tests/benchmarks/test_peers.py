@@ -226,16 +226,16 @@ def test_what_our_engine_cannot_do_is_said() -> None:
 
 
 def test_the_watch_reads_the_step_of_the_loop_that_runs(tmp_path: Path) -> None:
-    from alignment.flow.stage_trainer import StageTrainer
+    from alignment.flow.loop import Loop
 
-    file = Path(StageTrainer.run.__code__.co_filename)
-    assert file.as_posix().endswith(Path(LOOP).as_posix()) and StageTrainer.run.__name__ == "run"
+    file = Path(Loop.train.__code__.co_filename)
+    assert file.as_posix().endswith(Path(LOOP).as_posix()) and Loop.train.__name__ == "train"
     copy = tmp_path / LOOP  # a loop that stands where the real one does
     copy.parent.mkdir(parents=True)
-    copy.write_text("class Loop:\n    def run(self, look):\n        return look()\n")
+    copy.write_text("class Loop:\n    def train(self, look):\n        return look()\n")
     names: dict = {}
     exec(compile(copy.read_text(), str(copy), "exec"), names)
     loop, here = names["Loop"](), threading.get_ident()
-    loop.progress = argparse.Namespace(step=3)
-    assert loop.run(lambda: steps_done(here)) == 3
+    loop.state = argparse.Namespace(global_step=3)
+    assert loop.train(lambda: steps_done(here)) == 3
     assert steps_done(here) == 0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.losses.reward import cost_losses, first_differences, sequence_losses, token_losses
+from alignment.losses.pairwise import cost_losses, first_differences, sequence_losses, token_losses
 from alignment.rm.reward_metrics import calibration, cost_metrics, pair_metrics
 
 

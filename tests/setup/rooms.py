@@ -10,6 +10,8 @@ from pathlib import Path
 #: Rooms inside rooms. Every other folder below ``alignment`` is a room, and the modules beside them are ``base``, but
 #: for those that stand above some rooms and are rooms of their own.
 INNER = ("ppo.data", "ppo.models", "rollout.rewards")
+#: What the reward models' method needs of the room of their runners.
+PAIRS = ("rm.reward_data", "rm.reward_metrics")
 ALONE = {"cli": "cli", "__main__": "cli", "plugins": "plugins", "api": "api"}
 
 
@@ -109,6 +111,8 @@ class Tree:
     def room(self, module: str) -> str:
         """The room that a module belongs to."""
         words = module.split(".")[1:]
+        if ".".join(words) in PAIRS:
+            return "rm.pairs"
         if ".".join(words[:2]) in INNER:
             return ".".join(words[:2])
         in_folder = bool(words) and f"alignment.{words[0]}" in self.files and self.is_package(f"alignment.{words[0]}")

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,7 +112,7 @@ def test_it_learns_and_leaves_everything_behind(model_dir: Path, data_dir: Path,
         "data_mixture.json",
         "optimizer.safetensors",
         "origin.json",
-        "state.json",
+        "trainer_state.json",
     }
     assert all((value == weights(out / "checkpoint-192")[name]).all() for name, value in weights(out).items())
     results = json.loads((out / "all_results.json").read_text())
@@ -258,21 +260,28 @@ def test_the_best_model_is_the_final_one(model_dir: Path, data_dir: Path, tmp_pa
 @pytest.mark.parametrize("greedy", [False, True])
 def test_packed_loss_is_the_unpacked_loss(model_dir: Path, data_dir: Path, greedy: bool) -> None:
     from alignment.engine.engine import Engine
+    from alignment.methods.sft import SFT
     from alignment.parallel import World
     from alignment.ppo.data import SupervisedDataset, pack_supervised
     from alignment.ppo.models import load_causal_lm, load_tokenizer
-    from alignment.sft.sft_trainer import SFTStage
 
     tokenizer = load_tokenizer(model_dir)
     rows = list(SupervisedDataset({"jsonl": {"path": str(data_dir / "dev.json")}}, tokenizer, show_progress=False))[:10]
     engine = Engine("model", load_causal_lm(model_dir), World())
-    plain, packed = SFTStage(engine, tokenizer, save=print), SFTStage(engine, tokenizer, packed=True, save=print)
+
+    def method(**changes: Any) -> SFT:
+        usual = {"zero_padding": False, "pad_to_max_length": False, "max_length": 70, "pad_to_multiple_of": None}
+        made = SFT(SimpleNamespace(**{**usual, **changes}))
+        made.engine, made.tokenizer = engine, tokenizer
+        return made
+
+    plain, packed = method(), method(zero_padding=True)
     packs = pack_supervised(rows, 150, greedy=greedy)
     assert len(packs) < len(rows) / 2
     first, second = plain.collate(rows), packed.collate(packs)
     assert plain.count(first) == packed.count(second) > 20
 
-    def loss_of(stage: SFTStage, batch: dict) -> tuple:
+    def loss_of(stage: SFT, batch: dict) -> tuple:
         return engine.infer_pass([batch], stage.rows, stage.loss)[0]
 
     loss, stats = loss_of(plain, first)
@@ -280,7 +289,7 @@ def test_packed_loss_is_the_unpacked_loss(model_dir: Path, data_dir: Path, greed
     assert float(packed_loss) == pytest.approx(float(loss), rel=1e-5)
     assert packed_stats["correct"] == stats["correct"]
 
-    wider = SFTStage(engine, tokenizer, pad_to=70, pad_to_multiple_of=16, save=print)
+    wider = method(pad_to_max_length=True, pad_to_multiple_of=16)
     batch = wider.collate(rows)
     assert batch["input_ids"].shape[1] == 80 and float(loss_of(wider, batch)[0]) == pytest.approx(float(loss), rel=1e-5)
 
@@ -442,10 +451,10 @@ def test_ctrl_c_saves_and_says_how_to_resume(model_dir: Path, data_dir: Path, tm
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 130, shown
     path = CheckpointStore(out).latest()
-    assert path is not None and f"saved {path}. Continue with:" in shown
+    assert path is not None and f"saved {path}; go on with:" in shown
     assert f"-m alignment sft model_name_or_path={model_dir}" in shown and "resume_from_checkpoint=true" in shown
     done = int(path.name.removeprefix("checkpoint-"))
-    assert json.loads((path / "trainer" / "state.json").read_text())["step"] == done
+    assert json.loads((path / "trainer" / "trainer_state.json").read_text())["global_step"] == done
     rows = train(model_dir, data_dir, out, resume_from_checkpoint=True, max_steps=done + 2)
     assert [row["step"] for row in rows if "train/loss" in row][-2:] == [done + 1, done + 2]
 
