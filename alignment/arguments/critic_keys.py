@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from alignment.arguments.spec import argument
+from alignment.arguments import foreign
+from alignment.arguments.spec import argument, specs
 from alignment.arguments.training import SCHEDULERS
 
 #: Keys of the actor's optimizer that the critic has as ``critic_KEY``.
@@ -70,3 +71,11 @@ class CriticKeys:
         if "critic_warmup_ratio" in self.given:
             settings["warmup_steps"] = math.ceil(total_steps * self.critic_warmup_ratio)  # type: ignore[operator]
         return settings
+
+
+#: ``FOREIGN`` of methods without a critic that take over its keys from a file for several methods (paddlenlp has one
+#: script, and one set of keys, for its algorithms with a critic and without).
+NO_CRITIC = {
+    **foreign.ONLINE,
+    **{name: replace(spec, no_effect="there is no critic") for name, spec in specs(CriticKeys).items()},
+}

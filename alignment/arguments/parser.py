@@ -86,14 +86,8 @@ def build(cls: type[A], given: Sequence[Given], file: str | None) -> A:
     values: dict[str, Any] = {}
     origin: dict[str, Given] = {}
     foreign_values: dict[str, Any] = {}
-    # paddlenlp has one script, and one set of keys, for its algorithms with a critic and without
-    of_critic = specs(CriticKeys) if any(item.key == "rl_algorithm" for item in given) else {}
-    without_critic: list[str] = []
     for item in given:
         spec = find(cls, item.key)
-        if spec is None and item.key in of_critic:
-            without_critic.append(item.key)
-            continue
         if spec is None:
             problems.add(f"{item.where}: {item.key}: {_unknown(cls, item.key)}", item.key)
             continue
@@ -118,8 +112,6 @@ def build(cls: type[A], given: Sequence[Given], file: str | None) -> A:
     settings = presets.settings_for(cls, {**foreign_specs(cls), **cls.specs()}, given_values)
     args = cls(**settings.values, **{key: value for key, value in given_values.items() if key in values})
     args.set_by, args.remarks = settings.set_by, settings.remarks
-    if without_critic:
-        args.remarks.append(f"{', '.join(without_critic)}: {cls.TITLE} has no critic")
     args.raw = {item.key: item.value for item in given}
     args.given = frozenset(given_values)
     args.passthrough = {key: value for key, value in given_values.items() if key in foreign_values}

@@ -42,6 +42,12 @@ class Keys(CriticKeys):
     """A critic's keys; A2C has none of its own."""
 
     def check_keys(self, problems: Problems) -> None:
+        if self.update_iters > 1:
+            problems.add(
+                f"update_iters is {self.update_iters}, but A2C goes over a rollout once: it has no ratio that would "
+                "correct for the steps before. Set it to 1, or use ppo",
+                "update_iters",
+            )
         prompts = self.per_device_prompt_batch_size * self.prompt_batches_per_rollout
         rows, step = prompts * self.num_return_sequences, self.per_device_train_batch_size
         step *= self.gradient_accumulation_steps
@@ -61,7 +67,6 @@ class A2C(OnlineMethod):
     summary = "a critic, one pass over each rollout, no clip"
     Keys = Keys
     changes = {
-        "update_iters": {"le": 1},
         "gamma": {"default": 0.99},
         "gae_lambda": {"default": 1.0},
         "value_coeff": {"default": 0.5},

@@ -16,14 +16,13 @@ There is no critic, and without a KL no reference. The forms by name are presets
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alignment.arguments import foreign
-from alignment.arguments.critic_keys import CriticKeys
-from alignment.arguments.spec import argument, specs
+from alignment.arguments.critic_keys import NO_CRITIC
+from alignment.arguments.spec import argument
 from alignment.flow.flow import Call, Flow
 from alignment.flow.method import Loss, RoleSpec, Train, Window
 from alignment.flow.online import ACTOR, OnlineMethod, logprobs
@@ -62,10 +61,7 @@ class Keys:
     """The keys of GRPO."""
 
     GROUP = "GRPO"
-    FOREIGN = {
-        **foreign.ONLINE,
-        **{name: replace(spec, no_effect="there is no critic") for name, spec in specs(CriticKeys).items()},
-    }
+    FOREIGN = NO_CRITIC
 
     advantage: str = argument("grpo", "Estimator of the advantages, a registered name.", choices=ADVANTAGES)
     scale: str = argument(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from alignment.arguments.critic_keys import NO_CRITIC
 from alignment.arguments.spec import argument
 from alignment.flow.flow import Call, Flow
 from alignment.flow.method import Loss, RoleSpec, Train, Window
@@ -42,6 +43,8 @@ PLAIN, BASELINE = "reinforce_plus_plus", "reinforce_plus_plus_baseline"
 @dataclass
 class Keys:
     """REINFORCE++'s own keys."""
+
+    FOREIGN = NO_CRITIC
 
     advantage: str = argument(
         PLAIN, "The advantage: token returns, or the answer's score less the mean of its prompt's answers (baseline).",

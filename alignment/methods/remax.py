@@ -13,10 +13,12 @@ In a rollout's first optimizer step rho is 1 and the gradient is the paper's.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from alignment.arguments.critic_keys import NO_CRITIC
 from alignment.flow.flow import Call, Flow
 from alignment.flow.method import Loss, RoleSpec, Train, Window
 from alignment.flow.online import ACTOR, OnlineMethod, logprobs
@@ -30,13 +32,20 @@ if TYPE_CHECKING:
     from alignment.rollout.rollout import Experience, Rollout
 
 
+@dataclass
+class Keys:
+    """ReMax has no keys of its own."""
+
+    FOREIGN = NO_CRITIC
+
+
 class ReMax(OnlineMethod):
     """Policy gradient against the greedy answer's score."""
 
     name = "remax"
     title = "ReMax"
     summary = "each answer against the greedy answer to its prompt; no critic, no groups"
-    Keys = None
+    Keys = Keys
     bar = ("train/reward", "train/greedy_reward", "train/kl_divergence", "train/actor_loss")
 
     def roles(self) -> list[RoleSpec]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from alignment.arguments.critic_keys import NO_CRITIC
 from alignment.arguments.spec import argument
 from alignment.flow.flow import Call, Flow
 from alignment.flow.method import Loss, RoleSpec, Train, Window
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 @dataclass
 class Keys:
     """RLOO's own keys."""
+
+    FOREIGN = NO_CRITIC
 
     policy_loss: str = argument(
         "ppo",

@@ -273,8 +273,10 @@ def test_one_answer_a_prompt_is_refused_where_the_baseline_needs_others(
 def test_a2c_refuses_a_second_pass_and_says_what_lies_between_steps(
     online_json: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["a2c", str(online_json("run", update_iters=2)), "--dry_run"]) == 2
-    assert "update_iters" in capsys.readouterr().err
+    file = str(online_json("run", update_iters=2))
+    assert main(["a2c", file, "--dry_run"]) == 2
+    assert "update_iters is 2, but A2C goes over a rollout once" in capsys.readouterr().err
+    assert main(["a2c", file, "update_iters=1", "--dry_run"]) == 0, "a file for PPO, and what is otherwise"
     assert main(["a2c", str(online_json("run", clip_range_value=3.0)), "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert "a rollout has 16 rows on each process and an optimizer step 8" in said
