@@ -304,7 +304,7 @@ class OnlineMethod(Method):
         if inputs.row_weights is None:
             shown = (result.loss, tokens if inputs.mean == "token" else answers, inputs.denominator)
         else:
-            shown = (result.loss, len(batch) / window.rows)
+            shown = (result.loss, answers / max(1, window.answers))  # rows without a token come in no micro batch
         sums = {
             "train/actor_loss": shown,
             "train/entropy": (entropies, tokens),
