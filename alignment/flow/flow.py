@@ -52,6 +52,7 @@ class Call:
             returned is read by the function's names.
         when: ``when(step)``, by the optimizer steps taken: whether it runs in this iteration; else it gives None.
         after: averages that are taken when it is done.
+        samples: of a call that generates: answers to each prompt, for the plan; None: ``num_return_sequences``.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Call:
     rename: Mapping[str, str] = field(default_factory=dict)
     when: Callable[[int], bool] | None = None
     after: tuple[Average, ...] = ()
+    samples: int | None = None
 
     @property
     def outputs(self) -> tuple[str, ...]:

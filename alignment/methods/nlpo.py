@@ -102,7 +102,7 @@ class NLPO(PPO):
         actor, *others = super().roles()
         copied = self.args.mask_type != "topk" and self.args.top_mask != -1
         masking = replace(REFERENCE, name="masking", folder="masking", evaluates=True, present=copied)
-        return [replace(actor, masked=True), masking, *others]
+        return [replace(actor, masked=self.args.top_mask != -1), masking, *others]
 
     def flow(self) -> Flow:
         return super().flow().edit(

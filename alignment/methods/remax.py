@@ -57,7 +57,9 @@ class ReMax(OnlineMethod):
         return Flow(
             [
                 Call("generate", "generate", ("actor",), ("prompts",), "rollout", self.generate),
-                Call("greedy_generate", "generate", ("actor",), ("prompts",), "greedy", self.generate_greedily),
+                Call(
+                    "greedy_generate", "generate", ("actor",), ("prompts",), "greedy", self.generate_greedily, samples=1
+                ),
                 Call("actor_logprobs", "infer", ("actor",), ("rollout",), "logprobs", logprobs),
                 Call("reference_logprobs", "infer", ("reference",), ("rollout",), "ref_logprobs", logprobs),
                 Call("reward_scores", "infer", ("reward",), ("rollout",), "scores", self.score),

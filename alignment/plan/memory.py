@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
-from alignment.flow.flow import optimizer_of
+from alignment.flow.flow import Call, optimizer_of
 from alignment.parallel.topology import BUCKET_ELEMENTS, Topology, assign_owners, layers_of_stage
 from alignment.plan.activations import (
     FLOAT,
@@ -212,18 +212,26 @@ def memory_of(setting: Setting, topology: Topology) -> list[PhaseMemory]:
     here = residents(setting, topology)
     phases = []
     for call, (name, needed) in zip(setting.flow.calls, setting.flow.residency(), strict=True):
-        roles = setting.present(call.roles)
-        if call.kind == "host" or not roles:
-            continue
-        kinds, away = here.kinds(needed, setting.managed)
-        if call.kind == "generate":
-            phases.append(_phase(name, kinds, away, _generate(setting, topology)))
-        elif call.kind == "infer":
-            phases.append(_phase(name, kinds, away, _infer(setting, topology, roles[0])))
-        else:
-            each = [_phase(name, kinds, away, training_memory(setting, topology, role)) for role in roles]
-            phases.append(max(each, key=lambda phase: phase.total))
+        added = _added(setting.of_call(call), topology, call)
+        if added:
+            kinds, away = here.kinds(needed, setting.managed)
+            phases.append(max((_phase(name, kinds, away, each) for each in added), key=lambda phase: phase.total))
     return phases
+
+
+def _added(setting: Setting, topology: Topology, call: Call) -> list[dict[str, float]]:
+    """What each part of a call adds, one after the other: of its roles, and of averages behind it."""
+    found = []
+    for role in setting.present(call.roles):
+        if call.kind == "train":
+            found.append(training_memory(setting, topology, role))
+        elif call.kind == "generate" and role.head == "lm":
+            found.append(_generate(setting, topology))
+        else:
+            found.append(_infer(setting, topology, role))
+    for pair in setting.averages(call):
+        found.append({"workspace": sum(_awake(setting, topology, role, whole=True) for role in pair)})
+    return found
 
 
 def _role(setting: Setting, name: str) -> RolePlan:
@@ -257,7 +265,7 @@ def _generate(setting: Setting, topology: Topology) -> dict[str, float]:
     actor = _role(setting, "actor")
     layout, shares = setting.rollout_topology()
     added = rollout_memory(setting, topology if shares == 1 else layout, shares)
-    work = _awake(setting, topology, actor, whole=True)
+    work = setting.readers * _awake(setting, topology, actor, whole=True)
     if setting.reshards:
         work += 2.0 * setting.item * max(BUCKET_ELEMENTS, part_of(actor, topology).largest)
     return {**added, "workspace": added.get("workspace", 0.0) + work}

@@ -132,7 +132,8 @@ def _time_title(plan: Plan) -> str:
     setting = plan.setting
     if setting.online:
         what = f"One iteration: {plan.rows} answers of {setting.mean_response:g} tokens to prompts of "
-        what += f"{setting.mean_prompt:g}, {setting.steps} optimizer steps"
+        steps = sum(setting.of_call(call).steps for call in setting.flow.calls if call.kind == "train")
+        what += f"{setting.mean_prompt:g}, {steps} optimizer steps"
     else:
         what = f"One optimizer step: {plan.rows} {'pairs' if setting.stage == 'reward' else 'rows'} of "
         what += f"{setting.row_tokens} tokens"

@@ -69,9 +69,8 @@ def rollout_of(setting: Setting, layout: Topology, shares: int) -> RolloutPlan:
     own, prompt = rounded(setting.response_tokens, block), rounded(setting.prompt_tokens, block)
     actor = setting.role("actor")
     assert actor is not None
-    budget = setting.token_budget or int(
-        setting.cache_bytes // cache_bytes(actor.shape, actor.shape.layers, 1, 1, setting.item, layout.tensor)
-    )
+    per_token = setting.readers * cache_bytes(actor.shape, actor.shape.layers, 1, 1, setting.item, layout.tensor)
+    budget = setting.token_budget or int(setting.cache_bytes // per_token)
     tokens = min(answers * own + prompts * prompt, max(rounded(budget, block), own + prompt))
     # Whole groups of a prompt and its answers, and answers of one more prompt.
     groups, left = divmod(tokens, prompt + copies * own)
@@ -83,20 +82,20 @@ def rollout_memory(setting: Setting, layout: Topology, shares: int) -> dict[str,
     """Bytes that a rollout adds: cache, activations and the kernels' buffers, at their limits."""
     actor = setting.role("actor")
     assert actor is not None
-    shape, item = actor.shape, setting.item
+    shape, item, readers = actor.shape, setting.item, setting.readers
     plan = rollout_of(setting, layout, shares)
     # On a GPU the engine's attention is a fused operator whatever the training's is.
     layer = layer_kind(shape, item, layout.tensor, flash=setting.flash or setting.engine_generates)
     read = plan.prompts_at_once * setting.prompt_tokens
-    logits = plan.rows * shape.vocab * (item + 4.0) if layout.last_stage else 0.0
+    logits = readers * plan.rows * shape.vocab * (item + 4.0) if layout.last_stage else 0.0
     if not setting.engine_generates:
         return _plain_memory(setting, layout, plan, read * layer.running(setting.prompt_tokens), logits)
-    cache = cache_bytes(shape, shape.layers, 1, plan.tokens, item, layout.tensor)
+    cache = readers * cache_bytes(shape, shape.layers, 1, plan.tokens, item, layout.tensor)
     if not setting.kernels:
         return {"kv_cache": cache, "activations": max(read * layer.running(setting.prompt_tokens), logits)}
     # Input, output; between tensor ranks also what a half adds, and the sum.
     states = 4.0 * shape.hidden * (2 if layout.tensor == 1 else 3)
-    logits = 4.0 * plan.rows * shape.vocab * (1 if layout.tensor == 1 else 2)
+    logits = readers * 4.0 * plan.rows * shape.vocab * (1 if layout.tensor == 1 else 2)
     buffers = stack_buffers(shape, max(read, plan.rows), max(setting.prompt_tokens, plan.rows), layout.tensor)
     return {"kv_cache": cache, "activations": max(read * states, logits), "buffers": buffers}
 
@@ -109,8 +108,10 @@ def _plain_memory(
     assert actor is not None
     shape, item, tokens = actor.shape, setting.item, setting.prompt_tokens + setting.response_tokens
     layers = len(layers_of_stage(shape.layers, layout.pipeline, layout.stage))
-    cache = cache_bytes(shape, layers, plan.rows, tokens, item, layout.tensor)
-    read = cache_bytes(shape, layers, plan.prompts_at_once, setting.prompt_tokens, item, layout.tensor)
+    cache = setting.readers * cache_bytes(shape, layers, plan.rows, tokens, item, layout.tensor)
+    read = setting.readers * cache_bytes(
+        shape, layers, plan.prompts_at_once, setting.prompt_tokens, item, layout.tensor
+    )
     # One token behind the cache: keys and values of one layer, repeated to all heads, and one of them turned.
     repeated = 0.0 if setting.flash else 3.0 * plan.rows * tokens * shape.query / layout.tensor * item
     if reading + read > GROWING * cache + repeated + logits:

@@ -61,14 +61,23 @@ def times_of(setting: Setting, card: Card) -> list[PhaseTime]:
     """The phases of an iteration, or of an optimizer step on given rows, in order."""
     found, moving, moves = [], 0.0, offload_traffic(setting, setting.topology)
     for call in setting.flow.calls:
-        roles = setting.present(call.roles)
+        roles, averages, seen = setting.present(call.roles), setting.averages(call), setting.of_call(call)
         moving += sum(moves[call.name]) / (1e9 * card.host_link)
-        if call.kind == "host" or not roles:
+        if not roles and not averages:
             continue
         phase = PhaseTime(call.name, offload=moving)
         moving = 0.0
         for role in roles:
-            {"generate": _generate, "infer": _infer}.get(call.kind, _train)(setting, card, role, phase)
+            if call.kind == "train":
+                _train(seen, card, role, phase)
+            elif call.kind == "generate" and role.head == "lm":
+                _generate(seen, card, role, phase)
+            else:
+                _infer(seen, card, role, phase)
+        for source, target in averages:  # both are read, the target is written; a copy is a little less
+            phase.compute += 3.0 * setting.item * part_of(target, setting.topology).elements / card.moving
+            for role in (source, target):
+                _gather(setting, card, role, phase, 1)
         found.append(phase)
     return found
 

@@ -125,7 +125,7 @@ def build_setting(request: Request, card: Card, words: Sequence[str] = ()) -> tu
     topology = topology_of(args, processes)
 
     def shape(path: str, key: str) -> ModelShape:
-        scores = key.startswith("reward") and options.reward_model_config
+        scores = not key.startswith(("actor", "model")) and options.reward_model_config
         config = options.reward_model_config if scores else options.model_config
         found = find_shape(path, key, config)
         _check_divisible(found, topology, f"{key}={path}")
@@ -256,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--efficiency", type=float, help="share of the peak that whole passes reach")
     add("--node", type=_positive, metavar="N", help="cards of a node")
     add("--model_config", "--model-config", metavar="FILE|NAME", help="config.json or well-known name of the models")
-    add("--reward_model_config", "--reward-model-config", metavar="FILE|NAME", help="of reward model and critic")
+    add("--reward_model_config", "--reward-model-config", metavar="FILE|NAME", help="of models that score, and critics")
     add("--prompt_tokens", "--prompt-tokens", type=float, help="average prompt, for the times (default: the limit)")
     add("--response_tokens", "--response-tokens", type=float, help="average answer, for the times")
     add("--method", "--stage", metavar="NAME", help="what FILE is for, where its keys do not tell: sft, rm, ppo, ...")

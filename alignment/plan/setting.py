@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from alignment.arguments import OnlineArguments
@@ -33,6 +33,7 @@ class RolePlan:
         recompute: whether activations are recomputed.
         lora_rank: of the adapters that alone are trained; 0: everything is.
         changes: whether it changes without being trained, as an average of another role does.
+        masked: whether it is trained over allowed tokens alone, which the CPU kernels do not compute.
     """
 
     name: str
@@ -42,6 +43,7 @@ class RolePlan:
     recompute: bool = False
     lora_rank: int = 0
     changes: bool = False
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class Setting:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of an iteration: those of one rollout, else 1."""
+        """Optimizer steps of a training call of an iteration: those of one rollout, else 1."""
         if not self.online:
             return 1
         return self.update_iters * max(1, self.samples // (self.micro_rows * self.accumulation))
@@ -203,7 +205,8 @@ class Setting:
 
     def fused_head(self, role: RolePlan, topology: Topology) -> bool:
         """Whether they compute an LM head: where this process has all of its columns."""
-        return self.kernels and not (topology.tensor > 1 and role.shape.vocab % topology.tensor == 0)
+        divided = topology.tensor > 1 and role.shape.vocab % topology.tensor == 0
+        return self.kernels and not divided and not role.masked
 
     def role(self, name: str) -> RolePlan | None:
         """A role by its name."""
@@ -212,6 +215,30 @@ class Setting:
     def present(self, names: Sequence[str]) -> list[RolePlan]:
         """Those of some roles that the run has."""
         return [role for role in map(self.role, names) if role is not None]
+
+    def of_call(self, call: Call) -> Setting:
+        """The setting as a call of the flow has it: with as many answers to a prompt as it generates, or as the call
+        whose answers it reads; with as many passes as it trains.
+        """
+        if call.kind == "train":
+            passes = getattr(call.run, "passes", None)
+            return self if passes is None else replace(self, update_iters=passes)
+        for source in self.flow.calls:
+            if source.samples and (source is call or set(source.outputs) & set(call.needs)):
+                samples = self.samples // self.answers_per_prompt * source.samples
+                return replace(self, samples=samples, answers_per_prompt=source.samples)
+        return self
+
+    def averages(self, call: Call) -> list[tuple[RolePlan, RolePlan]]:
+        """Source and target of what happens behind a call, where the run has both."""
+        found = [self.present((average.source, average.target)) for average in call.after]
+        return [(roles[0], roles[1]) for roles in found if len(roles) == 2]
+
+    @property
+    def readers(self) -> int:
+        """Models that read every token while answers are generated: the actor, and one that masks it."""
+        calls = [call for call in self.flow.calls if call.kind == "generate"]
+        return max((sum(role.head == "lm" for role in self.present(call.roles)) for call in calls), default=1)
 
     def rollout_topology(self) -> tuple[Topology, int]:
         """The layout that generates, and among how many processes a data rank's prompts are divided.
@@ -304,11 +331,12 @@ def _roles(args: Any, shape: Callable[[str, str], ModelShape], method: Method | 
         RolePlan(
             spec.name,
             shape(getattr(args, spec.key), spec.key),
-            "lm" if spec.kind == "policy" else "score",
+            "lm" if spec.kind == "policy" or (spec.kind == "rows" and args.STAGE != "reward") else "score",
             spec.trained,
-            spec.trained and bool(getattr(args, f"{spec.name}_recompute", args.recompute)),
+            spec.trained and bool(args.critic_recompute if spec.kind == "value" else args.recompute),
             rank if spec.trained else 0,
             bool(spec.folder),
+            spec.masked,
         )
         for spec in method.roles()
         if spec.present

@@ -53,6 +53,7 @@ def test_every_stage_is_told_by_its_keys(repo: Path, capsys: pytest.CaptureFixtu
     assert found["peak_bytes"] > found["reserved_bytes"]
     assert found["seconds"] > 0
     assert len(found["memory"][0]["phases"]) == (6 if stage == "ppo" else 1)
+    assert found["setting"]["roles"][0]["head"] == ("score" if stage == "reward" else "lm")
 
 
 def test_files_that_do_not_tell_are_refused() -> None:
@@ -184,6 +185,86 @@ def test_every_method_is_planned(name: str, tmp_path: Path, capsys: pytest.Captu
     found = plan(capsys, str(tmp_path / "file.json"), *models, "--method", name, "--cards", "1")
     assert found["stage"] == name
     assert "update" in peak(found) or "train" in peak(found)
+
+
+def planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, *words: str
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The plan of a method for a 7-billion-parameter actor and reward model on one card, and its times by phase."""
+    models = {"actor_model_name_or_path": "Llama-2-7b", "reward_model_name_or_path": "beaver-7b"}
+    common = {"train_datasets": "alpaca", "output_dir": "o", "max_length": 512, "per_device_train_batch_size": 8}
+    (tmp_path / "file.json").write_text(json.dumps({**models, **common}))
+    found = plan(capsys, str(tmp_path / "file.json"), *words, "--method", name, "--cards", "1", "--card", "h200")
+    return found, {phase["phase"]: phase for phase in found["time"]}
+
+
+def test_without_a_kl_there_is_neither_reference_nor_critic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_kl, _ = planned(tmp_path, capsys, "grpo", "kl_coeff=0.1")
+    without, times = planned(tmp_path, capsys, "grpo", "kl_coeff=0")
+    assert [role["name"] for role in without["setting"]["roles"]] == ["actor", "reward"]
+    assert list(peak(without)) == list(times) == ["generate", "actor_logprobs", "reward_scores", "update"]
+    two, three = peak(without)["update"]["parameters"], peak(with_kl)["update"]["parameters"]
+    assert two == pytest.approx(three * 2 / 3, rel=0.02)
+
+
+def test_a_greedy_answer_to_each_prompt_is_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ReMax's baseline: a fourth of the sampled answers' work, and of the passes over them."""
+    found, times = planned(tmp_path, capsys, "remax", "num_return_sequences=4", "rollout_token_budget=10000000")
+    assert times["greedy_generate"]["flops"] < 0.4 * times["generate"]["flops"]
+    assert times["greedy_reward_scores"]["flops"] == pytest.approx(times["reward_scores"]["flops"] / 4)
+    assert peak(found)["greedy_generate"]["kv_cache"] < 0.5 * peak(found)["generate"]["kv_cache"]
+
+
+def test_a_masking_policy_reads_every_token_too_and_is_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["rollout_token_budget=4096", "offload_level=freeze_model optimizer train_model"]
+    ppo, ppos = planned(tmp_path, capsys, "ppo", *words)
+    found, times = planned(tmp_path, capsys, "nlpo", *words)
+    assert list(peak(found)) == list(times) == [*peak(ppo), "mask_update"]
+    assert peak(found)["generate"]["kv_cache"] == 2 * peak(ppo)["generate"]["kv_cache"]
+    for phase, models in (("generate", 2), ("actor_logprobs", 1), ("mask_update", 2)):
+        assert peak(found)[phase]["parameters"] == models * peak(ppo)["generate"]["parameters"], phase
+    assert times["generate"]["flops"] == pytest.approx(2 * ppos["generate"]["flops"])
+    assert times["mask_update"]["seconds"] > 0 == times["mask_update"]["flops"]
+    alone, _ = planned(tmp_path, capsys, "nlpo", "top_mask=-1")
+    assert list(peak(alone)) == list(peak(ppo))
+
+
+def test_a_reward_model_that_a_rollout_asks_is_there_and_reads_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GRPO's dynamic sampling scores while it generates."""
+    _, apart = planned(tmp_path, capsys, "grpo")
+    found, times = planned(tmp_path, capsys, "grpo", "dynamic_sampling=true", "offload_level=freeze_model")
+    assert "reward_scores" not in times
+    assert times["generate"]["flops"] == pytest.approx(apart["generate"]["flops"] + apart["reward_scores"]["flops"])
+    assert peak(found)["generate"]["parameters"] == pytest.approx(
+        2 * peak(found)["actor_logprobs"]["parameters"], rel=0.02
+    )
+
+
+THRICE = """
+from dataclasses import replace
+
+from alignment.arguments.critic_keys import CriticKeys
+from alignment.methods.ppo import PPO
+
+
+class Thrice(PPO):
+    name, title, summary, Arguments, Keys = "thrice", "Thrice", "learns three times", None, CriticKeys
+
+    def flow(self):
+        flow = super().flow()
+        return flow.edit(change={"update": {"run": replace(flow["update"].run, passes=3)}})
+"""
+
+
+def test_a_methods_own_number_of_passes_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text(THRICE)
+    _, once = planned(tmp_path, capsys, "ppo", "update_iters=1")
+    _, thrice = planned(tmp_path, capsys, f"{tmp_path}/own.py:Thrice", "update_iters=1")
+    assert thrice["update"]["flops"] == pytest.approx(3 * once["update"]["flops"])
 
 
 def test_adapters_alone_have_gradients_and_an_optimizer(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
