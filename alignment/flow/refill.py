@@ -72,7 +72,7 @@ def sample_with_spread(
         if rollout is not None:
             scores = score(rollout)
             rows = np.flatnonzero(spread(rollout, scores))
-            good, sampled = len(np.unique(rollout.prompt_index[rows])), int(rollout.response_len.sum())
+            good, sampled = len(np.unique(rollout.prompt_index[rows])), int(rollout.chosen_len.sum())
             if rounds == 0:
                 first.append((rollout, scores))
             if good:
@@ -100,7 +100,7 @@ def sample_with_spread(
             "train/sampling_groups tells it of each step.)"
         )
     mine_now = _shared_out(kept if groups else first, wanted, world)
-    used = sum(int(rollout.response_len.sum()) for rollout, _ in mine_now)
+    used = sum(int(rollout.chosen_len.sum()) for rollout, _ in mine_now)
     dropped = int(tokens) - int(world.sum(used))
     rollout, scores = mine_now[0] if mine_now else (None, None)
     return Refilled(rollout, scores, figures, dropped, message)
