@@ -197,7 +197,11 @@ def _request(own: argparse.Namespace, rest: list[str]) -> Request:
 def _known() -> dict[type[Arguments], type[Method] | None]:
     """The arguments of every stage and method, and the method."""
     known: dict[type[Arguments], Any] = dict.fromkeys(STAGES)
-    return known | {methods.arguments_of(method): method for method in methods.known_methods().values()}
+    for method in methods.known_methods().values():
+        stage = methods.arguments_of(method)
+        if stage in known or stage.STAGE not in {other.STAGE for other in known}:  # a cost model is a reward model here
+            known[stage] = method
+    return known
 
 
 def _named(name: str) -> tuple[type[Arguments], type[Method] | None]:
