@@ -133,17 +133,6 @@ class RolloutFields:
     sample_table_rows: int = argument(
         5, "Rows of the table of sample answers at each evaluation; 0: none.", ge=0, unit="rows"
     )
-    offload_level: str = argument(
-        "",
-        "What leaves memory while a phase does not need it: any of freeze_model (reference and reward model), "
-        "optimizer (both optimizers' states), train_model (actor and critic).",
-        parse=values.read_offload_level,
-    )
-    offload_dir: str | None = argument(
-        None,
-        "On a CPU: folder, on a disk, of the unnamed files that offload_level keeps tensors in.",
-        derived="output_dir/.offload",
-    )
 
 
 @dataclass

@@ -30,6 +30,8 @@ def resolve(args: Arguments) -> None:
         args.resume_from_checkpoint = str(Path(args.output_dir) / resume)
     if args.logging_dir is None:
         args.logging_dir = str(Path(args.output_dir) / "runs")
+    if args.offload_dir is None:
+        args.offload_dir = str(Path(args.output_dir) / ".offload")
     if args.data_cache_dir is None:
         args.data_cache_dir = str(cache_folder() / "data")
     if args.report_to is None:
@@ -116,8 +118,6 @@ def _resolve_online(args: OnlineArguments) -> None:
     args.normalize_reward = bool(args.normalize_reward)
     args.normalize_advantage = bool(args.normalize_advantage)
     args.eval_mode = args.eval_mode or ""
-    if args.offload_dir is None:
-        args.offload_dir = str(Path(args.output_dir) / ".offload")
     low, high = _CORRECTION_BOUNDS[args.rollout_correction]
     if args.rollout_correction_low is None:
         args.rollout_correction_low = low

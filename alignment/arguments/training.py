@@ -197,6 +197,18 @@ class PrecisionFields:
         choices=("O0", "O1", "O2"),
     )
     recompute: bool = argument(False, "Recompute activations in the backward pass instead of keeping them.")
+    offload_level: str = argument(
+        "",
+        "What leaves memory while a phase does not need it: any of freeze_model (models that never change: reference, "
+        "reward model), optimizer (the optimizers' states), train_model (models that change). A method on given rows "
+        "has one phase that needs all; there only evaluation gains by it.",
+        parse=values.read_offload_level,
+    )
+    offload_dir: str | None = argument(
+        None,
+        "On a CPU: folder, on a disk, of the unnamed files that offload_level keeps tensors in.",
+        derived="output_dir/.offload",
+    )
     use_flash_attention: bool | None = argument(
         None,
         "Use FlashAttention.",

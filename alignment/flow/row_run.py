@@ -13,7 +13,9 @@ from typing import Any
 from alignment import runtime
 from alignment.engine.engine import Engine, OptimizerSettings
 from alignment.flow.checkpoint import CheckpointStore
+from alignment.flow.flow import optimizer_of
 from alignment.flow.loop import Given, Loop
+from alignment.flow.method import offload_levels
 from alignment.flow.order import TrainingOrder
 from alignment.flow.output import prepare_output_dir
 from alignment.flow.resume import check_resumable, check_same_data
@@ -21,6 +23,7 @@ from alignment.flow.row_method import RowData, RowFeed, RowMethod, RowRole
 from alignment.flow.runner import describe_run, main_first, stage_template
 from alignment.flow.sample import show_sample
 from alignment.parallel import World
+from alignment.parallel.offload import build_residency
 from alignment.ppo.models import (
     check_layout,
     check_model_folder,
@@ -72,9 +75,21 @@ def build_loop(method: RowMethod, world: World, data: RowData, sizes: Any, templ
     """Load the model and put the loop together."""
     args = method.args
     settings = OptimizerSettings(**args.optimizer(sizes.total_steps)) if sizes is not None else None
+    residency = build_residency(
+        args.offload_level,
+        method.flow().residency(),
+        method.between(),
+        args.offload_dir,
+        args.on_cpu,
+        offload_levels(method.roles()),
+    )
     engine = Engine(method.label, method.load_model(world), world, settings, recompute=args.recompute)
     if args.lora_path:
         engine.load_weights(args.lora_path)
+    if residency is not None:
+        residency.add("model", engine.model.parameters)
+        if engine.trainable:
+            residency.add(optimizer_of("model"), engine.optimizer_tensors)
 
     def save_extras(folder: Path) -> None:
         save_tokenizer(method.tokenizer, folder, template)
@@ -82,7 +97,7 @@ def build_loop(method: RowMethod, world: World, data: RowData, sizes: Any, templ
     given = Given(decode=method.tokenizer.decode, extras={"data": data})
     feed = RowFeed(training_order(args, world.size, len(data.train)) if data.train is not None else None, args)
     sizes = SimpleNamespace(total_steps=feed.steps)
-    return Loop(method, world, {"model": RowRole(engine)}, feed, sizes, save_extras, argv, given)
+    return Loop(method, world, {"model": RowRole(engine)}, feed, sizes, save_extras, argv, given, residency=residency)
 
 
 def training_order(args: Any, world_size: int, rows: int) -> TrainingOrder:

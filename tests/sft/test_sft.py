@@ -257,6 +257,38 @@ def test_the_best_model_is_the_final_one(model_dir: Path, data_dir: Path, tmp_pa
     assert results["best_step"] == best and results["eval_loss"] == evaluations[best]
 
 
+def test_offloading_changes_no_bit(model_dir: Path, data_dir: Path, reference: Path, tmp_path: Path) -> None:
+    out, offload = tmp_path / "run", tmp_path / "offload"
+    rows = train(
+        model_dir,
+        data_dir,
+        out,
+        save_strategy="steps",
+        save_steps=4,
+        evaluation_strategy="steps",
+        eval_steps=4,
+        offload_level="optimizer train_model",
+        offload_dir=offload,
+    )
+    assert any(row.get("offload/evaluation_bytes_out", 0) > 0 for row in rows), "evaluation needs no optimizer"
+    assert all((value == weights(out)[name]).all() for name, value in weights(reference).items())
+
+
+def test_a_run_ends_when_it_has_not_improved(
+    model_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """early_stopping_patience: the rate is 0, so no evaluation is better than the first."""
+    out = tmp_path / "run"
+    changes = {"learning_rate": 0.0, "max_steps": 100, "evaluation_strategy": "steps", "eval_steps": 2}
+    changes |= {"early_stopping_patience": 3, "checks": "off", "logging_steps": 5}
+    rows = train(model_dir, data_dir, out, **changes)
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2, 4, 6, 8]
+    assert [row["step"] for row in rows if "train/loss" in row] == [5, 8], "what waited for a row is written"
+    said = capsys.readouterr().err
+    assert "early_stopping_patience: loss has not improved for 3 evaluations" in said and "step 8 of 100" in said
+    assert (out / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("greedy", [False, True])
 def test_packed_loss_is_the_unpacked_loss(model_dir: Path, data_dir: Path, greedy: bool) -> None:
     from alignment.engine.engine import Engine
