@@ -46,6 +46,7 @@ _ROWS = {
     "remax": Small({"kl_coeff": 0.1}),
     "a2c": Small({"kl_coeff": 0.1, "update_iters": 1, **_CRITIC}),
     "nlpo": Small({"kl_coeff": 0.1, "mask_update_rollouts": 2, **_CRITIC}),
+    "rft": Small({}, answers=4),
     "safe_ppo": Small({"kl_coeff": 0.1, "cost_model_name_or_path": "{files}/cost", **_CRITIC}),
 }
 #: By the method's name.

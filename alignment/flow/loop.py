@@ -101,6 +101,7 @@ class Loop:
         self.evaluated_at = self.saved_at = -1
         self.interrupt, self.guard = Interrupt(), Guard(args.checks, world.is_main)
         self.half_used: HalfUsed | None = None
+        self.resumed_from: Path | None = None
         self.first_step, self.begin, self.update_began = 0, None, 0.0
         self.store = CheckpointStore(args.output_dir, args.save_total_limit)
         trains = [call for call in self.flow.calls if call.kind == "train" and args.do_train]
@@ -293,6 +294,8 @@ class Loop:
         self.writer.advance(self.state.global_step)
         if self.state.method:
             self.method.load_state(self.state.method)
+        if self.resumed_from is not None:
+            self.method.load_files(self.resumed_from / "trainer")
         if self.state.global_step == 0 and self.updaters and self.guard.looks and not getattr(self.args, "lora", False):
             moved = {average.target for call in self.flow.calls for average in call.after}
             engines = {name: role.engine for name, role in self.roles.items() if name not in moved}
@@ -381,11 +384,13 @@ class Loop:
             save_state(folder, self.state, self.changing, self.optimizers, self.save_extras, half_used)
             if self.world.is_main:
                 save_arguments(folder, self.args, self.world)
+                self.method.save_files(folder / "trainer")
         self.world.barrier()
         self.saved_at = self.state.global_step
         self.writer.pause(time.monotonic() - began)
 
     def _resume(self, path: Path) -> None:
+        self.resumed_from = path
         self._enter("checkpoint")
         if self.args.do_train:
             self.state = load_state(path, self.changing, self.optimizers)

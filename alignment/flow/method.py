@@ -15,6 +15,8 @@ import numpy as np
 from alignment.flow.flow import Flow, optimizer_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from paddle import Tensor
 
     from alignment.flow.flow import Call, PhaseTimer
@@ -127,12 +129,14 @@ class Train:
         aggregation: a name of :data:`~alignment.losses.aggregation.AGGREGATIONS`; None: the losses use the window's
             ``denominator``.
         length_constant: the L of ``constant``.
+        takes_part: a column ``[B]`` of how many passes a row takes part in, the first ones; None: in all.
     """
 
     losses: Mapping[str, Callable[..., Loss]]
     passes: int | None = None
     aggregation: str | None = None
     length_constant: float | None = None
+    takes_part: str | None = None
 
 
 class Method:
@@ -231,6 +235,12 @@ class Method:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
+
+    def save_files(self, folder: Path) -> None:
+        """Write what is too large for :meth:`state` into a checkpoint's ``trainer/``; the main process calls it."""
+
+    def load_files(self, folder: Path) -> None:
+        """Read what :meth:`save_files` wrote; every process calls it."""
 
 
 def offload_levels(specs: Sequence[RoleSpec]) -> dict[str, tuple[str, ...]]:

@@ -28,9 +28,10 @@ def notices(
     Returns:
         Warnings by kind.
     """
-    found, rollout, scores = {}, experience.rollout, experience.shaped_scores
+    found, rollout = {}, experience.rollout
     clipped = figures.get("reward/clipped_fraction", 0.0)
     if clipped > TOLERATED:
+        scores = experience.shaped_scores
         found["clipped"] = (
             f"clip_range_score {args.clip_range_score:g} cuts {clipped:.0%} of the scores, which range from "
             f"{scores.min():.4g} to {scores.max():.4g}: cut scores are equal, so nothing is learnt from their "

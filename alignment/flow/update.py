@@ -63,12 +63,16 @@ def split_windows(
         Windows; the last of a pass may be smaller, and a rank's share of it empty.
     """
     train = train or Train({})
-    rows, passes = len(batch), args.update_iters if train.passes is None else train.passes
+    passes = args.update_iters if train.passes is None else train.passes
+    takes_part = np.full(len(batch), passes) if train.takes_part is None else batch[train.takes_part]
+    passes = min(passes, int(takes_part.max(initial=0)))
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
     chosen_tokens, whole = batch.actions.sum(axis=1).astype(np.int64), batch.lengths
     begin = begin or Position()
     for number in range(begin.number, passes):
-        order = np.random.default_rng([args.seed, 1, rollout_number, number]).permutation(rows)
+        order = np.random.default_rng([args.seed, 1, rollout_number, number]).permutation(len(batch))
+        order = order[takes_part[order] > number]
+        rows = len(order)
         for start in range(begin.rows if number == begin.number else 0, rows, size):
             chosen = order[start : start + size]
             after: Position | None = Position(number, start + size)

@@ -48,6 +48,7 @@ BUILT_IN: dict[str, str] = {
     "a2c": "alignment.methods.a2c:A2C",
     "nlpo": "alignment.methods.nlpo:NLPO",
     "safe_ppo": "alignment.methods.safe_ppo:SafePPO",
+    "rft": "alignment.methods.rft:RFT",
 }
 #: Other names of methods.
 ALIASES = {"rm": "reward"}
