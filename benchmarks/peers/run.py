@@ -6,12 +6,12 @@ is compared: tokens, rows, optimizer steps, which weights moved. Prints a table 
 standard output.
 
     python benchmarks/peers/run.py --peer-python .venv-bench/bin/python
-        [--workloads W1,W2,W3] [--rounds 3] [--only rollout,growth,ppo,sft,rm,start,limits]
+        [--workloads W1,W2,W3] [--rounds 3] [--only rollout,growth,ppo,grpo,sft,rm,start,limits]
 
 The figures mean: ``rollout`` response tokens per second (``varying``: lengths by a schedule, only the scheduled tokens
-count); ``growth`` the same by batch and length on the first workload; ``ppo`` seconds of an iteration after the first,
-and the highest resident memory of the process; ``sft`` and ``rm`` seconds of an optimizer step, the mean over an epoch;
-``start`` seconds; ``limits`` GFLOP/s and GB/s.
+count); ``growth`` the same by batch and length on the first workload; ``ppo`` and ``grpo`` (8 answers to a prompt)
+seconds of an iteration after the first, and the highest resident memory of the process; ``sft`` and ``rm`` seconds of
+an optimizer step, the mean over an epoch; ``start`` seconds; ``limits`` GFLOP/s and GB/s.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ sys.path.insert(0, str(REPO))
 from benchmarks.peers.table import MIB, Comparison, best_of_both, render
 from benchmarks.peers.workloads import GROWTH_BATCHES, GROWTH_LENGTHS, WORKLOADS
 
-TASKS = ("rollout", "growth", "ppo", "sft", "rm", "start", "limits")
+TASKS = ("rollout", "growth", "ppo", "grpo", "sft", "rm", "start", "limits")
 TRAINING_BATCH = 16
 SIDES = ("ours", "peer")
 # Cores that others may keep busy before the figures come with a warning.
@@ -100,12 +100,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="how often each side has its turn (3)")
     parser.add_argument("--only", default=",".join(TASKS), help=f"some of {', '.join(TASKS)} (all)")
     parser.add_argument(
-        "--iterations", type=int, default=3, help="PPO iterations of a round, the first not counted (3)"
+        "--iterations", type=int, default=3, help="PPO and GRPO iterations of a round, the first not counted (3)"
     )
     parser.add_argument("--threads", type=int, default=None, help="of both sides (the physical cores)")
     parser.add_argument("--sides", default="ours,peer", help="leave one out to look at the other alone")
     parser.add_argument("--engine-arguments", type=json.loads, default={}, help="JSON: further ones of our engine")
     parser.add_argument("--ppo-arguments", type=json.loads, default={}, help="JSON: further ones of our PPO runs")
+    parser.add_argument("--grpo-arguments", type=json.loads, default={}, help="JSON: further ones of our GRPO runs")
     parser.add_argument("--sft-arguments", type=json.loads, default={}, help="JSON: further ones of our SFT runs")
     parser.add_argument(
         "--rm-arguments", type=json.loads, default={}, help="JSON: further ones of our reward model runs"
@@ -170,9 +171,9 @@ class Driver:
                 batches = (w.micro_batch, w.prompts)
                 runs = [{"batch": b, "lengths": kind} for kind in ("fixed", "varying") for b in batches]
                 found.append((("rollout", name), {**common, "runs": runs, "arguments": args.engine_arguments}))
-            if "ppo" in args.only:
-                more = {"iterations": args.iterations, "arguments": args.ppo_arguments}
-                found.append((("ppo", name), {**common, **more}))
+            for task, more in (("ppo", args.ppo_arguments), ("grpo", args.grpo_arguments)):
+                if task in args.only:
+                    found.append(((task, name), {**common, "iterations": args.iterations, "arguments": more}))
         first = {"workload": args.workloads[0], "folder": str(self.folder / WORKLOADS[args.workloads[0]].model)}
         for stage, more in (("sft", args.sft_arguments), ("rm", args.rm_arguments)):
             for lengths in ("equal", "gsm8k") if stage in args.only else ():
@@ -236,13 +237,13 @@ def compare(results: Results) -> list[Comparison]:
         ours, peer = (results.get((task, variant, side), []) for side in SIDES)
         if task in ("rollout", "growth"):
             lines += compare_rollouts(f"{task} {variant}", ours, peer)
-        elif task == "ppo":
+        elif task in ("ppo", "grpo"):
             check_equal(ours, peer, ("optimizer_steps", "rows", "trained_parameters"))
             seconds = [tuple(s for result in side for s in result["seconds"]) for side in (ours, peer)]
-            lines.append(Comparison(f"PPO iteration {variant}", "s", False, *seconds))
+            lines.append(Comparison(f"{task.upper()} iteration {variant}", "s", False, *seconds))
             for what, key in (("peak memory", "peak_bytes"), ("of it before the models", "imported_bytes")):
                 peaks = [tuple(result[key] / MIB for result in side) for side in (ours, peer)]
-                lines.append(Comparison(f"PPO {variant}, {what}", "MiB", False, *peaks))
+                lines.append(Comparison(f"{task.upper()} {variant}, {what}", "MiB", False, *peaks))
         elif task in ("sft", "rm"):
             check_equal(ours, peer, ("optimizer_steps", "rows", "tokens", "trained_parameters"))
             steps = [tuple(result["seconds_per_step"] for result in side) for side in (ours, peer)]
@@ -307,12 +308,12 @@ def check_equal(ours: list[dict[str, Any]], peer: list[dict[str, Any]], keys: tu
 
 
 def phases(results: Results) -> dict[str, dict[str, float]]:
-    """Our PPO iterations by phase: the shortest seconds of each, by workload."""
+    """Our iterations by phase: the shortest seconds of each, by task and workload."""
     found: dict[str, dict[str, float]] = {}
     for (task, variant, side), rounds in results.items():
-        if (task, side) == ("ppo", "ours"):
+        if task in ("ppo", "grpo") and side == "ours":
             names = rounds[0]["phases"]
-            found[variant] = {n: round(min(s for r in rounds for s in r["phases"][n]), 4) for n in names}
+            found[f"{task} {variant}"] = {n: round(min(s for r in rounds for s in r["phases"][n]), 4) for n in names}
     return found
 
 

@@ -81,6 +81,8 @@ W3 = replace(W1, name="W3", shortest_prompt=16, longest_prompt=240)
 TINY = Workload("tiny", 512, 32, 64, 2, 4, 2, 8, 6, 12, 6, 4)
 WORKLOADS = {w.name: w for w in (W1, W2, W3, TINY)}
 
+# Of GRPO: answers to a prompt, so that its rollout has an eighth of the prompts and as many rows.
+ANSWERS = 8
 GEOMETRIC_MEAN = 24
 GROWTH_BATCHES = (1, 4, 16, 64)
 GROWTH_LENGTHS = (64, 128, 256)

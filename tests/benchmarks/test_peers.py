@@ -17,6 +17,7 @@ from benchmarks.peers import models, run
 from benchmarks.peers.demo_clock import LOOP, steps_done
 from benchmarks.peers.table import Comparison, best_of_both, render, summary
 from benchmarks.peers.workloads import (
+    ANSWERS,
     EOS_ID,
     GSM8K_LENGTHS,
     HEADER,
@@ -45,7 +46,7 @@ def test_the_workloads_are_those_that_the_figures_name() -> None:
     assert [(w.prompts, w.new_tokens, w.micro_batch) for w in (W1, W2, W3)] == [(64, 64, 16), (32, 64, 8), (64, 64, 16)]
     assert W1.model == W3.model != W2.model
     assert not any(w.shape["tie_word_embeddings"] for w in WORKLOADS.values())
-    assert all(w.prompts % w.micro_batch == 0 for w in WORKLOADS.values())
+    assert all(w.prompts % w.micro_batch == w.prompts % ANSWERS == 0 for w in WORKLOADS.values())
 
 
 def test_parameters_are_those_of_paddlenlps_model() -> None:
@@ -178,17 +179,18 @@ def test_the_table_shows_what_is_missing_and_why() -> None:
 
 def options(**changes: object) -> argparse.Namespace:
     values = {"workloads": ["W1", "W3"], "only": list(run.TASKS), "iterations": 3}
-    empty = {f"{name}_arguments": {} for name in ("engine", "ppo", "sft", "rm")}
+    empty = {f"{name}_arguments": {} for name in ("engine", "ppo", "grpo", "sft", "rm")}
     return argparse.Namespace(**{**values, **empty, **changes})
 
 
 def test_a_round_measures_everything_and_later_rounds_what_varies(tmp_path: Path) -> None:
-    driver = run.Driver(options(ppo_arguments={"seed": 7}), tmp_path)
+    driver = run.Driver(options(ppo_arguments={"seed": 7}, grpo_arguments={"seed": 8}), tmp_path)
     first, second = [dict(driver.tasks(number)) for number in (0, 1)]
-    assert list(first)[:4] == [("rollout", "W1"), ("ppo", "W1"), ("rollout", "W3"), ("ppo", "W3")]
+    kinds = ("rollout", "ppo", "grpo")
+    assert list(first)[:6] == [(task, w) for w in ("W1", "W3") for task in kinds]
     assert set(first) - set(second) == {("growth", "W1"), ("limits", ""), ("start", "")}
     assert {("sft", "equal"), ("sft", "gsm8k"), ("rm", "equal"), ("rm", "gsm8k")} <= set(second)
-    assert first["ppo", "W1"]["arguments"] == {"seed": 7}
+    assert [first[task, "W1"]["arguments"] for task in ("ppo", "grpo")] == [{"seed": 7}, {"seed": 8}]
     assert {run["batch"] for run in first["rollout", "W1"]["runs"]} == {16, 64}
     assert len(first["growth", "W1"]["runs"]) == 12
     assert list(dict(run.Driver(options(only=["ppo"]), tmp_path).tasks(0))) == [("ppo", "W1"), ("ppo", "W3")]
