@@ -49,6 +49,8 @@ _LOSS_SETTINGS = {
     for name, settings in LOSS_DEFAULTS.items()
     if name != "ppo"
 }
+# Estimators of the KL whose mean gradient as a loss is 0.
+_FLAT_IN_LOSS = ("k1", "k3_offpolicy")
 # What these need, a method of groups does not give.
 _ELSEWHERE = {
     "advantage": {"gae": "it needs a critic: use ppo", "remax": "it needs greedy answers: use remax"},
@@ -154,6 +156,14 @@ class Keys:
             )
         if self.advantage == "gdpo":
             self._check_gdpo(problems)
+        idle = sorted(self.given & {"kl_in", "kl_estimator", "kl_log_ratio_clamp", "kl_clamp"})
+        if idle and self.kl_coeff == 0:
+            self.notes.append(f"{', '.join(idle)}: not used, because kl_coeff is 0")
+        if self.kl_coeff > 0 and self.kl_in == "loss" and self.kl_estimator in _FLAT_IN_LOSS:
+            self.notes.append(
+                f"kl_estimator {self.kl_estimator} in the loss has a gradient of 0 on average: k3+ has that of the KL, "
+                "or set kl_in to reward"
+            )
         if "max_gen_batches" in self.given and not self.dynamic_sampling:
             self.notes.append("max_gen_batches is not used, because dynamic_sampling is false")
 

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from alignment.methods import arguments_of
 from alignment.methods.grpo import GRPO
 from alignment.parallel import World
 from alignment.rollout.rewards import RewardResult
+from tests.parallel.forked import run_ranks
+from tests.parallel.layouts import LAYOUTS, Layout, make_files
 from tests.ppo.conftest import assert_same_metrics, make_rollout, metric_rows
-from tests.precision import BF16, read_weights
+from tests.precision import ARGUMENTS, BF16, read_weights
 
 REPO = Path(__file__).resolve().parents[2]
 GIVEN = {"actor_model_name_or_path": "a", "output_dir": "o", "reward": "gsm8k", "train_datasets": "t"}
@@ -208,6 +212,72 @@ def test_dynamic_sampling_on_two_processes_is_that_of_one(
     assert_same_metrics(one[:2] if BF16 else one, two[:2] if BF16 else two, 0.1 if BF16 else 1e-4)
 
 
+def run_on_a_rank(words: list[str]) -> int:
+    """One rank's share; runs in a forked process."""
+    import paddle
+
+    from alignment.methods.start import main
+
+    paddle.set_device("cpu")
+    return main(words)
+
+
+HALF = """
+def half(prompts, responses, **row):
+    return [sum(map(ord, r)) % 97 * float(len(p) % 2) for p, r in zip(prompts, responses)]
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of four layers, data, and a reward by rule that tells the answers to half of the prompts apart."""
+    made = make_files(tmp_path_factory.mktemp("layouts"))
+    (made / "half.py").write_text(HALF)
+    return made
+
+
+@cache
+def dapo_on(files: Path, layout: Layout, *extra: str) -> list[dict[str, Any]]:
+    """The rows of a run whose reward model is read in every round and decides nothing."""
+    output, per_rank = Path(tempfile.mkdtemp(dir=files)) / "run", 4 // layout.data_ranks
+    words = [
+        "dapo",
+        f"actor_model_name_or_path={files / 'model'}",
+        f"reward_model_name_or_path={files / 'reward'}",
+        'reward={"model": 0.0, "' + str(files / "half.py") + ':half": 1.0}',
+        f"train_datasets=jsonl::{files / 'prompts'}.jsonl",
+        f"output_dir={output}",
+        f"per_device_prompt_batch_size={per_rank}",
+        f"per_device_train_batch_size={2 * per_rank}",
+        "num_return_sequences=4",
+        "kl_coeff=0.1",
+        "max_src_len=48",
+        "max_dec_len=10",
+        "overlong_filter=false",
+        "max_steps=4",
+        "logging_steps=1",
+        "learning_rate=0.0005",
+        "save_strategy=no",
+        "disable_tqdm=true",
+        "report_to=none",
+        "device=cpu",
+        *(f"{key}={json.dumps(value)}" for key, value in ARGUMENTS.items()),
+        *layout.arguments,
+        *extra,
+    ]
+    run_ranks(layout.processes, run_on_a_rank, words, timeout=120.0)
+    return metric_rows(output)
+
+
+@pytest.mark.parametrize("name", ["TP2", "PP2", "sharding stage 3 x2", "1 process"])
+def test_dynamic_sampling_with_a_reward_model_on_any_layout(name: str, files: Path) -> None:
+    """The reward model reads between the rounds, while the actor generates; on one process it is offloaded."""
+    extra = ["offload_level=freeze_model optimizer train_model"] if name == "1 process" else []
+    one, other = dapo_on(files, Layout()), dapo_on(files, LAYOUTS[name], *extra)
+    assert max(row["train/sampling_rounds"] for row in one) > 1
+    assert_same_metrics(one[:2] if BF16 else one, other[:2] if BF16 else other, 0.1 if BF16 else 1e-4)
+
+
 @pytest.mark.parametrize(("reward", "groups"), [("constant", 0), ("flat", 2)])
 def test_a_batch_that_is_not_filled_is_said_and_trained_on(
     reward: str, groups: int, online_json: Callable[..., Path], tmp_path: Path, flat: str,
@@ -342,6 +412,14 @@ def test_what_cannot_be_computed_is_refused_in_words() -> None:
     assert "did you mean 'grpo'?" in refusal(advantage="grpoo")
     text = refusal(num_return_sequences=8, per_device_prompt_batch_size=3, per_device_train_batch_size=16)
     assert "x num_return_sequences 8 = 24 samples per rollout" in text and "per_device_prompt_batch_size 4" in text
+
+
+def test_what_does_nothing_is_said() -> None:
+    assert arguments(kl_in="reward").notes == ["kl_in: not used, because kl_coeff is 0"]
+    (note,) = arguments(kl_coeff=0.1, kl_estimator="k1").notes
+    assert "has a gradient of 0 on average: k3+ has that of the KL" in note
+    assert not arguments(kl_coeff=0.1, kl_estimator="k1", kl_in="reward").notes
+    assert arguments(max_gen_batches=3).notes == ["max_gen_batches is not used, because dynamic_sampling is false"]
 
 
 def test_paddlenlps_file_is_taken_as_it_is(
