@@ -40,7 +40,7 @@ GIVEN = {"actor_model_name_or_path": "a", "output_dir": "o", "reward": "gsm8k", 
 #: Rewards: the answers of half of the prompts score alike; those of all do; one that does not apply to some prompts.
 FLAT = """
 def flat(prompts, responses, **row):
-    return [0.5 if p.split()[3] in "bd" else float(sum(map(ord, r)) % 97) for p, r in zip(prompts, responses)]
+    return [0.5 if p.split()[3] in "bd" else float(sum(map(ord, r)) % 47) for p, r in zip(prompts, responses)]
 def constant(prompts, responses, **row):
     return [1.0] * len(responses)
 def polite(prompts, responses, **row):
@@ -224,7 +224,7 @@ def run_on_a_rank(words: list[str]) -> int:
 
 HALF = """
 def half(prompts, responses, **row):
-    return [sum(map(ord, r)) % 97 * float(len(p) % 2) for p, r in zip(prompts, responses)]
+    return [sum(map(ord, r)) % 47 * float(len(p) % 2) for p, r in zip(prompts, responses)]
 """
 
 
@@ -245,7 +245,7 @@ def dapo_on(files: Path, layout: Layout, *extra: str) -> list[dict[str, Any]]:
         f"actor_model_name_or_path={files / 'model'}",
         f"reward_model_name_or_path={files / 'reward'}",
         'reward={"model": 0.0, "' + str(files / "half.py") + ':half": 1.0}',
-        f"train_datasets=jsonl::{files / 'prompts'}.jsonl",
+        f"train_datasets=jsonl::{files / 'prompts_1'}.jsonl",
         f"output_dir={output}",
         f"per_device_prompt_batch_size={per_rank}",
         f"per_device_train_batch_size={2 * per_rank}",
