@@ -63,9 +63,14 @@ def nucleus_mask(logits: np.ndarray, top_p: float, keep_at_least: int) -> np.nda
 @VOCABULARY_MASKS.register("learned_top_k", "topk")
 def largest_mask(logits: np.ndarray, top_k: float, keep_at_least: int) -> np.ndarray:
     """The k most probable tokens; equal ones by their number."""
-    order = np.argsort(-logits, axis=-1, kind="stable")[..., : int(top_k)]
+    vocabulary = logits.shape[-1]
+    count = min(int(top_k), vocabulary)
+    bounds = np.partition(logits, vocabulary - count, axis=-1)[..., vocabulary - count]
     keep = np.zeros(logits.shape, bool)
-    np.put_along_axis(keep, order, True, axis=-1)
+    for place in np.ndindex(logits.shape[:-1]):
+        likely = np.flatnonzero(logits[place] >= bounds[place])  # more than k where several are equal to the last
+        order = np.argsort(-logits[place][likely], kind="stable")[:count]
+        keep[place][likely[order]] = True
     return keep
 
 

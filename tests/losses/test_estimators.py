@@ -267,6 +267,10 @@ def test_masks_keep_what_must_be_kept() -> None:
     assert vocabulary_mask("learned_top_p", logits, 0.0, keep_at_least=100).all()
     assert vocabulary_mask("learned_top_k", logits, 2).tolist() == [[True, True, False, False]]
     assert vocabulary_mask("learned_top_k", logits, -1).all()
+    equal = np.array([[1.0, 2.0, 2.0, 0.0, 2.0], [0.0, -np.inf, -np.inf, -np.inf, 3.0]])
+    assert vocabulary_mask("topk", equal, 2).tolist() == [[False, True, True, False, False], [True, *[False] * 3, True]]
+    assert vocabulary_mask("topk", equal, 3)[1].tolist() == [True, True, False, False, True]
+    assert vocabulary_mask("topk", equal, 9).all()
 
 
 def test_multiplier_starts_above_zero() -> None:
