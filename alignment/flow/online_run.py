@@ -152,6 +152,12 @@ def check_models(method: Method, topology: Any) -> None:
         AlignmentError: naming the key and what is wrong.
     """
     args, seen = method.args, set[str]()
+    for average in (average for call in method.flow().calls for average in call.after):
+        if average.share < 1.0 and args.bf16:
+            raise ArgumentsError(
+                f"bf16: the {average.target} follows the {average.source} by a share of {average.share:g}, and in "
+                "bfloat16 so small a step is rounded away: set bf16 to false, or the share to 1"
+            )
     specs = needed_roles(method)
     # A model that only scores may read answers written anew for it: its context is looked at later.
     for spec in [*(s for s in specs if s.kind == "score"), *(s for s in specs if s.kind != "score")]:

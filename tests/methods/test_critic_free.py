@@ -212,6 +212,28 @@ def test_the_methods_own_step_gives_the_peers_numbers(vectors: dict[str, Any], e
         np.testing.assert_allclose(got[column] if wanted.ndim == 2 else got[column][:, 0], wanted, rtol=2e-5, atol=2e-5)
 
 
+def test_rloo_has_trls_loss_of_the_whole_answers_ratio(vectors: dict[str, Any]) -> None:
+    """With a tool's token in the middle, which changes nothing and gets no gradient."""
+    import paddle
+
+    found, inputs = entry_of(vectors, "loss/trl1.x/rloo"), vectors["inputs"]["rl"]
+    method, hole = method_of("rloo", compat="trl"), 2
+    column = {
+        name: np.insert(np.asarray(inputs[name], np.float32), hole, value, axis=1)
+        for name, value in {"mask": 0.0, "old_logprobs": -9.0, "new_logprobs": -0.5}.items()
+    }
+    rollout = rollout_of(column["mask"], np.arange(6))
+    advantages = np.asarray(inputs["seq_advantages"], np.float32)[:, None] * column["mask"]
+    batch = Experience(rollout, logprobs=column["old_logprobs"], advantages=advantages)
+    window = Window(batch, int(rollout.actions.sum()), 6, 0, 6, True, None)
+    logprobs = paddle.to_tensor(column["new_logprobs"], stop_gradient=False)
+    loss = method.actor_loss(logprobs, paddle.zeros_like(logprobs), batch, window)
+    loss.total.backward()
+    assert float(loss.total) == pytest.approx(float(found["expected"]["loss"]), abs=1e-5)
+    wanted = np.insert(np.asarray(found["expected"]["grad_logprobs"], float), hole, 0.0, axis=1)
+    np.testing.assert_allclose(logprobs.grad.numpy(), wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize("entry", ["a2c/rl4lms", "a2c/rl4lms normalized advantage + entropy"])
 def test_a2c_has_rl4lms_losses_and_gradients(vectors: dict[str, Any], entry: str) -> None:
     """With a tool's token in the middle, which changes nothing and gets no gradient."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -182,6 +183,32 @@ def test_an_interrupted_update_averages_once(
     assert flag.is_file()
     assert main(["run", mine, str(online_json("whole", **keys))]) == 0
     whole_and_resumed(tmp_path)
+
+
+def test_a_reference_that_would_stand_still_is_refused_at_the_start(
+    mine: str, online_json: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was found behind the first update."""
+    assert main(["run", mine, str(online_json("run", bf16=True))]) == 2
+    assert "bf16: the reference follows the actor by a share of 0.01" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_two_processes_give_the_single_processs_run(
+    mine: str, online_json: Callable[..., Path], tmp_path: Path
+) -> None:
+    keys = {"max_steps": 4, "pace": 0.3, "save_strategy": "steps", "save_steps": 4, "bf16": False}
+    assert main(["run", mine, str(online_json("one", **keys))]) == 0
+    file = online_json("two", **keys, per_device_prompt_batch_size=4, per_device_train_batch_size=4)
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2"]
+    command += ["--log_dir", str(tmp_path / "log"), str(REPO / "alignment" / "__main__.py"), "run", mine, str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert_same_metrics(metric_rows(tmp_path / "one"), metric_rows(tmp_path / "two"), 1e-4)
+    one, two = (read_weights(tmp_path / name / "checkpoint-4" / "reference") for name in ("one", "two"))
+    for name, weight in one.items():
+        np.testing.assert_allclose(two[name], weight, atol=1e-4, err_msg=name)
 
 
 def test_help_and_the_list_of_methods_have_it(mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
