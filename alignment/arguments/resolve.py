@@ -17,7 +17,7 @@ from alignment.paths import cache_folder
 _CORRECTION_BOUNDS = {"none": (None, None), "tis": (None, 2.0), "icepop": (0.5, 5.0), "mask": (0.99, 1.01)}
 #: paddlenlp's early_stopping_patience, where only its early_stopping is given.
 _PADDLENLP_PATIENCE = 4
-_SMALLER_IS_BETTER = ("loss", "ppl", "perplexity", "kl", "kl_divergence")
+_SMALLER_IS_BETTER = ("loss", "ppl", "perplexity", "kl", "kl_divergence", "cost", "cost_greedy")
 
 
 def resolve(args: Arguments) -> None:

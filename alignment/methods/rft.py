@@ -119,7 +119,7 @@ class RFT(OnlineMethod):
 
     def begin(self, loop: Loop) -> None:
         super().begin(loop)
-        self.pool: Experience | None = None
+        self.pools: dict[bytes, Experience] = {}  # by the prompt's tokens
 
     def select(self, rollout: Rollout, scores: RewardResult) -> tuple[Experience, Statistics]:
         """Put the answers of all ranks into the pools; returns those that are learnt from, with the column ``rounds``,
@@ -135,11 +135,13 @@ class RFT(OnlineMethod):
         )
         new, figures = self.finish(Experience(rollout, scores.parts, scores=scores.total, pool_scores=kept), scores)
         new = new.add(rows=[{} for _ in range(len(new))])  # they were needed for the scores; a pool keeps no copy
-        pool = new if self.pool is None else Experience.join([self.pool, new])
+        asked = by_prompt(new)
+        for prompt, answers in asked.items():
+            if prompt in self.pools:
+                asked[prompt] = Experience.join([self.pools[prompt], answers])
         if args.keep_pools:
-            self.pool = pool
-        asked = set(prompts_of(new))
-        pool = pool.select([i for i, prompt in enumerate(prompts_of(pool)) if prompt in asked])
+            self.pools.update(asked)
+        pool = Experience.join(list(asked.values()))
         rounds, thresholds = rounds_of(pool, args.update_iters, args.start_percentile, args.end_percentile)
         chosen = pool.add(rounds=rounds).select(np.flatnonzero(rounds))
         figures.set("train/pool_answers", len(pool))
@@ -165,17 +167,30 @@ class RFT(OnlineMethod):
         return Loss(loss - bonus, shown)
 
     def save_files(self, folder: Path) -> None:
-        if self.pool is not None:
-            self.pool.save(folder / POOLS)
+        if self.pools:
+            Experience.join(list(self.pools.values())).save(folder / POOLS)
 
     def load_files(self, folder: Path) -> None:
         if self.args.keep_pools and (folder / f"{POOLS}.json").exists():
-            self.pool = Experience.load(folder / POOLS)[0]
+            self.pools = by_prompt(Experience.load(folder / POOLS)[0])
 
 
-def prompts_of(rows: Rollout) -> list[bytes]:
-    """What tells one prompt from another, of each row: its tokens (their numbers in the stream differ by epoch)."""
-    return [tokens[:length].tobytes() for tokens, length in zip(rows.tokens, rows.prompt_len, strict=True)]
+def texts_of(rows: Rollout) -> list[tuple[bytes, bytes]]:
+    """The tokens of each row's prompt and of its answer, as bytes: what tells them apart (a prompt's number in the
+    stream differs by epoch).
+    """
+    flat, ends = rows.flat("tokens"), np.cumsum(rows.lengths)
+    starts = ends - rows.lengths
+    cuts = zip(starts.tolist(), (starts + rows.prompt_len).tolist(), ends.tolist(), strict=True)
+    return [(flat[start:cut].tobytes(), flat[cut:end].tobytes()) for start, cut, end in cuts]
+
+
+def by_prompt(rows: Experience) -> dict[bytes, Experience]:
+    """The rows of each prompt, prompts and rows in their order."""
+    found: dict[bytes, list[int]] = {}
+    for row, (prompt, _) in enumerate(texts_of(rows)):
+        found.setdefault(prompt, []).append(row)
+    return dict(zip(found, rows.split(found.values()), strict=True))
 
 
 def rounds_of(pool: Experience, rounds: int, start: float, end: float) -> tuple[np.ndarray, list[list[float]]]:
@@ -192,11 +207,9 @@ def rounds_of(pool: Experience, rounds: int, start: float, end: float) -> tuple[
     """
     pools: dict[bytes, list[tuple[bytes, float]]] = {}
     first: dict[tuple[bytes, bytes], int] = {}
-    ends = zip(prompts_of(pool), pool.tokens, pool.prompt_len, pool.lengths, pool.pool_scores.tolist(), strict=True)
-    for row, (prompt, tokens, begin, end_of_row, score) in enumerate(ends):
-        answer = tokens[begin:end_of_row].tobytes()
-        pools.setdefault(prompt, []).append((answer, score))
-        first.setdefault((prompt, answer), row)
+    for row, (pair, score) in enumerate(zip(texts_of(pool), pool.pool_scores.tolist(), strict=True)):
+        pools.setdefault(pair[0], []).append((pair[1], score))
+        first.setdefault(pair, row)
     taken, thresholds = np.zeros(len(pool), np.int64), []
     for number in range(rounds):
         selection = select_answers(pools, selection_percentile(number, start, end, rounds))

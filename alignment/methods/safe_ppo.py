@@ -47,6 +47,11 @@ if TYPE_CHECKING:
 COST = RoleSpec("cost", "score", "cost_model_name_or_path", evaluates=True, options={"score_type": "cost"})
 COST_CRITIC = RoleSpec("cost_critic", "value", "cost_critic_model_name_or_path", trained=True, folder="cost_value")
 
+OUT_OF_REACH = (
+    "lambda has reached lambda_max {:g} and the mean cost is {:.4g}, above cost_limit {:g}: costs cannot weigh more. "
+    "If it stays there, the limit is out of this policy's reach, or lambda_max is too small"
+)
+
 
 @dataclass
 class CostKeys(CriticKeys):
@@ -194,6 +199,8 @@ class SafePPO(PPO):
         experience = Experience(rollout, scores.parts, logprobs=logprobs, ref_logprobs=ref_logprobs, **in_float32)
         experience, figures = self.finish(experience, scores)
         describe_costs(figures, experience, costs, args.cost_limit)
+        if self.multiplier.value == args.lambda_max and mean_cost > args.cost_limit:
+            self._say({"lambda_max": OUT_OF_REACH.format(args.lambda_max, mean_cost, args.cost_limit)})
         figures.set("train/lambda", self.multiplier.value)
         figures.set("train/mean_cost", mean_cost)
         return experience, figures

@@ -26,7 +26,7 @@ from alignment.methods.safe_ppo import SafePPO, two_streams
 from alignment.rollout.rollout import Experience, Rollout
 from tests import tiny
 from tests.ppo.conftest import assert_same_metrics, metric_rows
-from tests.precision import BF16, DTYPE, read_weights
+from tests.precision import ARGUMENTS, BF16, DTYPE, read_weights
 
 REPO = Path(__file__).resolve().parents[2]
 _SCORES = """
@@ -212,6 +212,28 @@ def test_a_cost_model_and_a_reward_model(
     assert (out / "cost_value" / "model.safetensors").is_file()
 
 
+def test_a_cost_model_of_the_public_command(
+    safe_json: Callable[..., Path], tmp_path: Path, policy_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """`alignment cost` trains it; Safe PPO takes its head and template without a warning, and leaves it as it is."""
+    tiny.write_jsonl(tmp_path / "safety.jsonl", tiny.safety_rows(16))
+    words = [
+        f"model_name_or_path={policy_dir}", f"train_datasets=jsonl::{tmp_path / 'safety.jsonl'}", "max_steps=2",
+        f"output_dir={tmp_path / 'cost'}", "per_device_train_batch_size=4", "max_length=96", "save_strategy=no",
+        "evaluation_strategy=no", "report_to=none", "disable_tqdm=true", "device=cpu",
+        *(f"{key}={json.dumps(value)}" for key, value in ARGUMENTS.items()),
+    ]  # fmt: skip
+    assert main(["cost", *words]) == 0
+    monkeypatch.setattr(logging.getLogger("alignment"), "propagate", True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cost").glob("*.safetensors")}
+    keys = {"cost": None, "cost_model_name_or_path": str(tmp_path / "cost"), "max_steps": 2}
+    assert main(["safe_ppo", str(safe_json(**keys, evaluation_strategy="steps", eval_steps=2))]) == 0
+    assert "cost model: " not in "".join(r.message for r in caplog.records if r.levelno >= logging.WARNING)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "cost").glob("*.safetensors")} and before
+    samples = [json.loads(line) for line in (tmp_path / "run" / "eval_samples.jsonl").read_text().splitlines()]
+    assert samples and len({sample["cost"] for sample in samples}) > 2
+
+
 def test_the_cost_critic_learns_with_its_own_weights(safe_json: Callable[..., Path], tmp_path: Path) -> None:
     assert main(["safe_ppo", str(safe_json(max_steps=4, critic_warmup_steps=2))]) == 0
     out = tmp_path / "run"
@@ -289,6 +311,21 @@ def test_of_costs_alone_no_reward_is_left(safe_json: Callable[..., Path], tmp_pa
 
 
 # -------------------------------------------------------------------------------------------------- what can go wrong
+
+
+def test_a_limit_out_of_reach_is_said_once(
+    safe_json: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("alignment"), "propagate", True)
+    assert main(["safe_ppo", str(safe_json(cost_limit=-9.0, lambda_init=4.9))]) == 0
+    said = {record.created for record in caplog.records if "lambda has reached lambda_max 5 and" in record.getMessage()}
+    assert len(said) == 1
+
+
+def test_the_best_model_is_that_of_most_reward_or_least_cost() -> None:
+    assert method_of().args.metric_for_best_model == "reward" and method_of().args.greater_is_better
+    for name in ("cost", "eval_cost", "cost_greedy"):
+        assert not method_of(metric_for_best_model=name).args.greater_is_better
 
 
 def test_another_tokenizer_of_the_cost_model_is_read_anew_or_refused_as_the_critics(
