@@ -66,20 +66,15 @@ class Evaluator:
             table.extend(records[: self.table_rows])
             self._count(mode, records, statistics)
             if self.world.is_main:
-                with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                write_samples(self.path, records)
         if self.world.is_main and table:
             self.write(sample_table(table, step, [_keys(name)[0] for name in self.scores]))
         return statistics.result()
 
     def drop_after(self, step: int) -> None:
         """Remove the samples of later steps than ``step`` from the file: a resumed run writes them again."""
-        if not self.world.is_main or not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with disk_errors(self.path):
-            self.path.write_text("".join(kept), encoding="utf-8")
+        if self.world.is_main:
+            drop_samples_after(self.path, step)
 
     def _answers(self, mode: str, settings: SamplingSettings, step: int) -> list[dict[str, Any]]:
         share = rank_slice(np.arange(len(self.prompts)), self.world.rank, self.world.size)
@@ -125,6 +120,22 @@ def _scores(name: str, result: RewardResult, index: int) -> list[tuple[str, Any]
     """The entries of a sample for a score."""
     total, parts = _keys(name)
     return [(total, float(result.total[index])), (parts, {n: float(part[index]) for n, part in result.parts.items()})]
+
+
+def write_samples(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Add records of an evaluation to a file, one JSON object a line."""
+    with disk_errors(path), open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def drop_samples_after(path: Path, step: int) -> None:
+    """Remove the records of later steps than ``step``, and a last line that was cut."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with disk_errors(path):
+        path.write_text("".join(kept), encoding="utf-8")
 
 
 def sample_table(records: Sequence[dict[str, Any]], step: int, scores: Sequence[str] = ("score",)) -> str:

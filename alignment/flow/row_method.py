@@ -15,6 +15,7 @@ import numpy as np
 
 from alignment.errors import ArgumentsError, CheckpointError, NonFiniteError
 from alignment.flow.checkpoint import write_json
+from alignment.flow.evaluation import SAMPLES_FILE, drop_samples_after, write_samples
 from alignment.flow.flow import Call, Flow
 from alignment.flow.method import Method, RoleSpec, Train
 from alignment.flow.nonfinite import dump_batches, nonfinite
@@ -172,6 +173,10 @@ class RowMethod(Method):
         """Metrics from merged stats; names without prefix."""
         return {}
 
+    def records(self, batch: Collated, stats: Mapping[str, float | np.ndarray]) -> list[dict[str, Any]]:
+        """What ``eval_samples.jsonl`` says of each row of an evaluated micro batch; nothing by default."""
+        return []
+
     def decode(self, batch: Collated) -> list[str]:
         """One readable text per row."""
         rows = zip(batch["input_ids"], batch["lengths"], strict=True)
@@ -189,6 +194,8 @@ class RowMethod(Method):
         self.loop, self.world, self.engine = loop, loop.world, loop.roles["model"].engine
         data: RowData = loop.given.extras["data"]
         self.train_rows, self.eval_rows, self.order = data.train, data.evaluation, loop.feed.order
+        if loop.world.is_main:  # a run that is resumed writes what it evaluated behind the checkpoint again
+            drop_samples_after(Path(self.args.output_dir) / SAMPLES_FILE, loop.state.global_step or -1)
         self.began, self.first_step, self.tokens_read, self.loss_sum = time.monotonic(), loop.state.global_step, 0, 0.0
         if not self.args.do_train and not self.evaluates:
             raise ArgumentsError(
@@ -218,21 +225,25 @@ class RowMethod(Method):
         return bool(self.args.do_eval and self.eval_rows is not None and len(self.eval_rows))
 
     def evaluate(self, step: int) -> dict[str, float]:
-        return {f"eval/{name}": value for name, value in self.measure().items()}
+        return {f"eval/{name}": value for name, value in self.measure(step).items()}
 
-    def measure(self) -> dict[str, float]:
-        """Metrics of the evaluation rows over all ranks, without prefix; every rank gets the same."""
+    def measure(self, step: int = 0) -> dict[str, float]:
+        """Metrics of the evaluation rows over all ranks, without prefix; every rank gets the same.
+
+        Args:
+            step: optimizer steps so far, for ``eval_samples.jsonl``.
+        """
         engine, world = self.engine, self.world
         engine.model.eval()
         groups = self._evaluation_groups()
         most = max(world.all_gather_object(len(groups), "evaluation batches"))
-        parts = Statistics()
+        parts, samples = Statistics(), []
 
-        def of_batch(hidden: Tensor, batch: Collated) -> Statistics:
+        def of_batch(hidden: Tensor, batch: Collated) -> tuple[Statistics, list[dict[str, Any]]]:
             loss_sum, stats = self.loss(hidden, batch)
             shown.add()
             found = Statistics.of({"loss_sum": float(loss_sum), "count": float(self.count(batch)), **stats})
-            return found
+            return found, self.records(batch, stats)
 
         bar, main = not self.args.disable_tqdm, world.is_main
         try:
@@ -241,12 +252,19 @@ class RowMethod(Method):
                 for start in range(0, most, EVALUATION_BATCHES):
                     taken = groups[start : start + EVALUATION_BATCHES]
                     batches = [self.collate([self.eval_rows[int(i)] for i in rows]) for rows in taken]  # type: ignore[index]
-                    for part in engine.infer_pass(batches, self.rows, of_batch):  # no batch: other ranks may have more
+                    found = engine.infer_pass(batches, self.rows, of_batch)  # no batch: other ranks may have more
+                    for numbers, (part, records) in zip(taken, found, strict=True):
                         parts.merge(part)
+                        samples += [(int(number), record) for number, record in zip(numbers, records, strict=False)]
                     shown.add(start + len(taken) - shown.done)  # a pipeline's first stage measures nothing itself
         finally:
             if engine.trainable:
                 engine.model.train()
+        everyone = [record for part in world.all_gather_object(samples, "evaluated rows") for record in part]
+        if main and everyone:
+            in_order = sorted(everyone, key=lambda item: item[0])
+            path = Path(self.args.output_dir) / SAMPLES_FILE
+            write_samples(path, [{"step": step, "index": number, **record} for number, record in in_order])
         stats = parts.over_ranks(world)
         loss = stats.totals["loss_sum"] / max(1.0, stats.totals["count"])
         return {"loss": loss, **self.metrics({**stats.totals, **stats.arrays})}

@@ -121,6 +121,21 @@ class RewardModel(RowMethod):
             stats["raw"] = paddle.take_along_axis(raw.detach(), last, axis=1).squeeze(1).numpy()
         return losses.sum(), stats
 
+    def records(self, batch: Collated, stats: Mapping[str, float | np.ndarray]) -> list[dict[str, Any]]:
+        """Both replies of each pair, as the model read them, and their scores (costs)."""
+        texts, pairs = self.decode(batch), self.count(batch)
+        what = "cost" if "chosen_sign" in stats else "score"
+        better, worse = ("safer", "unsafer") if what == "cost" else ("better", "worse")
+        return [
+            {
+                better: texts[i],
+                worse: texts[pairs + i],
+                f"{what}_{better}": float(stats["chosen"][i]),  # type: ignore[index]
+                f"{what}_{worse}": float(stats["rejected"][i]),  # type: ignore[index]
+            }
+            for i in range(pairs)
+        ]
+
     def after_step(self, stats: Stats) -> None:
         """Let the normaliser learn from the step's raw scores over all ranks."""
         if not self.normalizes:

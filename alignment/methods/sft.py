@@ -138,7 +138,18 @@ class SFT(RowMethod):
         # The vocabulary-wide head runs on answer positions only.
         scores = self.engine.score_labels(paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), index), targets)
         loss_sum, correct = -scores.logprobs.sum(), float(scores.greedy.sum())
+        self._newest = where // batch["labels"].shape[1], scores.logprobs.detach()
         return loss_sum, {"nll": float(loss_sum), "answer_tokens": float(len(where)), "correct": correct}
+
+    def records(self, batch: Collated, stats: Mapping[str, float | np.ndarray]) -> list[dict[str, Any]]:
+        """Each row (or pack) as the model read it, and the mean ``-log p`` of its answer tokens."""
+        row, logprobs = self._newest
+        count = np.bincount(row, minlength=len(batch["labels"]))
+        total = np.bincount(row, -logprobs.numpy().astype(np.float64), len(batch["labels"]))
+        return [
+            {"text": text, "answer_tokens": int(tokens), "loss": float(nll) / max(1, int(tokens))}
+            for text, tokens, nll in zip(self.decode(batch), count, total, strict=True)
+        ]
 
     def metrics(self, stats: Mapping[str, float | np.ndarray]) -> dict[str, float]:
         """``perplexity`` and token ``accuracy`` over answer tokens."""

@@ -75,6 +75,11 @@ def test_it_learns(model_dir: Path, data_dir: Path, tmp_path: Path, loss_type: s
     trained = column(rows, "train/accuracy")
     assert len(trained) == 40 and np.mean(trained[-5:]) > 0.95
 
+    samples = [json.loads(line) for line in (out / "eval_samples.jsonl").read_text().splitlines()]
+    last = [row for row in samples if row["step"] == 40]
+    assert [row["index"] for row in last] == list(range(40)) and len(samples) == 120
+    assert np.mean([row["score_better"] > row["score_worse"] for row in last]) == after["eval/accuracy"]
+
     results = json.loads((out / "all_results.json").read_text())
     assert results["eval_accuracy"] == after["eval/accuracy"]
     from alignment.ppo.models import AutoModelForScore

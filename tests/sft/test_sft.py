@@ -119,6 +119,11 @@ def test_it_learns_and_leaves_everything_behind(model_dir: Path, data_dir: Path,
     assert results["global_step"] == 192 and results["epoch"] == 16.0
     assert results["eval_loss"] == last["eval/loss"]
     assert results["train_tokens_per_second"] > 0
+    samples = [json.loads(line) for line in (out / "eval_samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [row["step"] for row in evaluations for _ in range(24)]
+    tokens = [row["answer_tokens"] for row in samples[-24:]]
+    mean = sum(row["loss"] * count for row, count in zip(samples[-24:], tokens, strict=True)) / sum(tokens)
+    assert mean == pytest.approx(last["eval/loss"], rel=1e-5) and all(row["text"] for row in samples)
     shown = capsys.readouterr().out
     assert "Derived sizes" in shown and "train (supervised)" in shown
 
