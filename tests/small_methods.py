@@ -46,8 +46,8 @@ _ROWS = {
     "remax": Small({"kl_coeff": 0.1}),
     "a2c": Small({"kl_coeff": 0.1, "update_iters": 1, **_CRITIC}),
     "nlpo": Small({"kl_coeff": 0.1, "mask_update_rollouts": 2, **_CRITIC}),
-    "rft": Small({}, answers=4),
     "safe_ppo": Small({"kl_coeff": 0.1, "cost_model_name_or_path": "{files}/cost", **_CRITIC}),
+    "rft": Small({"start_percentile": 0.0, "end_percentile": 0.2}, answers=4),
 }
 #: By the method's name.
 METHODS: dict[str, Small] = {name: row for name, row in _ROWS.items() if name in methods.BUILT_IN}

@@ -193,17 +193,18 @@ class Loop:
         if self.half_used is not None:
             return
         self.state.rollouts += 1
-        if not self._goes_on() and self.pending != Statistics():
-            # the data, not the steps, have ended the run: its last figures are no multiple of logging_steps away
-            self.rows.append((self.state.global_step, self.pending))
-            self.pending = Statistics()
-        self._write_rows()
+        self._write_rows_and_the_last()
         due = self._due(self.args.evaluation_strategy, self.args.eval_steps, before) or not self._goes_on()
         improved = due and self._improves()
+        ended = not self._goes_on()
+        if ended:  # perhaps by early_stopping_patience just now
+            self._write_rows_and_the_last()
         # the best model must be on the disk to be loaded at the end, whether or not a save is due
         keep_best = improved and self.args.load_best_model_at_end
-        # checkpoints of steps inside the update are there already
-        if keep_best or self._due(self.args.save_strategy, self.args.save_steps, self.state.global_step - 1):
+        # checkpoints of steps inside the update are there already; the last one is made when all is evaluated and
+        # written, so that a run that is killed behind it does neither again
+        due = self._due(self.args.save_strategy, self.args.save_steps, self.state.global_step - 1)
+        if keep_best or due or (ended and self.args.save_strategy != "no"):
             self.save_checkpoint(best=improved)
 
     def _note_figures(self, given: Mapping[str, Any]) -> None:
@@ -267,6 +268,15 @@ class Loop:
         self._enter(half.call)
         # the flow adds the whole call's time at its end
         self.timer.add(half.call, self.update_began - time.perf_counter())
+
+    def _write_rows_and_the_last(self) -> None:
+        """Write the iteration's rows, and behind the last one also figures that are no multiple of ``logging_steps``
+        away, where the data or ``early_stopping_patience`` have ended the run.
+        """
+        if not self._goes_on() and self.pending != Statistics():
+            self.rows.append((self.state.global_step, self.pending))
+            self.pending = Statistics()
+        self._write_rows()
 
     def _write_rows(self) -> None:
         """Write the iteration's rows now that its update has been timed; the timings go into the last one."""
@@ -431,10 +441,7 @@ class Loop:
 
     def _finish(self) -> None:
         """The last evaluation and checkpoint, then the trained models in ``output_dir``."""
-        if self.pending != Statistics():  # early_stopping_patience has ended the run between two rows
-            self.rows.append((self.state.global_step, self.pending))
-            self.pending = Statistics()
-            self._write_rows()
+        self._write_rows_and_the_last()  # of a run that was resumed where it was to end
         improved = self._improves()
         keep_best = improved and self.args.load_best_model_at_end
         if self.saved_at != self.state.global_step and (keep_best or self.args.save_strategy != "no"):
