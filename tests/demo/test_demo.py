@@ -98,6 +98,12 @@ def test_a_few_steps_through_all_stages(tmp_path: Path, capsys: pytest.CaptureFi
     assert 0 <= results["sft"]["greedy"]["gold"] <= 1
     assert results["ppo"]["sampled"]["kl"] >= 0 or abs(results["ppo"]["sampled"]["kl"]) < 1
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # what the demo leaves is what the argument file of GRPO begins with
+    file = Path(__file__).resolve().parents[2] / "config" / "demo" / "grpo_argument.json"
+    values = {key: value for key, value in json.loads(file.read_text()).items() if isinstance(value, str)}
+    words = [f"{key}={value.replace('checkpoints/demo', str(out))}" for key, value in values.items()]
+    assert main(["grpo", str(file), *words, "max_steps=2", "eval_num_samples=4"]) == 0
+    assert (out / "grpo" / "policy" / "config.json").is_file()
 
 
 def test_bad_options_give_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
