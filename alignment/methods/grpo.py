@@ -182,9 +182,6 @@ class Keys:
                     "advantage",
                     key,
                 )
-        if not isinstance(self.reward, dict):
-            self.notes.append("advantage gdpo is for several rewards, and there is one: that of grpo is the same but "
-                              "for the second normalisation, over all answers")  # fmt: skip
 
 
 class GRPO(OnlineMethod):
