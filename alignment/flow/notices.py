@@ -48,12 +48,13 @@ def notices(
             f"all {len(rollout)} answers of this rollout are empty texts: every reward is a constant. Raise "
             "min_dec_len, and look at the prompt template: was the model trained on it?"
         )
-    truncated = figures.get("reward/truncated_fraction", 0.0)
-    if truncated > TOLERATED:
-        found["truncated"] = (
-            f"{truncated:.0%} of the texts are longer than the reward model's context and were cut for it: lower "
-            "max_src_len or max_dec_len, or take a reward model with a longer context"
-        )
+    for name in figures:
+        what, _, figure = name.partition("/")
+        if figure == "truncated_fraction" and figures[name] > TOLERATED:
+            found[f"{what} truncated"] = (
+                f"{figures[name]:.0%} of the texts are longer than the {what} model's context and were cut for it: "
+                f"lower max_src_len or max_dec_len, or take a {what} model with a longer context"
+            )
     if kept is not None and kept < KEPT_MASS:
         found["narrow"] = (
             f"top_k {args.top_k} and top_p {args.top_p:g} leave {kept:.0%} of the policy's probability in the mean: "

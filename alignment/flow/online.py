@@ -323,8 +323,10 @@ class OnlineMethod(Method):
 
     # -- figures
 
-    def finish(self, experience: Experience, scores: RewardResult) -> tuple[Experience, Statistics]:
-        """A rollout that is ready to be learnt from, and its figures.
+    def finish(
+        self, experience: Experience, scores: RewardResult, **others: RewardResult
+    ) -> tuple[Experience, Statistics]:
+        """A rollout that is ready to be learnt from, and its figures; ``others`` are further scores by name.
 
         The rows of all ranks are seen here: warns of what spoils learning, checks that what sampled is what is trained,
         weighs tokens that were sampled from another distribution (``rollout_correction``; the column
@@ -337,8 +339,9 @@ class OnlineMethod(Method):
         from alignment.flow.notices import notices
 
         stats = describe_experience(experience, self.kl_controller.kl_coeff, self.args.clip_range_score)
-        for name, figures in scores.figures.items():
-            stats.add(f"reward/{name}_fraction", float(figures.sum()), len(figures))
+        for what, result in {"reward": scores, **others}.items():
+            for name, figures in result.figures.items():
+                stats.add(f"{what}/{name}_fraction", float(figures.sum()), len(figures))
         self._say(notices(experience, stats.result(), self.args, self.generator.inner.kept.mean))
         if "logprobs" in experience:
             check_rollout_gap(

@@ -197,7 +197,7 @@ class SafePPO(PPO):
         columns |= {"scores": scores.total, "shaped_scores": shaped, "cost_scores": costs.total}
         in_float32 = {name: column.astype(np.float32) for name, column in columns.items()}
         experience = Experience(rollout, scores.parts, logprobs=logprobs, ref_logprobs=ref_logprobs, **in_float32)
-        experience, figures = self.finish(experience, scores)
+        experience, figures = self.finish(experience, scores, cost=costs)
         describe_costs(figures, experience, costs, args.cost_limit)
         if self.multiplier.value == args.lambda_max and mean_cost > args.cost_limit:
             self._say({"lambda_max": OUT_OF_REACH.format(args.lambda_max, mean_cost, args.cost_limit)})
@@ -287,8 +287,6 @@ def describe_costs(figures: Statistics, experience: Experience, costs: RewardRes
     if len(costs.parts) > 1:
         for name, part in costs.parts.items():
             figures.add(f"train/cost/{name}", part.sum(), rows)
-    for name, marks in costs.figures.items():
-        figures.add(f"cost/{name}_fraction", float(marks.sum()), len(marks))
     for name in ("reward_advantages", "cost_advantages", "cost_values", "cost_returns"):
         figures.add(f"train/{name}", (experience[name] * mask).sum(), tokens)
     explained = explained_variance(experience.cost_values, experience.cost_returns, mask)

@@ -93,7 +93,20 @@ ARGS = SimpleNamespace(clip_range_score=50.0, max_dec_len=9, top_k=3, top_p=1.0)
         (experience_of([60, 100]), {"reward/clipped_fraction": 1.0}, None, "clipped", "range from 60 to 100"),
         (experience_of([1, 2], finished=False), {}, None, "cut", "all 2 were cut at max_dec_len 9"),
         (experience_of([1, 2], text=" \n"), {}, None, "empty", "all 2 answers of this rollout are empty"),
-        (experience_of([1, 2]), {"reward/truncated_fraction": 0.4}, None, "truncated", "40% of the texts"),
+        (
+            experience_of([1, 2]),
+            {"reward/truncated_fraction": 0.4},
+            None,
+            "reward truncated",
+            "the reward model's context",
+        ),
+        (
+            experience_of([1, 2]),
+            {"cost/truncated_fraction": 0.4},
+            None,
+            "cost truncated",
+            "40% of the texts are longer",
+        ),
         (experience_of([1, 2]), {}, 0.3, "narrow", "top_k 3 and top_p 1 leave 30%"),
     ],
 )
