@@ -16,6 +16,7 @@ There is no critic, and without a KL no reference. The forms by name are presets
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,12 @@ _ELSEWHERE = {
 }
 
 
+def _loss_settings(cls: type, chosen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """:data:`_LOSS_SETTINGS`; a clip_range_ratio that is given is for both sides, whatever the loss."""
+    left_out = _CLIP.values() if "clip_range_ratio" in chosen else ()
+    return {loss: {k: v for k, v in keys.items() if k not in left_out} for loss, keys in _LOSS_SETTINGS.items()}
+
+
 @dataclass
 class Keys:
     """The keys of GRPO."""
@@ -86,7 +93,7 @@ class Keys:
         "ppo",
         "Loss of the policy, a registered name; each but ppo brings its paper's clips and aggregation.",
         choices=POLICY_LOSSES,
-        sets=lambda cls, chosen: _LOSS_SETTINGS,
+        sets=_loss_settings,
     )
     aggregation: str = argument(
         "token",

@@ -398,6 +398,8 @@ def test_a_policy_loss_brings_its_papers_clips() -> None:
     args = arguments(policy_loss="gmpo")
     assert (args.aggregation, args.clip_range_ratio_low, args.clip_range_ratio_high) == ("sequence", 0.4, 0.4)
     assert arguments(policy_loss="gspo", aggregation="token").aggregation == "token"
+    given = arguments(policy_loss="gspo", clip_range_ratio=0.01)
+    assert (given.clip_range_ratio_low, given.clip_range_ratio_high) == (0.01, 0.01)
 
 
 def test_what_cannot_be_computed_is_refused_in_words() -> None:
