@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from alignment.flow.checkpoint import disk_errors
 from alignment.flow.order import rank_slice
 from alignment.flow.statistics import Statistics
-from alignment.parallel import World
-from alignment.rollout.generate import GenerationPrompt
-from alignment.rollout.rewards import RewardResult
-from alignment.rollout.rollout import Rollout
-from alignment.rollout.sampler import SamplingSettings
+
+if TYPE_CHECKING:
+    from alignment.parallel import World
+    from alignment.rollout.generate import GenerationPrompt
+    from alignment.rollout.rewards import RewardResult
+    from alignment.rollout.rollout import Rollout
+    from alignment.rollout.sampler import SamplingSettings
 
 SAMPLES_FILE = "eval_samples.jsonl"
 
