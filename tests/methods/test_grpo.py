@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from alignment.arguments import from_dict
 from alignment.arguments.foreign import RL_ALGORITHMS
 from alignment.cli import main
 from alignment.errors import ArgumentsError
+from alignment.flow.feeds import PromptFeed
 from alignment.flow.refill import sample_with_spread
 from alignment.losses.compat import COMPAT
 from alignment.losses.estimators import ADVANTAGES, AdvantageInputs
@@ -210,6 +212,21 @@ def test_dynamic_sampling_on_two_processes_is_that_of_one(
     on_two_processes(["dapo", str(online_json("two", **keys))], tmp_path)
     one, two = metric_rows(tmp_path / "one"), metric_rows(tmp_path / "two")
     assert_same_metrics(one[:2] if BF16 else one, two[:2] if BF16 else two, 0.1 if BF16 else 1e-4)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_epoch_that_ends_inside_an_iteration_is_seen_once(drop_last: bool) -> None:
+    """10 prompts in batches of 4: the second iteration's three rounds go beyond the end."""
+    rows = [{"input_ids": [1], "prompt": str(i), "row": {}} for i in range(10)]
+    settings = SimpleNamespace(seed=1, shuffle=True, dataloader_drop_last=drop_last)
+    feed = PromptFeed(rows, settings, SimpleNamespace(prompts_per_rollout=4), World())
+    ended = []
+    for rounds in (1, 3, 1):
+        feed.next()
+        for _ in range(rounds - 1):
+            feed.next(within=True)
+        ended.append(feed.epoch_ended)
+    assert ended == [False, True, False]
 
 
 def run_on_a_rank(words: list[str]) -> int:
