@@ -344,6 +344,8 @@ def join(pieces: Sequence[Any]) -> Any:
     if not pieces:
         return None
     first = pieces[0]
+    if len(pieces) == 1:
+        return first
     if isinstance(first, np.ndarray):
         if first.ndim == 1:
             return np.concatenate(pieces)
