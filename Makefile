@@ -1,4 +1,4 @@
-# make demo | real | test | test-slow | test-bf16 | nightly | chaos | golden | parallel | layouts | bench | lint | format | docs | lock | clean
+# make demo | real | test | test-slow | test-bf16 | nightly | chaos | golden | parallel | layouts | learning | bench | lint | format | docs | lock | clean
 # Each target sets up its own environment in $(VENV) the first time; later runs start at once.
 #   PYTHON=/path/to/python3.11   which Python to use (3.10-3.12; found by itself otherwise)
 #   ARGS="..."                   passed on: make demo ARGS="--seed 1", make test ARGS="-k kl"
@@ -25,7 +25,7 @@ ifeq ($(shell $(BENCH_VENV)/bin/python -c "print(1)" 2>/dev/null),)
 $(BENCH_READY): FORCE
 endif
 
-.PHONY: help setup demo real test test-slow test-bf16 nightly chaos golden parallel layouts bench bench-env lint format docs lock clean FORCE
+.PHONY: help setup demo real test test-slow test-bf16 nightly chaos golden parallel layouts learning bench bench-env lint format docs lock clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -68,7 +68,7 @@ test-bf16: $(READY)
 	ALIGNMENT_TEST_PRECISION=bf16 $(RUN) -m pytest -m "not slow" $(BF16_TESTS) $(ARGS)
 
 # All that there is: what .ci/run has no time for too.
-nightly: test test-slow layouts chaos test-bf16
+nightly: test test-slow layouts chaos learning test-bf16
 
 # Kill a run of PPO thirty times on one process and thirty on TP2 x PP2, and one of every other method ten times, resume
 # it each time, and compare it with an uninterrupted one bit by bit.
@@ -87,6 +87,10 @@ parallel: $(READY)
 # The same with every cell of every method; writes the tables (docs/layouts.md).
 layouts: $(READY)
 	$(RUN) -m tests.parallel.matrix --every-cell --write docs/layouts.md $(ARGS)
+
+# What every method learns on a bandit with a known optimum and on the demo's task, three seeds each (docs/learning.md).
+learning: $(READY)
+	$(RUN) -m benchmarks.learning --write docs/learning.md $(ARGS)
 
 # transformers and trl on torch, which the benchmarks compare with. The registry's torch brings CUDA with it (several GB);
 # BENCH_PIP="--index-url ..." may name an index with torch's CPU builds instead.
