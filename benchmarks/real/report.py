@@ -10,13 +10,17 @@ from typing import Any
 
 from benchmarks.peers.run import cpu_name
 
+#: The stages that train on the sums, once for every seed.
+METHODS = ("ppo", "grpo")
 CURVES = (
     ("eval/reward_greedy", "right sums of held-out ones, greedy"),
     ("eval/reward", "right sums of held-out ones, sampled"),
     ("train/reward", "right sums in training, sampled"),
-    ("train/kl_divergence", "KL to the model as it came, nats per answer"),
     ("train/mean_generated_length", "answer length, tokens"),
+    ("train/entropy", "entropy, nats per token"),
+    ("train/kl_divergence", "KL to the model as it came, nats per answer"),
     ("train/explained_variance", "explained variance of the critic"),
+    ("train/groups_without_spread", "prompts whose answers all score alike"),
 )
 
 
@@ -25,10 +29,10 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
     Args:
         out: the folder with one folder per stage.
-        seeds: of PPO.
+        seeds: of PPO and GRPO.
     """
     results: dict[str, Any] = {}
-    for name in ("greedy", "sft", "rm", *(f"ppo-{seed}" for seed in seeds)):
+    for name in ("greedy", "sft", "rm", *(f"{method}-{seed}" for method in METHODS for seed in seeds)):
         folder = out / name
         if not (folder / "done.json").is_file():
             continue
@@ -36,7 +40,7 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
         if name == "greedy":
             results[name] = facts | json.loads((folder / "answers.json").read_text(encoding="utf-8"))
         else:
-            read = {"sft": _sft, "rm": _reward_model}.get(name, _ppo)
+            read = {"sft": _sft, "rm": _reward_model}.get(name, _online)
             results[name] = facts | read(_rows(folder))
     return results
 
@@ -63,15 +67,16 @@ def _reward_model(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return both | {"calibration": {key: after[key] for key in sorted(after) if key.startswith("calibration/")}}
 
 
-def _ppo(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _online(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     before, after = _evaluations(rows)
     names = {"greedy": "reward_greedy", "sampled": "reward", "tokens": "mean_generated_length"}
     figures: dict[str, Any] = {
         name: {"before": before[key], "after": after[key]} for name, key in names.items() if key in before
     }
-    trained = [row for row in rows if "train/kl_divergence" in row]
-    last = trained[-3:]
-    figures["kl"] = sum(row["train/kl_divergence"] for row in last) / len(last)
+    trained = [row for row in rows if "train/reward" in row]
+    last = [row["train/kl_divergence"] for row in trained[-3:] if "train/kl_divergence" in row]
+    if last:  # GRPO has no reference here
+        figures["kl"] = sum(last) / len(last)
     figures["optimizer_steps"] = trained[-1]["step"]
     phases = {key[len("time/") : -len("_seconds")] for row in trained for key in row if key.startswith("time/")}
     seconds = {name: sum(row.get(f"time/{name}_seconds", 0.0) for row in trained) for name in sorted(phases)}
@@ -80,7 +85,7 @@ def _ppo(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def answers(folder: Path, count: int = 6) -> list[tuple[str, str, str, float, float]]:
-    """Held-out prompts with the greedy answers and rewards before and after a PPO run."""
+    """Held-out prompts with the greedy answers and rewards before and after a run."""
     lines = (folder / "eval_samples.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if record["mode"] == "greedy"]
     first, last = min(r["step"] for r in records), max(r["step"] for r in records)
@@ -92,25 +97,38 @@ def answers(folder: Path, count: int = 6) -> list[tuple[str, str, str, float, fl
     ][:count]
 
 
-def draw_curves(folders: Sequence[Path], target: Path) -> None:
-    """Draw PPO's curves into a PNG: the mean over the seeds, and a band from the lowest to the highest of them."""
+def draw_curves(methods: Mapping[str, Sequence[Path]], target: Path) -> None:
+    """Draw the curves of each method's runs into a PNG, a colour a method: the mean over the seeds, and a band from the
+    lowest to the highest of them. A curve that no method has is left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs = [_rows(folder) for folder in folders]
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    for axis, (name, title) in zip(axes.flat, CURVES, strict=True):
-        points = [{row["step"]: row[name] for row in rows if row.get(name) is not None} for rows in runs]
-        steps = sorted(set.intersection(*map(set, points)))
-        values = [[run[step] for run in points] for step in steps]
-        axis.plot(steps, [sum(each) / len(each) for each in values], linewidth=1.5)
-        axis.fill_between(steps, [min(each) for each in values], [max(each) for each in values], alpha=0.25)
+    runs = {method: [_rows(folder) for folder in folders] for method, folders in methods.items()}
+    colours = {method: f"C{i}" for i, method in enumerate(METHODS)}
+    shown = [c for c in CURVES if any(c[0] in row for each in runs.values() for rows in each for row in rows)]
+    figure, axes = pyplot.subplots(2, (len(shown) + 1) // 2, figsize=(16, 6.5), constrained_layout=True)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, (name, title) in zip(axes.flat, shown, strict=False):
+        for method, seeds in runs.items():
+            points = [{row["step"]: row[name] for row in rows if row.get(name) is not None} for rows in seeds]
+            steps = sorted(set.intersection(*map(set, points)))
+            if not steps:
+                continue
+            values = [[run[step] for run in points] for step in steps]
+            means = [sum(each) / len(each) for each in values]
+            axis.plot(steps, means, linewidth=1.5, color=colours[method], label=method.upper())
+            lowest, highest = [min(each) for each in values], [max(each) for each in values]
+            axis.fill_between(steps, lowest, highest, alpha=0.25, color=colours[method])
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimizer step", fontsize=9)
+        axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    figure.suptitle(f"PPO on sums, SmolLM2-135M-Instruct, {len(runs)} seed{'s' * (len(runs) > 1)}", fontsize=11)
+    counts = ", ".join(f"{method.upper()}: {len(each)} seed{'s' * (len(each) > 1)}" for method, each in runs.items())
+    figure.suptitle(f"sums, SmolLM2-135M-Instruct ({counts})", fontsize=11)
     figure.savefig(target, dpi=110)
     pyplot.close(figure)
 
@@ -155,11 +173,11 @@ def _figures(stage: str, facts: Mapping[str, Any]) -> list[tuple[str, str, str]]
     return lines
 
 
-def answers_table(rows: Sequence[tuple[str, str, str, float, float]]) -> str:
-    """Greedy answers to held-out prompts before and after PPO, as text."""
+def answers_table(name: str, rows: Sequence[tuple[str, str, str, float, float]]) -> str:
+    """Greedy answers to held-out prompts before and after a run, as text."""
     from rich.table import Table
 
-    table = Table(title="greedy answers to held-out sums", title_justify="left")
+    table = Table(title=f"{name}: greedy answers to held-out sums", title_justify="left")
     for name in ("prompt", "before", "after"):
         table.add_column(name, overflow="fold")
     for prompt, before, after, *scores in rows:
@@ -170,17 +188,19 @@ def answers_table(rows: Sequence[tuple[str, str, str, float, float]]) -> str:
 
 
 def show(out: Path, seeds: Sequence[int]) -> None:
-    """Print the tables and write ``results.json`` and, where PPO has run, ``curves.png``."""
+    """Print the tables and write ``results.json`` and, where PPO or GRPO has run, ``curves.png``."""
     results = collect(out, seeds)
     seconds = sum(facts["seconds"] for facts in results.values())
     peak = max((facts["peak_mib"] for facts in results.values()), default=0)
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS", "all cores")}
     figures = {"machine": machine, "seconds": seconds, "peak_mib": peak, "stages": results}
     (out / "results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    runs = [out / name for name in results if name.startswith("ppo-")]
+    runs = {method: [out / name for name in results if name.startswith(f"{method}-")] for method in METHODS}
+    runs = {method: folders for method, folders in runs.items() if folders}
     if runs:
         draw_curves(runs, out / "curves.png")
-        print(f"\n{answers_table(answers(runs[0]))}")
+    for first, *_ in runs.values():
+        print(f"\n{answers_table(first.name, answers(first))}")
     print(f"\n{figures_table(results)}")
     print(
         f"{seconds / 60:.0f} minutes and {peak / 1024:.1f} GiB at the peak, {machine['cores']} cores, {machine['cpu']}"

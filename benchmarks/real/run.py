@@ -7,6 +7,7 @@ files of ``config/smollm2``:
     sft      fine-tuning on GSM8K rows: loss and perplexity of held-out rows, before and after
     rm       a reward model on HH pairs: accuracy and calibration on held-out pairs
     ppo      PPO from a verifiable reward: sums of two numbers, held-out sums before and after, for every seed
+    grpo     GRPO on the same task: eight answers to a prompt, no critic, no reference, for every seed
 
 Each stage is a process of its own, so that its time and its highest memory are its own. A stage that is done is not
 done again (``--again``); an interrupted one goes on from its last checkpoint. At the end: tables, ``results.json`` and
@@ -34,12 +35,13 @@ from benchmarks.real.fetch import model_file
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "config" / "smollm2"
 WRITTEN_IN = "checkpoints/smollm2"  # the folder that the JSON files name
-STAGES = ("greedy", "sft", "rm", "ppo")
+STAGES = ("greedy", "sft", "rm", *report.METHODS)
 REAL_DATA = {"gsm8k": "gsm8k_train.jsonl.gz", "hh": "hh_harmless.jsonl.gz"}
 QUICK = {
     "sft": ["max_steps=2", "per_device_train_batch_size=4"],
     "rm": ["max_steps=2", "per_device_train_batch_size=4"],
     "ppo": ["max_steps=2", "per_device_prompt_batch_size=8", "per_device_train_batch_size=4", "critic_warmup_steps=0"],
+    "grpo": ["max_steps=2", "per_device_prompt_batch_size=2", "per_device_train_batch_size=8"],
 }
 #: Rows of every evaluation file with --quick.
 QUICK_ROWS = 8
@@ -71,7 +73,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(
             f"--{name}", type=Path, metavar="FILE", help=f"real rows ({file} of ../shared/data, if there)"
         )
-    parser.add_argument("--seeds", default="1,2", help="of PPO, separated by commas (1,2)")
+    parser.add_argument("--seeds", default="1,2", help="of PPO and GRPO, separated by commas (1,2)")
     parser.add_argument("--only", default=",".join(STAGES), help=f"some of {','.join(STAGES)} (all)")
     parser.add_argument("--quick", action="store_true", help="two steps of each stage, to see that everything runs")
     parser.add_argument("--again", action="store_true", help="do stages again that are done")
@@ -90,12 +92,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def stages(options: argparse.Namespace) -> list[str]:
-    """The stages to run by their folders' names, PPO once for every seed."""
+    """The stages to run by their folders' names, PPO and GRPO once for every seed."""
     return [
         name
         for stage in STAGES
         if stage in options.only
-        for name in ([f"ppo-{seed}" for seed in options.seeds] if stage == "ppo" else [stage])
+        for name in ([f"{stage}-{seed}" for seed in options.seeds] if stage in report.METHODS else [stage])
     ]
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from alignment.arguments import parse_ppo, parse_reward, parse_sft
+from alignment.arguments import parse, parse_ppo, parse_reward, parse_sft
 from alignment.errors import AlignmentError, ArgumentsError
+from alignment.methods import arguments_of
+from alignment.methods.grpo import GRPO
 from alignment.paths import CACHE, cache_folder
 from benchmarks.real import data, greedy, report, run
 from benchmarks.real.fetch import MEMBER, model_file
@@ -65,11 +67,24 @@ def test_the_argument_files_parse(name: str, parse: Any) -> None:
     parse([str(run.CONFIG / f"{name}_argument.json")])
 
 
+def test_grpo_does_the_task_of_ppo_without_critic_and_reference() -> None:
+    """Two files, one task: as many sampled answers and optimizer steps, and the same prompts, reward and sampling."""
+    ppo = parse_ppo([str(run.CONFIG / "ppo_argument.json")])
+    args = parse(arguments_of(GRPO), [str(run.CONFIG / "grpo_argument.json")])
+    assert not args.remarks and [role.name for role in GRPO(args).roles() if role.present] == ["actor"]
+    answers = args.per_device_prompt_batch_size * args.num_return_sequences
+    assert answers == ppo.per_device_prompt_batch_size * ppo.num_return_sequences
+    same = ("train_datasets", "eval_datasets", "reward", "prompt_template", "max_dec_len", "temperature", "top_p")
+    same += ("per_device_train_batch_size", "update_iters", "max_steps", "eval_steps", "seed")
+    assert {key: getattr(args, key) for key in same} == {key: getattr(ppo, key) for key in same}
+
+
 def test_an_interrupted_stage_goes_on_and_a_finished_one_is_not_done_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = run.parse(["--output_dir", str(tmp_path), "--seeds", "3,4", "--only", "ppo,rm"])
-    assert run.stages(options) == ["rm", "ppo-3", "ppo-4"]
+    options = run.parse(["--output_dir", str(tmp_path), "--seeds", "3,4", "--only", "grpo,ppo,rm"])
+    assert run.stages(options) == ["rm", "ppo-3", "ppo-4", "grpo-3", "grpo-4"]
+    assert {"seed=4", f"output_dir={tmp_path / 'grpo-4'}"} <= set(run.overrides("grpo-4", tmp_path, options))
     changed = run.overrides("ppo-3", tmp_path, options)
     assert {"seed=3", f"output_dir={tmp_path / 'ppo-3'}", "overwrite_output_dir=true"} <= set(changed)
     assert f"actor_model_name_or_path={tmp_path / 'base'}" in changed
@@ -91,7 +106,7 @@ def test_a_stage_that_fails_is_not_done(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--only", "sft,dpo"], "dpo is no stage; the stages are greedy, sft, rm, ppo"),
+        (["--only", "sft,dpo"], "dpo is no stage; the stages are greedy, sft, rm, ppo, grpo"),
         (["--seeds", "one"], "--seeds must be numbers"),
         (["--frobnicate"], "unrecognized arguments"),
     ],
@@ -101,7 +116,7 @@ def test_wrong_options(argv: list[str], message: str) -> None:
         run.parse(argv)
 
 
-def test_the_report_of_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_of_two_seeds_and_two_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = {
         "seconds": 61.2,
         "peak_mib": 2048,
@@ -109,14 +124,16 @@ def test_the_report_of_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "resumed": True,
         "data": {"gsm8k": "g.jsonl", "hh": "h.jsonl"},
     }
-    for seed in (1, 2):
-        folder = tmp_path / f"ppo-{seed}"
+    for name, seed in (("ppo-1", 1), ("ppo-2", 2), ("grpo-1", 1)):
+        folder = tmp_path / name
         folder.mkdir()
         (folder / "done.json").write_text(json.dumps(facts))
         rows: list[dict[str, Any]] = [{"step": 0, "eval/reward": 0.1, "eval/reward_greedy": 0.3}]
         for step in (4, 8):
             row = {"step": step, "time/update_seconds": 2.0, "train/mean_generated_length": 9.0}
-            rows.append(row | {"train/reward": 0.1 * seed, "train/kl_divergence": 1.0, "train/explained_variance": 0.5})
+            with_critic = {"train/kl_divergence": 1.0, "train/explained_variance": 0.5}
+            own = {"train/groups_without_spread": 0.5} if name == "grpo-1" else with_critic
+            rows.append(row | {"train/reward": 0.1 * seed} | own)
         rows[-1] |= {"eval/reward": 0.5, "eval/reward_greedy": 0.7}
         rows[0]["eval/mean_generated_length"] = rows[-1]["eval/mean_generated_length"] = 9.0
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -131,8 +148,9 @@ def test_the_report_of_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "greedy" / "answers.json").write_text(json.dumps(found))
     report.show(tmp_path, [1, 2, 3])
     results = json.loads((tmp_path / "results.json").read_text())["stages"]
-    assert list(results) == ["greedy", "ppo-1", "ppo-2"]
+    assert list(results) == ["greedy", "ppo-1", "ppo-2", "grpo-1"]
     assert results["ppo-2"]["greedy"] == {"before": 0.3, "after": 0.7} and results["ppo-2"]["kl"] == 1.0
+    assert results["grpo-1"]["greedy"] == {"before": 0.3, "after": 0.7} and "kl" not in results["grpo-1"]
     assert results["ppo-1"]["seconds_of_phases"] == {"update": 4.0}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
@@ -144,7 +162,9 @@ def test_the_report_of_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "61 s",
         "0.700",
         "was interrupted",
-        "3 minutes and 2.0 GiB",
+        "ppo-1: greedy answers",
+        "grpo-1: greedy answers",
+        "4 minutes and 2.0 GiB",
     ):
         assert text in shown
 
@@ -170,6 +190,7 @@ def test_a_quick_run_of_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert run.main(argv) == 0
     assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/done.json")}
     results = json.loads((tmp_path / "out" / "results.json").read_text())["stages"]
-    assert list(results) == ["greedy", "sft", "rm", "ppo-1"]
+    assert list(results) == ["greedy", "sft", "rm", "ppo-1", "grpo-1"]
     assert results["sft"]["loss"]["before"] > 0 and results["ppo-1"]["optimizer_steps"] == 2
+    assert results["grpo-1"]["optimizer_steps"] == 2 and "kl" not in results["grpo-1"]
     assert all(facts["seconds"] > 0 and facts["peak_mib"] > 500 for facts in results.values())
