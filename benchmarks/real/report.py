@@ -138,12 +138,13 @@ def figures_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     from rich.table import Table
 
     table = Table(title="SmolLM2-135M-Instruct", title_justify="left")
-    for name in ("stage", "figure", "before", "after", "time", "peak memory"):
+    for name in ("stage", "figure", "before", "after", "time", "CPU time", "peak memory"):
         table.add_column(name, justify="left" if name in ("stage", "figure") else "right")
     for stage, facts in results.items():
-        cost = (f"{facts['seconds']:.0f} s", f"{facts['peak_mib'] / 1024:.1f} GiB")
+        cpu = f"{facts['cpu_seconds']:.0f} s" if "cpu_seconds" in facts else ""  # earlier releases did not note it
+        cost = (f"{facts['seconds']:.0f} s", cpu, f"{facts['peak_mib'] / 1024:.1f} GiB")
         for i, (figure, before, after) in enumerate(_figures(stage, facts)):
-            table.add_row(stage if i == 0 else "", figure, before, after, *(cost if i == 0 else ("", "")))
+            table.add_row(stage if i == 0 else "", figure, before, after, *(cost if i == 0 else ("", "", "")))
     return _text(table)
 
 

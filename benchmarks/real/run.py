@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from alignment.cli import CommandParser, run_main
 from alignment.errors import AlignmentError, ArgumentsError
@@ -124,7 +125,7 @@ def prepare(out: Path, options: argparse.Namespace) -> None:
 
 
 def run_stage(name: str, out: Path, options: argparse.Namespace) -> int:
-    """Run one stage in a process of its own, unless it is done, and note its time and memory in ``done.json``."""
+    """Run one stage in a process of its own, unless it is done, and note its times and memory in ``done.json``."""
     folder, stage = out / name, name.partition("-")[0]
     done = folder / "done.json"
     if done.is_file() and not options.again and json.loads(done.read_text())["quick"] == options.quick:
@@ -139,21 +140,22 @@ def run_stage(name: str, out: Path, options: argparse.Namespace) -> int:
     print(f"\n== {name}: python {' '.join(command)}", flush=True)
     resumes = interrupted(folder, options)
     began = time.monotonic()
-    status, peak = watched([sys.executable, *command])
+    status, usage = watched([sys.executable, *command])
     seconds = time.monotonic() - began
     if status:
         return status
     for checkpoint in folder.glob("checkpoint-*"):  # several GB that a finished run has no more use for
         shutil.rmtree(checkpoint)
     sources = {key: path.name if (path := getattr(options, key)) else "generated rows" for key in REAL_DATA}
-    facts = {"seconds": round(seconds, 1), "peak_mib": round(peak), "quick": options.quick, "data": sources}
-    facts["resumed"] = resumes  # then time and memory are those of the last part
+    facts = {"seconds": round(seconds, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
+    facts |= {"peak_mib": round(usage.ru_maxrss / 1024), "quick": options.quick, "data": sources}
+    facts["resumed"] = resumes  # then times and memory are those of the last part
     done.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def watched(command: list[str]) -> tuple[int, float]:
-    """Run a command to its end; returns its status and its highest resident memory in MiB."""
+def watched(command: list[str]) -> tuple[int, Any]:
+    """Run a command to its end; returns its status and what it used (``resource.struct_rusage``)."""
     process = subprocess.Popen(command, cwd=REPO)
     while True:
         try:
@@ -162,7 +164,7 @@ def watched(command: list[str]) -> tuple[int, float]:
         except KeyboardInterrupt:  # the child has it too; it saves and ends
             continue
     process.returncode = os.waitstatus_to_exitcode(state)
-    return abs(process.returncode), usage.ru_maxrss / 1024
+    return abs(process.returncode), usage
 
 
 def interrupted(folder: Path, options: argparse.Namespace) -> bool:
