@@ -168,11 +168,14 @@ def evaluation_metrics(args: Arguments) -> list[str]:
         return [*args.METRICS, *(cost if args.score_type == "cost" else reward), *normalizer]
     if not isinstance(args, OnlineArguments):
         return list(args.METRICS)
-    found = [name for name in args.METRICS if name != "reward"]
+    scored = [name for name in args.METRICS if name in args.specs()]  # the key of a score's name says what gives it
+    found = [name for name in args.METRICS if name not in scored]
     for suffix in ("", "_greedy") if args.eval_temperature > 0 else ("_greedy",):
-        found += [f"{name}{suffix}" for name in ("reward", "mean_generated_length", "truncation_rate")]
-        if isinstance(args.reward, dict) and len(args.reward) > 1:
-            found += [f"reward{suffix}/{name}" for name in short_names(list(args.reward))]
+        found += [f"{name}{suffix}" for name in (*scored, "mean_generated_length", "truncation_rate")]
+        for name in scored:
+            sources = getattr(args, name)
+            if isinstance(sources, dict) and len(sources) > 1:
+                found += [f"{name}{suffix}/{source}" for source in short_names(list(sources))]
     return found
 
 
@@ -377,9 +380,10 @@ def _check_online(args: OnlineArguments, problems: Problems) -> None:
     _check_answer_limits(args, problems)
     algorithm = args.passthrough.get("rl_algorithm")
     if algorithm is not None and RL_ALGORITHMS[algorithm] != args.STAGE:
+        named = RL_ALGORITHMS[algorithm]
+        either = "" if named == "ppo" else ", or with `alignment ppo`, which reads rl_algorithm"
         problems.add(
-            f"rl_algorithm is {algorithm}, but this is {args.TITLE}: start it with `alignment "
-            f"{RL_ALGORITHMS[algorithm]}`, or with `alignment ppo`, which reads rl_algorithm",
+            f"rl_algorithm is {algorithm}, but this is {args.TITLE}: start it with `alignment {named}`{either}",
             "rl_algorithm",
         )
     if args.compat is not None:

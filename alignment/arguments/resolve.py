@@ -17,7 +17,10 @@ from alignment.paths import cache_folder
 _CORRECTION_BOUNDS = {"none": (None, None), "tis": (None, 2.0), "icepop": (0.5, 5.0), "mask": (0.99, 1.01)}
 #: paddlenlp's early_stopping_patience, where only its early_stopping is given.
 _PADDLENLP_PATIENCE = 4
-_SMALLER_IS_BETTER = ("loss", "ppl", "perplexity", "kl", "kl_divergence", "cost", "cost_greedy")
+_SMALLER_IS_BETTER = (
+    "loss", "ppl", "perplexity", "kl", "kl_divergence", "cost", "cost_greedy", "calibration_error", "truncation_rate",
+    "truncation_rate_greedy",
+)  # fmt: skip
 
 
 def resolve(args: Arguments) -> None:
@@ -78,7 +81,8 @@ def default_metric(args: Arguments) -> str:
 
 def greater_is_better(metric: str) -> bool:
     """Whether a greater value of an evaluation's metric is the better one."""
-    return not metric.endswith(_SMALLER_IS_BETTER)
+    name, _, _ = metric.removeprefix("eval/").partition("/")  # one of several costs is a cost
+    return not name.endswith(_SMALLER_IS_BETTER)
 
 
 def beside_file(name: str, argument_file: str | None) -> str:

@@ -136,7 +136,9 @@ class EvaluationFields:
         derived="SFT: loss, reward model: accuracy, methods that generate: reward",
     )
     greater_is_better: bool | None = argument(
-        None, "Whether a greater metric is better.", derived="false for a loss, perplexity or KL, else true"
+        None,
+        "Whether a greater metric is better.",
+        derived="false for a loss, perplexity, KL, cost, calibration error or truncation rate, else true",
     )
     checks: str = argument(
         "strict",

@@ -19,7 +19,7 @@ def best_metric(args: Any, metrics: Mapping[str, float]) -> tuple[str, float]:
     Raises:
         ArgumentsError: the stage has no such metric.
     """
-    wanted = args.metric_for_best_model or "loss"
+    wanted = args.metric_for_best_model
     name = wanted.removeprefix("eval_").removeprefix("eval/")
     if name not in metrics:
         raise ArgumentsError(
@@ -28,14 +28,6 @@ def best_metric(args: Any, metrics: Mapping[str, float]) -> tuple[str, float]:
     return name, metrics[name]
 
 
-def is_better(args: Any, name: str, value: float, best: float | None) -> bool:
-    """Whether ``value`` beats ``best`` (anything finite beats ``None``).
-
-    ``greater_is_better`` decides the direction; where it is not set, losses and perplexities are better when smaller.
-    """
-    if not math.isfinite(value):
-        return False
-    greater = args.greater_is_better
-    if greater is None:
-        greater = not any(word in name for word in ("loss", "perplexity", "ppl"))
-    return best is None or (value > best if greater else value < best)
+def is_better(args: Any, value: float, best: float | None) -> bool:
+    """Whether ``value`` beats ``best`` (anything finite beats ``None``) in the direction of ``greater_is_better``."""
+    return math.isfinite(value) and (best is None or (value > best if args.greater_is_better else value < best))

@@ -206,10 +206,11 @@ class Flow:
             trained: those that have an optimizer.
 
         Raises:
-            ValueError: a call names a role that is none (the nearest is told) or trains one that is not trained, a role
-                is trained by two calls, a call has no function, or a value is never used.
+            ValueError: a call names a role that is none (the nearest is told) or trains one that is not trained, two
+                calls train, a call behind the update needs what an iteration that is taken up again in the middle of
+                its update does not have, a call has no function, or a value is never used.
         """
-        known, trained, seen = set(roles), set(trained), set[str]()
+        known, trained = set(roles), set(trained)
         for call in self.calls:
             for role in [*call.roles, *(name for a in call.after for name in (a.source, a.target))]:
                 if role not in known:
@@ -221,13 +222,37 @@ class Flow:
                 for role in call.run.losses:
                     if role not in trained or role not in call.roles:
                         raise ValueError(f"{call.name}: {role} has a loss, but is not among the roles that it trains")
-                    if role in seen:
-                        raise ValueError(f"{call.name}: {role} is trained by another call already")
-                    seen.add(role)
+        self._check_update()
         used = {name for call in self.calls for name in call.needs}
         for call in self.calls:
             if call.kind in ("generate", "infer") and not used.intersection(call.outputs):
                 raise ValueError(f"{call.name}: nothing uses {', '.join(call.outputs)}")
+
+    def _check_update(self) -> None:
+        """One call trains, on one batch, and what comes behind it can be done after a restart: a checkpoint in the
+        middle of an update has its batch, and no other value.
+        """
+        trains = [number for number, call in enumerate(self.calls) if call.kind == "train"]
+        if not trains:
+            return
+        first = self.calls[trains[0]]
+        if len(trains) > 1:
+            raise ValueError(
+                f"{first.name} and {self.calls[trains[1]].name} both train: an optimizer step is one of each role, so "
+                "give the losses of all roles to one call's Train"
+            )
+        if len(first.needs) != 1:
+            raise ValueError(f"{first.name}: it trains on one batch, and needs {', '.join(first.needs)}")
+        there = {*first.needs, *first.outputs}
+        for call in self.calls[trains[0] + 1 :]:
+            lost = [name for name in call.needs if name not in there]
+            if lost:
+                raise ValueError(
+                    f"{call.name} comes behind {first.name} and needs {', '.join(lost)}, which an iteration that is "
+                    f"taken up again in the middle of its update does not have: put the call in front of {first.name}, "
+                    f"or what it needs into {first.needs[0]}"
+                )
+            there.update(call.outputs)
 
     def residency(self) -> list[tuple[str, frozenset[str]]]:
         """For each phase in order, what it needs in memory: its roles' parameters, by the role's name, and while they

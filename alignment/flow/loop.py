@@ -29,7 +29,7 @@ from alignment.flow.metrics import MetricWriter
 from alignment.flow.output import on_main, publishing
 from alignment.flow.ptx import PtxStream
 from alignment.flow.resume import save_arguments
-from alignment.flow.state import LoopState, load_state, read_state, save_state
+from alignment.flow.state import LoopState, load_state, load_weights, read_state, save_state
 from alignment.flow.statistics import Statistics
 from alignment.flow.update import Position
 from alignment.log import get_logger
@@ -92,8 +92,7 @@ class Loop:
         self.feed, self.sizes, self.save_extras, self.argv = feed, sizes, save_extras, argv
         self.given, self.ptx, self.residency = given, ptx, residency
         self.specs = {spec.name: spec for spec in method.roles()}
-        self.flow = method.flow()
-        self.flow.check(self.specs, [spec.name for spec in self.specs.values() if spec.trained])
+        self.flow = method.checked_flow()
         args = self.args
         self.state, self.pending, self.figures = LoopState(), Statistics(), Statistics()
         self.rows: list[tuple[int, Statistics]] = []
@@ -329,7 +328,7 @@ class Loop:
         if not values:
             return False
         name, value = best_metric(self.args, {key.removeprefix("eval/"): number for key, number in values.items()})
-        if not is_better(self.args, name, value, self.state.best_value):
+        if not is_better(self.args, value, self.state.best_value):
             self._lose_patience(name, value)
             return False
         self.state.best_value, self.state.best_step = value, self.state.global_step
@@ -406,8 +405,7 @@ class Loop:
             self.state = load_state(path, self.changing, self.optimizers)
         else:  # whatever was evaluated there before, this run was started to evaluate
             self.state = replace(read_state(path), evaluated_at=-1)
-            for folder, engine in self.changing.items():
-                engine.load_weights(path / folder)
+            load_weights(path, self.changing)
         self.feed.position = self.state.position
         if self.ptx is not None:
             self.ptx.stream.position = self.state.ptx_position
@@ -450,8 +448,7 @@ class Loop:
         if self.args.load_best_model_at_end and self.state.best_step not in (-1, self.state.global_step):
             best = self.store.path(self.state.best_step)
             get_logger().info("the best model is that of step %d; loading %s", self.state.best_step, best)
-            for name, engine in self.changing.items():
-                engine.load_weights(best / name)
+            load_weights(best, self.changing)
         results = {name: engine for name, engine in self.changing.items() if engine.trainable}
         for name, engine in results.items():
             with on_main(self.world, lambda name=name: publishing(Path(self.args.output_dir) / name)) as target:
@@ -459,6 +456,11 @@ class Loop:
                 if self.world.is_main:
                     self.save_extras(target)
         self.world.barrier()
-        names = {"policy": "the policy", "value": "the value model", ".": "the final model"}
+        names = {
+            "policy": "the policy",
+            "value": "the value model",
+            "cost_value": "the cost critic",
+            ".": "the final model",
+        }
         places = [f"{names.get(name, name)} is in {Path(self.args.output_dir) / name}" for name in results]
         get_logger().info("%s", ", ".join(places))

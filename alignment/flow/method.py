@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from alignment.errors import ArgumentsError
 from alignment.flow.flow import Flow, optimizer_of
 
 if TYPE_CHECKING:
@@ -188,6 +189,20 @@ class Method:
         optimizers = frozenset(optimizer_of(spec.name) for spec in self.roles() if spec.trained)
         evaluating = frozenset(spec.name for spec in self.roles() if spec.evaluates)
         return {"evaluation": evaluating, "checkpoint": changing | optimizers, "weights": changing}
+
+    def checked_flow(self) -> Flow:
+        """Its flow, looked over.
+
+        Raises:
+            ArgumentsError: it cannot be meant as it is; see :meth:`~alignment.flow.flow.Flow.check`.
+        """
+        specs = self.roles()
+        try:
+            flow = self.flow()
+            flow.check([spec.name for spec in specs], [spec.name for spec in specs if spec.trained])
+        except (ValueError, KeyError) as error:
+            raise ArgumentsError(f"the flow of {self.title}: {error.args[0]}") from error
+        return flow
 
     # -- what the loop asks of it
 

@@ -152,7 +152,7 @@ def check_models(method: Method, topology: Any) -> None:
         AlignmentError: naming the key and what is wrong.
     """
     args, seen = method.args, set[str]()
-    for average in (average for call in method.flow().calls for average in call.after):
+    for average in (average for call in method.checked_flow().calls for average in call.after):
         if average.share < 1.0 and args.bf16:
             raise ArgumentsError(
                 f"bf16: the {average.target} follows the {average.source} by a share of {average.share:g}, and in "

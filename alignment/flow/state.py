@@ -112,11 +112,25 @@ def load_state(folder: Path, engines: Mapping[str, Engine], optimizers: Mapping[
         CheckpointError: something is missing, unreadable or belongs to another model.
     """
     state = read_state(folder)
-    for name, engine in engines.items():
-        engine.load_weights(folder / name)
+    load_weights(folder, engines)
     for file, engine in optimizers.items():
         engine.load_state(folder / "trainer" / file)
     return state
+
+
+def load_weights(folder: Path, engines: Mapping[str, Engine]) -> None:
+    """Read the weights of a checkpoint; ``engines`` by the name of their folder in it.
+
+    Raises:
+        CheckpointError: something is missing, unreadable or belongs to another model.
+    """
+    for name, engine in engines.items():
+        if not (folder / name).is_dir():
+            raise CheckpointError(
+                f"{folder} has no {name}: it was saved by a run without that model. Use the arguments of that run, or "
+                "start a new one from its models, without resume_from_checkpoint"
+            )
+        engine.load_weights(folder / name)
 
 
 def read_state(folder: Path) -> LoopState:

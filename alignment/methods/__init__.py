@@ -103,8 +103,9 @@ def find_method(name: str) -> type:
         return method
     known = [*BUILT_IN, *(other for other in _REGISTERED if other not in BUILT_IN)]
     raise ArgumentsError(
-        f"unknown method {name!r}{nearest(name, [*known, *ALIASES])}\nKnown: {', '.join(known) or 'none'}. A class of "
-        'your own is given as "file.py:Class"; `plugins` names files that register methods.'
+        f"unknown method {name!r}{nearest(name, [*known, *ALIASES, *preset_names()])}\nKnown: "
+        f'{", ".join(known) or "none"}. A class of your own is given as "file.py:Class"; `plugins` names files that '
+        "register methods."
     )
 
 
@@ -121,6 +122,11 @@ def all_arguments() -> dict[str, type[Arguments]]:
 def with_preset(name: str) -> type | None:
     """The method that has a preset of this name; None if there is none."""
     return next((method for method in known_methods().values() if name in getattr(method, "presets", {})), None)
+
+
+def preset_names() -> list[str]:
+    """The presets of every method."""
+    return [name for method in known_methods().values() for name in getattr(method, "presets", {})]
 
 
 @functools.cache

@@ -337,7 +337,8 @@ class GRPO(OnlineMethod):
         """
         args, kl = self.args, None
         inputs = self.policy_inputs(logprobs, batch, window, self.policy_options())
-        if args.kl_coeff > 0 and args.kl_in == "loss":
+        # rows that were half used when the key was set have no reference's log-probs: it holds from the next rollout on
+        if args.kl_coeff > 0 and args.kl_in == "loss" and "ref_logprobs" in batch:
             reference, mask = batch.tensor("ref_logprobs"), batch.tensor("actions")
             kl = kl_terms(logprobs, reference, mask, args.kl_estimator, args.kl_log_ratio_clamp, args.kl_clamp)
         return self.policy_loss(args.policy_loss, inputs, entropy, batch, window, kl)

@@ -29,7 +29,12 @@ def run_method(method: type, argv: list[str], preset: str | None = None) -> int:
         AlignmentError: whatever the user can mend.
         SystemExit: with status 0, after ``--help`` has been answered.
     """
-    _load_plugins(argv)  # before the arguments are read: names that they register are values of keys
+    _, given = _load_plugins(argv)  # before the arguments are read: names that they register are values of keys
+    other = next((item.value for item in given if item.key == "preset" and item.is_text and item.value != preset), None)
+    if preset and other:
+        raise ArgumentsError(
+            f"command line: preset {other}, but the command is `{preset}`, a preset too: name one of them"
+        )
     cls = methods.arguments_of(method)
     chosen = [f"preset={preset}"] if preset else []
     if {"-h", "--help"}.intersection(argv):  # answered before Paddle is loaded
@@ -52,15 +57,16 @@ def main(argv: list[str]) -> int:
     found = methods.with_preset(name)
     if found is None:
         known = list(dict.fromkeys([*TASKS, *methods.BUILT_IN]))
+        close = nearest(name, [*known, *methods.preset_names()])
         raise ArgumentsError(
-            f"unknown task {name!r}{nearest(name, known)}\nThe tasks are: {', '.join(known)}. A method of your own is "
+            f"unknown task {name!r}{close}\nThe tasks are: {', '.join(known)}. A method of your own is "
             "started with `alignment run NAME FILE`."
         )
     return run_method(found, rest, name)
 
 
 def run_command(argv: list[str]) -> int:
-    """``alignment run NAME [FILE] [key=value ...]``: run any registered method, plug-ins' too.
+    """``alignment run NAME [FILE] [key=value ...]``: run any registered method or preset, plug-ins' too.
 
     Raises:
         AlignmentError: there is no such method, or whatever else the user can mend.
@@ -72,6 +78,10 @@ def run_command(argv: list[str]) -> int:
     if name.endswith(ENDINGS) or "=" in name:
         raise ArgumentsError(f"{name!r} is no method's name\n{RUN_USAGE}")
     file, _ = _load_plugins(rest)
+    known = {*methods.known_methods(), *methods.ALIASES}
+    with_preset = None if name in known else methods.with_preset(name)
+    if with_preset is not None:
+        return run_method(with_preset, rest, name)
     return run_method(methods.find_method(beside_file(name, file)), rest)
 
 

@@ -116,8 +116,19 @@ def test_all_methods_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[s
 def test_an_unknown_method_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "run", "mime", "conf/mine.json")
     assert status == 2 and err.startswith("error: unknown method 'mime'; did you mean 'mine'?\nKnown: ")
+    status, _, err = run(capsys, "dapoo", "conf/mine.json")
+    assert status == 2 and "unknown task 'dapoo'; did you mean 'dapo'?" in err
     status, _, err = run(capsys, "run", "conf/mine.json")
     assert status == 2 and "'conf/mine.json' is no method's name\nusage: alignment run NAME [FILE]" in err
+
+
+def test_run_takes_a_preset_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """`alignment methods` shows a user's presets, and no command started one; the command's replaced a given one."""
+    status, out, err = run(capsys, "run", "slow_mine", "conf/mine.json")
+    assert status == 0 and "mine pace=0.125 samples=4" in out, err
+    status, _, err = run(capsys, "run", "dr_grpo", "conf/mine.json", "preset=dapo")
+    assert status == 2 and "preset dapo, but the command is `dr_grpo`, a preset too: name one of them" in err
+    assert run(capsys, "run", "slow_mine", "conf/mine.json", "preset=slow_mine")[0] == 0
 
 
 @pytest.mark.parametrize("words", [["run", "sft"], ["run", "rm"], ["run", "ppo"], ["rm"], ["reward"]])
@@ -240,6 +251,8 @@ def test_rl_algorithm_chooses_the_method(monkeypatch: pytest.MonkeyPatch, capsys
 def test_rl_algorithm_must_be_the_method_that_was_started(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "run", "mine", "conf/mine.json", "rl_algorithm=grpo")
     assert status == 2 and "rl_algorithm is grpo, but this is Mine: start it with `alignment grpo`" in err
+    status, _, err = run(capsys, "run", "mine", "conf/mine.json", "rl_algorithm=ppo")
+    assert status == 2 and err.rstrip().endswith("but this is Mine: start it with `alignment ppo`")
 
 
 def test_a_file_of_paddlenlps_script_may_have_the_critics_keys(capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,6 +143,26 @@ def test_what_cannot_be_meant_is_told(call: Call, words: str) -> None:
         Flow([call], ("x",)).check(["actor", "judge"], ["actor"])
 
 
+def test_an_update_can_be_taken_up_again_or_is_refused() -> None:
+    """A second training call began where the first had stopped; a call behind the update missed what it needs."""
+    update = Call("update", "train", ("actor",), ("rows",), "stats", Train({"actor": len}))
+    second = Call("more", "train", ("judge",), ("rows",), "others", Train({"judge": len}))
+    late = Call("late", "host", (), ("scores", "stats"), "told", len)
+    after = Call("after", "host", (), ("rows", "stats"), "told", len)
+
+    def check(*calls: Call) -> None:
+        Flow(calls, ("rows", "scores")).check(["actor", "judge"], ["actor", "judge"])
+
+    check(update, after, Call("last", "host", (), ("told",), "end", len))
+    check(Call("early", "host", (), ("scores",), "seen", len), update)
+    with pytest.raises(ValueError, match="update and more both train"):
+        check(update, second)
+    with pytest.raises(ValueError, match="late comes behind update and needs scores, which"):
+        check(update, late)
+    with pytest.raises(ValueError, match="it trains on one batch, and needs rows, scores"):
+        check(Call("update", "train", ("actor",), ("rows", "scores"), "stats", Train({"actor": len})))
+
+
 def test_what_cannot_be_joined_is_told() -> None:
     assert join([]) is None
     assert join([{"a": [1]}, {"a": [2]}]) == {"a": [1, 2]}

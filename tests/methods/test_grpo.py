@@ -119,6 +119,18 @@ def test_a_resume_in_the_middle_of_an_update_changes_no_bit(
     assert_same_metrics(metric_rows(tmp_path / "whole"), metric_rows(tmp_path / "parts"), 0.0)
 
 
+def test_a_kl_that_is_asked_for_in_the_middle_of_an_update_holds_from_the_next_rollout(
+    online_json: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The half-used rows have no reference's log-probs: the run ended with a traceback."""
+    keys = {"save_strategy": "steps", "save_steps": 3}
+    assert main(["grpo", str(online_json("run", **keys))]) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    assert main(["grpo", str(online_json("run", **keys, kl_coeff=0.1)), "resume_from_checkpoint=true"]) == 0
+    seen = {row["step"]: "train/kl_loss" in row for row in metric_rows(tmp_path / "run") if "train/reward" in row}
+    assert [step for step, there in seen.items() if there] == [5, 6]
+
+
 def test_a_kl_in_the_loss_pulls_back_and_is_measured(online_json: Callable[..., Path], tmp_path: Path) -> None:
     common = {"max_steps": 20, "learning_rate": 1e-2, "num_train_epochs": 100}
     for name, coeff in (("free", 1e-9), ("held", 2.0)):

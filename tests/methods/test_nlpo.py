@@ -253,3 +253,12 @@ def test_its_loss_is_rl4lms(vectors: dict[str, Any]) -> None:
     np.testing.assert_allclose(leaves["log_prob"].grad.numpy()[0], expected["grad_log_prob"], **close)
     np.testing.assert_allclose(leaves["values"].grad.numpy()[0], expected["grad_values"], **close)
     np.testing.assert_allclose(leaves["entropy"].grad.numpy()[0], expected["grad_entropy"], **close)
+
+
+def test_a_mask_that_a_checkpoint_does_not_have_is_said(
+    online_json: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"save_strategy": "steps", "save_steps": 1}
+    assert main(["nlpo", str(online_json("run", **{**keys, "max_steps": 1, "top_mask": -1}))]) == 0
+    assert main(["nlpo", str(online_json("run", **keys)), "resume_from_checkpoint=true"]) == 2
+    assert "checkpoint-1 has no masking: it was saved by a run without that model" in capsys.readouterr().err

@@ -194,6 +194,22 @@ def test_a_reference_that_would_stand_still_is_refused_at_the_start(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_flow_that_cannot_be_meant_is_refused_in_words_and_early(
+    online_json: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback told it, when the models had been loaded; --dry_run did not see it."""
+    slips = [
+        ('("reference",), ("rollout",)', '("referense",), ("rollout",)', "there is no role 'referense'; did you mean"),
+        ('("rollout",), "scores"', '("rolout",), "scores"', "reward_scores needs rolout; did you mean 'rollout'"),
+    ]
+    for number, (right, wrong, words) in enumerate(slips):
+        assert right in MINE
+        file = tmp_path / f"mine_{number}.py"
+        file.write_text(MINE.replace(right, wrong).replace('"mine"', f'"mine_{number}"'))
+        assert main(["run", f"{file}:Mine", str(online_json("run")), "--dry_run"]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_two_processes_give_the_single_processs_run(
     mine: str, online_json: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ import paddle
 import pytest
 
 from alignment.arguments import from_dict
+from alignment.arguments.checks import evaluation_metrics
 from alignment.cli import main
 from alignment.flow.method import Window
 from alignment.losses.kl import kl_estimate
@@ -325,7 +326,17 @@ def test_a_limit_out_of_reach_is_said_once(
 def test_the_best_model_is_that_of_most_reward_or_least_cost() -> None:
     assert method_of().args.metric_for_best_model == "reward" and method_of().args.greater_is_better
     for name in ("cost", "eval_cost", "cost_greedy"):
-        assert not method_of(metric_for_best_model=name).args.greater_is_better
+        made = method_of(metric_for_best_model=name, do_eval=True, eval_datasets="e").args
+        assert made.metric_for_best_model == name and not made.greater_is_better
+
+
+def test_the_metrics_of_costs_are_those_of_rewards() -> None:
+    """`cost_greedy` and the costs of several sources were no metrics: the best model was silently that by reward."""
+    costs = {"gsm8k": 1.0, "words": 0.1}
+    made = method_of(cost=costs, metric_for_best_model="cost_greedy/gsm8k", do_eval=True, eval_datasets="e").args
+    assert made.metric_for_best_model == "cost_greedy/gsm8k" and not made.greater_is_better
+    names = evaluation_metrics(method_of(cost=costs, eval_temperature=0).args)
+    assert {"cost_greedy", "cost_greedy/words", "reward_greedy"} <= set(names) and "cost" not in names
 
 
 def test_another_tokenizer_of_the_cost_model_is_read_anew_or_refused_as_the_critics(
