@@ -16,19 +16,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignment.cli import main as main_command
 from tests.tiny import tiny_model_dir, write_jsonl
 
-REPO = Path(__file__).resolve().parents[1]
 REWARDS = Path(__file__).with_name("learning_rewards.py")
 BANDIT_ROLLOUTS, BANDIT_ANSWERS = 30, 64
 #: Rollouts whose mean reward is what the bandit has reached.
@@ -77,20 +75,17 @@ SETTINGS = {
     ),
     "rft": Setting({"keep_pools": False, "update_iters": 4}, answers=8),
 }
-Start = Callable[[str, Sequence[str]], None]
 
 
 def start(method: str, words: Sequence[str]) -> None:
-    """Run ``alignment METHOD WORDS``.
+    """Run ``alignment METHOD WORDS`` in this process.
 
     Raises:
-        RuntimeError: it failed; the message has the end of its output.
+        RuntimeError: it failed; standard error says why.
     """
-    environ = {**os.environ, "PYTHONPATH": str(REPO)}
-    command = [sys.executable, "-m", "alignment", method, *words]
-    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{method} ended with status {done.returncode}:\n{done.stdout[-3000:]}")
+    code = main_command([method, *words])
+    if code:
+        raise RuntimeError(f"alignment {method} ended with status {code}")
 
 
 def words_of(values: dict[str, Any]) -> list[str]:
@@ -107,7 +102,7 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def bandit(method: str, seed: int, folder: Path, start: Start = start, **changes: Any) -> dict[str, float]:
+def bandit(method: str, seed: int, folder: Path, **changes: Any) -> dict[str, float]:
     """Run a method on the bandit.
 
     Returns:

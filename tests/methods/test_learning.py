@@ -6,19 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from alignment.cli import main
 from benchmarks.learning import COST_LIMIT, SETTINGS, bandit
 from tests.small_methods import METHODS
-
-
-def started(method: str, words: list[str]) -> None:
-    assert main([method, *words]) == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_best_arm_is_found(method: str, tmp_path: Path) -> None:
     """Band: 80 % of the best mean reward after 20 rollouts, from about 10 %."""
-    found = bandit(method, 1, tmp_path, started, num_train_epochs=20)
+    found = bandit(method, 1, tmp_path, num_train_epochs=20)
     assert found["first"] < 0.2
     assert found["last"] > 0.8 * SETTINGS[method].optimum, found
     assert found.get("cost", 0.0) <= COST_LIMIT + 0.05
