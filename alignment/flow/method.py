@@ -3,8 +3,10 @@
 Importing this loads neither Paddle nor a model: a method's module is read to parse arguments and to answer ``--help``.
 """
 
+# ruff: noqa: B027  (hooks that most methods need not have)
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,7 +142,7 @@ class Train:
     takes_part: str | None = None
 
 
-class Method:
+class Method(abc.ABC):
     """An algorithm.
 
     A subclass says its :meth:`roles` and its :meth:`flow`; the functions of the flow's calls are its methods. The loop
@@ -173,13 +175,13 @@ class Method:
 
     # -- what a method says of itself
 
+    @abc.abstractmethod
     def roles(self) -> list[RoleSpec]:
         """Its roles, in the order in which they are loaded."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def flow(self) -> Flow:
         """One iteration."""
-        raise NotImplementedError
 
     def between(self) -> dict[str, frozenset[str]]:
         """What must be resident between iterations: to evaluate, to write or read a checkpoint, to write, read or

@@ -4,6 +4,7 @@ seed and the step, its loss is a sum divided by the step's global count; evaluat
 
 from __future__ import annotations
 
+import abc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -126,29 +127,29 @@ class RowMethod(Method):
         """What messages call its model."""
         return f"{self.title} model"
 
+    @abc.abstractmethod
     def build_data(self, tokenizer: Any, template: Any, show_progress: bool) -> RowData:
         """Tokenise (or read from the cache) what the arguments ask for.
 
         Raises:
             DataError: see :class:`alignment.ppo.data.TokenizedDataset`.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def load_model(self, world: World) -> Any:
         """The model of ``model_name_or_path``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def collate(self, rows: Sequence[Any]) -> Collated:
         """Rows of the data set -> one micro batch of numpy arrays."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def row_tokens(self, row: Any) -> int:
         """Tokens that a row takes in a micro batch of its like, pads included."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def count(self, batch: Collated) -> int:
         """What the loss is a mean over: valid tokens or pairs in this batch."""
-        raise NotImplementedError
 
     def tokens(self, batch: Collated) -> int:
         """Real tokens that the model reads, for the rates."""
@@ -160,11 +161,11 @@ class RowMethod(Method):
 
         return Rows(batch["input_ids"], lengths=batch["lengths"])
 
+    @abc.abstractmethod
     def loss(self, hidden: Tensor, batch: Collated) -> tuple[Tensor, Stats]:
         """From final hidden states ``[rows, seq, hidden]``: the **sum** of the loss over the batch's :meth:`count`, and
         stats for metrics: numbers add up, arrays are joined, over micro batches, steps and ranks.
         """
-        raise NotImplementedError
 
     def after_step(self, stats: Stats) -> None:
         """Called on every rank after each optimizer step with this rank's stats of the step."""

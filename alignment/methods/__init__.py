@@ -171,6 +171,9 @@ def _check(method: Any, given: str = "") -> None:
         raise ArgumentsError(f"{where}: a method's name is letters, digits and _, not {method.name!r}")
     if not callable(getattr(method, "run", None)):
         raise ArgumentsError(f"{where} is no method: it has no run(args, world, argv)")
+    missing = sorted(getattr(method, "__abstractmethods__", ()))
+    if missing:
+        raise ArgumentsError(f"{where} is no method yet: it does not say its {', '.join(missing)} (docs/methods.md)")
     whole = getattr(method, "Arguments", None)
     if whole is not None:
         if not (isinstance(whole, type) and issubclass(whole, Arguments)):

@@ -172,6 +172,20 @@ def test_what_is_no_method_is_said(body: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_a_method_without_its_roles_or_flow_is_said_before_anything_is_read() -> None:
+    from alignment.api import OnlineMethod
+
+    class Half(OnlineMethod):
+        name = title = summary = "half"
+        Keys = None
+
+        def roles(self) -> list:
+            return []
+
+    with pytest.raises(ArgumentsError, match=r"Half.* is no method yet: it does not say its flow \(docs/methods.md\)"):
+        methods.register_method(Half)
+
+
 def test_the_toolkits_methods_keep_the_contract() -> None:
     for name, method in methods.known_methods().items():
         assert methods.register_method(method) is method

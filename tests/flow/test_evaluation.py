@@ -27,6 +27,10 @@ class Rows(RowMethod):
         self.engine = self.model = self  # type: ignore[assignment]
         self.world, self.eval_rows = World(), rows
 
+    def build_data(self, *args: Any) -> Any: ...
+
+    def load_model(self, world: Any) -> Any: ...
+
     def eval(self) -> None: ...
 
     in_passes = staticmethod(nullcontext)
