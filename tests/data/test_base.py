@@ -26,6 +26,8 @@ class Mine(RawDataset):
 
 def run_file(path: Path, name: str = "mine", aliases: object = ()) -> None:
     path.write_text(BODY.format(name=name, aliases=aliases))
+    # a file of the same size that is written again within a second would run from the first one's bytecode
+    Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
     spec = importlib.util.spec_from_file_location(f"test_module_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
